@@ -95,8 +95,11 @@ def test_full_disk_for_real() -> None:
         pytest.skip("this system has no /dev/full")
     folder = Path(os.environ.get("TMPDIR", "/tmp"))
     target = folder / f"hasten-full-{os.getpid()}"
-    full = open("/dev/full", "wb", buffering=0)
-    with full, pytest.raises(OutputError, match=r"full.*MiB free"), replacing(target):
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(OutputError, match=r"full.*MiB free"),
+        replacing(target),
+    ):
         full.write(b"x")
     assert not target.exists()
 
