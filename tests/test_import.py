@@ -54,7 +54,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_recipe_stays_a_function_when_its_namesake_module_is_imported() -> None:
-    import hasten.recipe  # noqa: F811
+    import hasten.recipe
 
     assert isinstance(hasten.recipe, FunctionType)
     assert sys.modules["hasten.recipe"].Recipe is hasten.Recipe
