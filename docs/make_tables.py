@@ -1,0 +1,198 @@
+"""Writes the tables of the README and the docs from the recipe registry and the measured results.
+
+    python docs/make_tables.py            rewrite them
+    python docs/make_tables.py --check    exit 1 when one differs from what it should be
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
+NOT_YET = "not measured yet"
+
+Row = dict[str, Any]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _decibel(value: float | None) -> str:
+    return "identical" if value is None else f"{value:.1f}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "n": ("runs", str),
+    "speedup": ("speed-up", lambda value: f"{value:.2f}x"),
+    "nfe": ("evaluations", lambda value: f"{value:.0f}"),
+    "computed_fraction": ("computed", _percent),
+    "psnr_median": ("PSNR dB, median", _decibel),
+    "psnr_worst": ("worst", _decibel),
+    "ssim_median": ("SSIM", lambda value: f"{value:.4f}"),
+    "latent_error": ("latent error", lambda value: f"{value:.3f}"),
+    "converged_psnr": ("to converged, dB", _decibel),
+    "prompt_accuracy": ("prompt accuracy", _percent),
+    "frechet": ("Frechet", lambda value: f"{value:.1f}"),
+    "recall": ("recall", _percent),
+    "bytes_held": ("cache MiB", lambda value: f"{value / 2**20:.2f}"),
+}
+"""Row key -> heading and format, in the order of the columns."""
+
+CONTROLS = {"fewer_steps": "fewer steps, best solver", "other_seed": "another seed", "oracle": "oracle schedule"}
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are aligned left, the others right."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * left + "---:|" * (len(headings) - left)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def documents(command: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Every result file of one benchmark, per hardware folder."""
+    return [(file, json.loads(file.read_text())) for file in sorted(RESULTS.glob(f"*/{command}.json"))]
+
+
+def hardware_name(document: dict[str, Any], file: Path) -> str:
+    """What the times were taken on, in words."""
+    facts = document.get("hardware", {})
+    device = facts.get("gpu") or facts.get("device") or facts.get("cpu")
+    threads = facts.get("threads")
+    words = [str(device)] if device else []
+    words += [f"{threads} threads"] if threads else []
+    return f"{file.parent.name}: {', '.join(words)}" if words else file.parent.name
+
+
+def row_name(row: Row) -> str:
+    """`balanced`, or which control or peer a row is."""
+    control = row.get("control")
+    if control is None:
+        return f"`{row['recipe']}`"
+    name, _, peer = control.partition(":")
+    label = f"peer: {peer}" if peer else CONTROLS.get(name, name)
+    detail = row.get("recipe")
+    return f"{label} ({detail})" if detail and detail != control else label
+
+
+def results_table() -> str:
+    """All rows of every `recipes.json`, one table per hardware and model."""
+    parts = []
+    for file, document in documents("recipes"):
+        rows: list[Row] = document["rows"]
+        versions = ", ".join(f"{k} {v}" for k, v in document.get("versions", {}).items() if k in ("torch", "diffusers"))
+        for model in dict.fromkeys(row.get("model", "") for row in rows):
+            chosen = [row for row in rows if row.get("model", "") == model]
+            keys = [key for key in COLUMNS if any(key in row for row in chosen)]
+            title = f"`{model}` on {hardware_name(document, file)}" + (f" ({versions})" if versions else "")
+            body = table(
+                ["", *(COLUMNS[key][0] for key in keys)],
+                [[row_name(row), *(COLUMNS[key][1](row[key]) if key in row else "" for key in keys)] for row in chosen],
+            )
+            parts.append(f"**{title}**\n\n{body}")
+    return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def part_text(part: Any) -> str:
+    """`network(rule spread(share 0.24), forecast polynomial, correct)`: nested parts, and what is not the default."""
+    inner = []
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if name == "signal" and not part.rule.needs_signal:
+            continue  # a schedule asks no signal
+        if hasattr(value, "kind"):
+            inner.append(f"{name} {part_text(value)}")
+        elif value != field.get_default(call_default_factory=True):
+            inner.append(name if value is True else f"{name} {_value(value)}")
+    return part.kind + (f"({', '.join(inner)})" if inner else "")
+
+
+def _value(value: Any) -> str:
+    return "[" + " ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
+
+
+def measured_where() -> dict[str, list[str]]:
+    """Recipe name -> hardware folders whose results have a row of it."""
+    found: dict[str, list[str]] = {}
+    for file, document in documents("recipes"):
+        for row in document["rows"]:
+            places = found.setdefault(row.get("recipe", ""), [])
+            if row.get("control") is None and file.parent.name not in places:
+                places.append(file.parent.name)
+    return found
+
+
+def recipes_table() -> str:
+    """One row per recipe of the registry."""
+    from hasten.pipelines.recipes import catalogue
+
+    where = measured_where()
+    rows = []
+    for entry in catalogue():
+        parts = "; ".join(f"{axis}: {part_text(part)}" for axis, part in entry.recipe.axes.items())
+        paper = ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\g<1>)", entry.paper) or "ours"
+        rows.append([f"`{entry.name}`", paper, parts or "none", ", ".join(where.get(entry.name, [NOT_YET]))])
+    return table(["recipe", "paper", "parts", "measured on"], rows, left=4)
+
+
+TABLES: dict[str, Callable[[], str]] = {"recipes": recipes_table, "results": results_table}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+
+    def make(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise SystemExit(f"there is no table {name!r}; known: {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name]()}{match[3]}"
+
+    return MARK.sub(make, text)
+
+
+def stale(files: Iterable[Path] | None = None) -> list[Path]:
+    """Files whose tables differ from what they should be."""
+    return [file for file in files or pages() if filled(file.read_text(encoding="utf-8")) != file.read_text(encoding="utf-8")]
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the tables of the README and the docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a table is not up to date")
+    check = parser.parse_args().check
+    old = stale()
+    for file in old:
+        name = file.relative_to(ROOT)
+        if check:
+            print(f"{name}: its tables are not up to date; run python docs/make_tables.py")
+        else:
+            file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
+            print(f"{name}: written")
+    return 1 if check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
