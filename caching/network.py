@@ -1,0 +1,197 @@
+"""Reuse of the whole network's output: the span every model has."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hasten.caching.signals import OutputChange, Signal, SignalState
+from hasten.drift import Drift, Rule
+from hasten.forecast import Forecast, ForecastState, Hold, combine, lagrange
+from hasten.recipe import ReusePolicy
+from hasten.step import Step
+
+
+class NetworkReuse(ReusePolicy):
+    """Skip whole evaluations of the denoiser and stand in a forecast of what it returns.
+
+    rule: which steps may be skipped; decided once per step, by the first branch, for all branches.
+    signal: what an adaptive rule watches. forecast: what stands in.
+    of: "output" forecasts the output y; "residual" forecasts y - x and adds the present input x, which
+    is EasyCache's transformation (only where y and x have one shape).
+    correct: after each gap compare the forecasts used in it with the interpolation that the newly
+    computed value makes possible, and put the difference right in that step. Costs no evaluation, and
+    acts only where the solver is first-order and linear (`Step.weight`); elsewhere it says so.
+    """
+
+    kind: ClassVar[str] = "network"
+    rule: Rule = Drift()
+    signal: Signal = OutputChange()
+    forecast: Forecast = Hold()
+    of: Literal["output", "residual"] = "output"
+    correct: bool = False
+
+    def start(self) -> NetworkState:
+        """Fresh state for one run of one network."""
+        return NetworkState(self)
+
+
+class NetworkState:
+    """State of `NetworkReuse` for one run of one network: one decision per step, one history per branch.
+
+    decided: index of the step that was decided last. skipping: that decision. change: what it was based on.
+    """
+
+    def __init__(self, policy: NetworkReuse) -> None:
+        self.policy = policy
+        self.rule = policy.rule.start()
+        self.signal: SignalState = policy.signal.start()
+        self.branches: dict[int, BranchHistory] = {}
+        self.leader: int | None = None
+        self.decided = -1
+        self.skipping = False
+        self.change: float | None = None
+        self.poisoned: list[int] = []
+
+    def decide(self, step: Step, x: Tensor) -> bool:
+        """May `step` be skipped? The first branch of the step decides, the others follow."""
+        if step.index == self.decided:
+            return self.skipping
+        self.decided, self.leader = step.index, step.branch
+        signal = self.signal.measure(x) if self.policy.rule.needs_signal else None
+        self.change, self.poisoned = self._read(signal)
+        for branch in self.poisoned:  # a NaN or Inf was computed: forget it and compute afresh
+            del self.branches[branch]
+        self.skipping = self.rule.skip(step, self.change) and not self.poisoned
+        return self.skipping
+
+    def _read(self, signal: Tensor | None) -> tuple[float | None, list[int]]:
+        """Fetch the signal and every branch's health in one host synchronisation."""
+        unread = [(number, branch.finite) for number, branch in self.branches.items() if branch.finite is not None]
+        flags = [signal] if signal is not None else []
+        flags += [finite for _, finite in unread if finite is not None]
+        if not flags:
+            return None, []
+        values = torch.stack([flag.float() for flag in flags]).tolist()
+        for number, _ in unread:
+            self.branches[number].finite = None
+        change = values.pop(0) if signal is not None else None
+        return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy]
+
+    def answer(self, step: Step, x: Tensor) -> list[Tensor] | None:
+        """What stands in for this branch's outputs, or None when it has no fitting history."""
+        branch = self.branches.get(step.branch)
+        if branch is None or not branch.fits(x):
+            return None
+        return branch.estimate(step, x)
+
+    def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        """The network was computed; returns what the host gets (the outputs, or the corrected ones)."""
+        branch = self.branches.get(step.branch)
+        if branch is None or not branch.fits(x) or len(branch.forecasts) != len(outputs):
+            branch = self.branches[step.branch] = BranchHistory(self.policy, x, outputs)
+        if step.branch == self.leader:
+            self.signal.observe(x, outputs[0])
+        return branch.observe(step, x, outputs)
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors held for later steps."""
+        held = {t.data_ptr(): t.numel() * t.element_size() for b in self.branches.values() for t in b.tensors()}
+        return sum(held.values())
+
+    def forget(self) -> None:
+        """Drop everything held."""
+        self.branches.clear()
+
+
+class BranchHistory:
+    """What one branch has computed so far."""
+
+    def __init__(self, policy: NetworkReuse, x: Tensor, outputs: list[Tensor]) -> None:
+        self.policy = policy
+        self.forecasts: list[ForecastState] = [policy.forecast.start() for _ in outputs]
+        self.key = (x.shape, x.dtype, x.device)
+        self.finite: Tensor | None = None
+        self.corrector: Corrector | None = Corrector() if policy.correct and policy.of == "output" else None
+
+    def fits(self, x: Tensor) -> bool:
+        """False once resolution, batch, dtype or device have changed."""
+        return self.key == (x.shape, x.dtype, x.device)
+
+    def estimate(self, step: Step, x: Tensor) -> list[Tensor] | None:
+        if not all(forecast.ready for forecast in self.forecasts):
+            return None
+        values = [forecast.estimate(step.time) for forecast in self.forecasts]
+        if self.corrector is not None:
+            self.corrector.skipped(step, values[0])
+        return [self._from_target(value, x) for value in values]
+
+    def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        self.finite = torch.stack([torch.isfinite(y).all() for y in outputs]).all()
+        kept = [self._to_target(y, x) for y in outputs]
+        for forecast, y in zip(self.forecasts, kept, strict=True):
+            forecast.store(step.time, y)
+        corrected = self.corrector.computed(step, kept[0]) if self.corrector is not None else None
+        return outputs if corrected is None else [corrected, *outputs[1:]]
+
+    def tensors(self) -> list[Tensor]:
+        held = [tensor for forecast in self.forecasts for tensor in forecast.tensors()]
+        return held + (self.corrector.tensors() if self.corrector else [])
+
+    def _to_target(self, y: Tensor, x: Tensor) -> Tensor:
+        # A copy, because the host owns what it got and may change it in place.
+        return y - x if self.policy.of == "residual" and y.shape == x.shape else y.clone()
+
+    def _from_target(self, value: Tensor, x: Tensor) -> Tensor:
+        return value + x if self.policy.of == "residual" and value.shape == x.shape else value
+
+
+class Corrector:
+    """Puts a gap of forecasts right when the next value is computed.
+
+    The solver has moved by sum_j w_j f_j over the skipped steps j, f_j the forecast, w_j `Step.weight`.
+    With the new value y_k at t_k a polynomial p through it and the values before is known, and
+    E = sum_j w_j (p(t_j) - f_j) is what the gap is off by, to the order of p. Returning y_k + E / w_k
+    makes the solver add E with this step. It is the corrector of a predictor-corrector method
+    (UniPC, arXiv 2302.04867, is one) at no evaluation of its own; ours works on any subset of a first-order
+    solver's steps, so it approaches that solver's own path and not only the exact solution.
+    """
+
+    DEGREE = 3
+
+    def __init__(self) -> None:
+        self.nodes: list[float] = []
+        self.values: list[Tensor] = []
+        self.gap: list[tuple[float, float]] = []
+        self.moved: Tensor | None = None
+
+    def skipped(self, step: Step, estimate: Tensor) -> None:
+        if step.weight is None:
+            return
+        self.gap.append((step.time, step.weight))
+        part = estimate.float() * step.weight
+        self.moved = part if self.moved is None else self.moved.add_(part)
+
+    def computed(self, step: Step, y: Tensor) -> Tensor | None:
+        """Remember `y`; what to return in its place, None when there is nothing to put right."""
+        if step.time in self.nodes:
+            spot = self.nodes.index(step.time)
+            del self.nodes[spot], self.values[spot]
+        self.nodes = [*self.nodes, step.time][-(self.DEGREE + 1) :]
+        self.values = [*self.values, y][-(self.DEGREE + 1) :]
+        gap, moved = self.gap, self.moved
+        self.gap, self.moved = [], None
+        if moved is None or not step.weight or len(self.values) < 2:
+            return None
+        # sum_j w_j p(t_j) is linear in the values, so the whole gap costs one weighted sum.
+        totals = [0.0] * len(self.nodes)
+        for time, weight in gap:
+            for i, share in enumerate(lagrange(self.nodes, time)):
+                totals[i] += weight * share
+        off = combine(totals, [value.float() for value in self.values]) - moved
+        return (y.float() + off / step.weight).to(y.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return self.values + ([] if self.moved is None else [self.moved])

@@ -1,0 +1,88 @@
+"""Signals: how far has the computation moved, judged without running the network."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from hasten.drift import relative_l1
+from hasten.part import Part
+
+
+class SignalState(Protocol):
+    """Running state of a signal for the branch that decides."""
+
+    def measure(self, x: Tensor) -> Tensor | None:
+        """Relative change expected at input `x`, a 0-d tensor on its device; None when unknown."""
+
+    def observe(self, x: Tensor, y: Tensor) -> None:
+        """The network was computed: `y` at input `x`."""
+
+
+class Signal(Part):
+    """Family of signals."""
+
+    def start(self) -> SignalState:
+        raise NotImplementedError(f"{type(self).__name__} has no start().")
+
+
+class OutputChange(Signal):
+    """Predicts the change of the output from the change of the input (EasyCache, arXiv 2507.02860, eq. 5-8).
+
+    k = |y - y'| / |x - x'| between the last two computed steps; each later step adds
+    k |x_t - x_(t-1)| / |y|. Norms are means of absolute values. Needs no knowledge of the network.
+    """
+
+    kind: ClassVar[str] = "output_change"
+
+    def start(self) -> SignalState:
+        return _OutputChange()
+
+
+class InputChange(Signal):
+    """Relative L1 change of the network's input since the previous step. The cheapest signal."""
+
+    kind: ClassVar[str] = "input_change"
+
+    def start(self) -> SignalState:
+        return _InputChange()
+
+
+class _OutputChange:
+    def __init__(self) -> None:
+        self.previous: Tensor | None = None
+        self.computed: tuple[Tensor, Tensor] | None = None
+        self.rate: Tensor | None = None
+        self.size: Tensor | None = None
+
+    def measure(self, x: Tensor) -> Tensor | None:
+        previous, self.previous = self.previous, x
+        if previous is None or previous.shape != x.shape or self.rate is None or self.size is None:
+            return None
+        return self.rate * _mean_abs(x - previous) / self.size
+
+    def observe(self, x: Tensor, y: Tensor) -> None:
+        if y.shape != x.shape:  # networks that also return a variance: only the mean moves like the input
+            y = y[:, : x.shape[1]]
+        if self.computed is not None and self.computed[0].shape == x.shape:
+            old_x, old_y = self.computed
+            self.rate = _mean_abs(y - old_y) / _mean_abs(x - old_x)
+        self.size = _mean_abs(y)
+        self.computed = (x, y)
+
+
+class _InputChange:
+    def __init__(self) -> None:
+        self.previous: Tensor | None = None
+
+    def measure(self, x: Tensor) -> Tensor | None:
+        previous, self.previous = self.previous, x
+        return None if previous is None or previous.shape != x.shape else relative_l1(x, previous)
+
+    def observe(self, x: Tensor, y: Tensor) -> None:
+        return None
+
+
+def _mean_abs(x: Tensor) -> Tensor:
+    return x.float().abs().mean().clamp_min(1e-12)

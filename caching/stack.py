@@ -1,0 +1,121 @@
+"""Reuse of the blocks behind the first few: the first blocks decide, the rest stands in."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hasten.drift import Drift, Rule, relative_l1
+from hasten.forecast import Forecast, ForecastState, Hold
+from hasten.recipe import ReusePolicy
+from hasten.step import Step
+
+
+class StackReuse(ReusePolicy):
+    """Run the first `lead` blocks; skip the others when their residual has hardly moved.
+
+    First-block caching (ParaAttention; FnB0 of DBCache) with any rule and any forecast. What is kept is
+    R = (last output) - (input behind the lead + everything the model injected on the way), so that
+    injections of the present step (ControlNet, VACE, IP-Adapter) still apply on a skipped one.
+
+    lead: blocks that always run; 0 only with rules that need no signal. rule: decided per branch (the
+    lead blocks of each branch have run anyway). forecast: what stands in for R.
+    """
+
+    kind: ClassVar[str] = "stack"
+    lead: int = Field(1, ge=0)
+    rule: Rule = Drift(limit=0.08, accumulate=False)
+    forecast: Forecast = Hold()
+
+    def start(self) -> StackState:
+        """Fresh state for one run of one network."""
+        return StackState(self)
+
+
+class StackState:
+    """State of `StackReuse` for one run: a decision per step, a history per branch."""
+
+    def __init__(self, policy: StackReuse) -> None:
+        self.policy = policy
+        self.branches: dict[int, StackBranch] = {}
+        self.rule = policy.rule.start()
+        self.decided = -1
+        self.skipping = False
+        self.change: float | None = None
+
+    def decide(self, step: Step, lead: list[Tensor]) -> bool:
+        """May the blocks behind the lead be skipped? `lead`: residuals of the lead blocks, one per stream.
+
+        The first branch of a step decides for all; a branch without history computes.
+        """
+        branch = self.branches.setdefault(step.branch, StackBranch())
+        if step.index != self.decided:
+            self.decided = step.index
+            self.change = branch.change(lead) if self.policy.rule.needs_signal else branch.health()
+            if self.change is not None and self.change != self.change:  # NaN: forget what was computed
+                self.branches = {step.branch: StackBranch()}
+                branch, self.change = self.branches[step.branch], None
+            self.skipping = self.rule.skip(step, self.change)
+        return self.skipping and branch.fits(lead)
+
+    def estimate(self, step: Step, site: int) -> list[Tensor]:
+        """Residuals that stand in for stack number `site`."""
+        return [forecast.estimate(step.time) for forecast in self.branches[step.branch].sites[site]]
+
+    def observe_lead(self, step: Step, lead: list[Tensor]) -> None:
+        """The step is computed: its lead residuals become the reference."""
+        self.branches[step.branch].reference = lead
+
+    def observe(self, step: Step, site: int, residuals: list[Tensor]) -> None:
+        """Stack number `site` was computed with these residuals."""
+        branch = self.branches[step.branch]
+        held = branch.sites.get(site)
+        if held is None or branch.shapes.get(site) != [r.shape for r in residuals]:
+            held = branch.sites[site] = [self.policy.forecast.start() for _ in residuals]
+            branch.shapes[site] = [r.shape for r in residuals]
+        for forecast, residual in zip(held, residuals, strict=True):
+            forecast.store(step.time, residual)
+        branch.finite = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors held for later steps."""
+        held = {t.data_ptr(): t.numel() * t.element_size() for b in self.branches.values() for t in b.tensors()}
+        return sum(held.values())
+
+    def forget(self) -> None:
+        """Drop everything held."""
+        self.branches.clear()
+
+
+class StackBranch:
+    """What one branch has computed: reference residuals of the lead, and a forecast per stack and stream."""
+
+    def __init__(self) -> None:
+        self.reference: list[Tensor] = []
+        self.sites: dict[int, list[ForecastState]] = {}
+        self.shapes: dict[int, list[torch.Size]] = {}
+        self.finite: Tensor | None = None
+
+    def fits(self, lead: list[Tensor]) -> bool:
+        """True when there is a history of this very shape."""
+        same = [a.shape for a in lead] == [b.shape for b in self.reference]
+        return bool(self.sites) and same and all(f.ready for s in self.sites.values() for f in s)
+
+    def change(self, lead: list[Tensor]) -> float | None:
+        """Relative L1 change of the first stream's lead residual; NaN when anything is not finite."""
+        if not self.reference or self.reference[0].shape != lead[0].shape:
+            return None
+        moved = relative_l1(lead[0], self.reference[0])
+        if self.finite is not None:
+            moved = torch.where(self.finite, moved, torch.nan)
+        return float(moved)
+
+    def health(self) -> float | None:
+        """NaN when the last computed residuals are not finite, else None (rules without a signal)."""
+        return float("nan") if self.finite is not None and not bool(self.finite) else None
+
+    def tensors(self) -> list[Tensor]:
+        return self.reference + [t for site in self.sites.values() for f in site for t in f.tensors()]

@@ -1,0 +1,262 @@
+"""The clock: follows a loop hasten does not own, by its scheduler's ticks and its denoiser's calls.
+
+`scheduler.set_timesteps` starts a run, `scheduler.step` ends a step, each denoiser call in between is a
+branch. Nothing is asked of the pipeline, so pipelines without `cache_context` (two thirds of diffusers'
+0.42) and solvers that evaluate twice per step need no special case.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.session import Attachment
+from hasten.step import Step
+
+Tick = Callable[[Tensor], None]
+
+
+@dataclass(slots=True)
+class _Branches:
+    """Which conditioning tensors have been seen in this run, and which branch each belongs to.
+
+    A branch is keyed by (site, context name, content of the conditioning, repetition within the step).
+    Pointers are only a short cut: the tensor is kept alive so that its address cannot be recycled.
+    """
+
+    numbers: dict[Hashable, int] = field(default_factory=dict)
+    known: dict[Hashable, tuple[Tensor, Hashable]] = field(default_factory=dict)
+    called: list[Hashable] = field(default_factory=list)
+    trusted: set[Hashable] = field(default_factory=set)
+    expected: int = 0
+
+    def enter(self, site: str, context: str | None, conditioning: Tensor | None, first_step: bool) -> tuple[int, bool]:
+        """(branch number, may it be trusted?) of a call that is about to run."""
+        base: Hashable = (site, context, self._content(conditioning))
+        repetition = sum(key[0] == base for key in self.called)  # type: ignore[index]
+        key = (base, repetition)
+        self.called.append(key)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.numbers)
+        if first_step:
+            self.trusted.add(key)
+        return self.numbers[key], key in self.trusted
+
+    def end_step(self, first_step: bool) -> None:
+        """A branch that appears later (another prompt from here on, an expert switch) is trusted once it
+        has *replaced* an earlier one; calls on top of the usual number come from somebody else's loop."""
+        if first_step:
+            self.expected = len(self.called)
+        elif len(self.called) <= self.expected:
+            self.trusted.update(self.called)
+        self.called = []
+
+    def _content(self, tensor: Tensor | None) -> Hashable:
+        if tensor is None:
+            return None
+        address = (tensor.data_ptr(), tuple(tensor.shape), tensor._version)
+        if address in self.known:
+            return self.known[address][1]
+        # Reading two numbers is a host synchronisation, but only when a new tensor turns up: in nearly
+        # all pipelines once per branch and run.
+        wide = tensor.detach().double() if tensor.device.type != "mps" else tensor.detach().float()
+        weights = torch.arange(1, wide.shape[-1] + 1, device=wide.device, dtype=wide.dtype)
+        numbers = tuple(torch.stack([wide.sum(), (wide * weights).sum()]).tolist())
+        content = (tuple(tensor.shape), str(tensor.device), *numbers)
+        for old, (_, seen) in list(self.known.items()):
+            if seen == content:  # rebuilt each step: keep one copy alive, not one per step
+                del self.known[old]
+        self.known[address] = (tensor, content)
+        return content
+
+
+class Clock:
+    """Knows where the host's loop stands.
+
+    run: index of the present run, -1 before the first. step: the latest `Step` entered, None when idle.
+    on_run: called when a run starts. on_tick: called with the model output given to the solver.
+    """
+
+    def __init__(self) -> None:
+        self.run = -1
+        self.step: Step | None = None
+        self.on_run: list[Callable[[], None]] = []
+        self.on_tick: list[Tick] = []
+        self.on_end: list[Callable[[], None]] = []
+        self.times: list[float] = []
+        self.weights: list[float | None] = []
+        self.scheduler: Any = None
+        self._attachment = Attachment()
+        self._index: int | None = None
+        self._first_index = 0
+        self._pending = False
+        self._thread = 0
+        self._branches = _Branches()
+
+    # --- following the scheduler -----------------------------------------------------------------
+
+    def follow(self, scheduler: Any) -> None:
+        """Attach to `scheduler` (and let go of the one before)."""
+        self._attachment.restore()
+        self._attachment = Attachment()
+        self.scheduler = scheduler
+        for name, after in (("set_timesteps", self._timesteps_set), ("step", self._stepped)):
+            self._attachment.replace(scheduler, name, _Follower(scheduler, name, after))
+        if getattr(scheduler, "num_inference_steps", None):
+            self._timesteps_set((), {})
+
+    def release(self) -> None:
+        """Give the scheduler its own methods back."""
+        self._attachment.restore()
+        self._index, self._pending, self.step = None, False, None
+
+    def _timesteps_set(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pending, self._index, self.step = True, None, None
+        self._thread = threading.get_ident()
+
+    def _stepped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._index is None or threading.get_ident() != self._thread:
+            return
+        output = kwargs.get("model_output", args[0] if args else None)
+        for call in self.on_tick:
+            call(output)  # type: ignore[arg-type]
+        self._branches.end_step(self._index == self._first_index)
+        self._index += 1
+        if self._index >= len(self.times):
+            self._index, self.step = None, None
+            for end in self.on_end:
+                end()
+
+    # --- following the denoiser ------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """True between the first denoiser call of a run and its last solver step."""
+        return self._index is not None
+
+    def enter(
+        self, site: str, conditioning: Tensor | None = None, context: str | None = None, timestep: Any = None
+    ) -> tuple[Step, bool] | None:
+        """The step of a denoiser call that is about to run and whether its branch can be trusted.
+
+        None when the call does not belong to the followed loop (no run in progress, another thread).
+        """
+        if threading.get_ident() != self._thread:
+            return None
+        if self._pending:
+            self._begin(timestep)
+        if self._index is None:
+            return None
+        branch, trusted = self._branches.enter(site, context, conditioning, self._index == self._first_index)
+        i = self._index
+        self.step = Step(i - self._first_index, len(self.times) - self._first_index, self.times[i], branch, self.weights[i])
+        return self.step, trusted
+
+    def _begin(self, timestep: Any) -> None:
+        self._pending = False
+        self.times = solver_times(self.scheduler)
+        self.weights = solver_weights(self.scheduler)
+        self._index = self._first_index = _starting_index(self.scheduler, timestep, len(self.times))
+        self._branches = _Branches()
+        self.run += 1
+        for call in self.on_run:
+            call()
+
+
+class _Follower:
+    """A scheduler method that tells the clock after it ran. Deep copies of the scheduler get their own,
+    unfollowed method (some pipelines copy the scheduler for a second modality)."""
+
+    def __init__(self, scheduler: Any, name: str, after: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        self._method = getattr(scheduler, name)
+        self._owner, self._name, self._after = scheduler, name, after
+        functools.update_wrapper(self, self._method)  # pipelines inspect the signature for `sigmas=`, `eta=`
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._name == "step":
+            self._after(args, kwargs)
+            return self._method(*args, **kwargs)
+        result = self._method(*args, **kwargs)
+        self._after(args, kwargs)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self._owner))
+        return getattr(type(self._owner), self._name).__get__(self._owner if twin is None else twin)
+
+
+def _starting_index(scheduler: Any, timestep: Any, total: int) -> int:
+    """Where in the list of timesteps the loop begins (image-to-image starts in the middle)."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return min(int(begin), total - 1)
+    if isinstance(timestep, Tensor) and timestep.numel() and torch.is_tensor(scheduler.timesteps):
+        value = float(timestep.detach().flatten()[0])
+        nodes = [float(node) for node in scheduler.timesteps.tolist()]
+        if value in nodes:
+            return nodes.index(value)
+    return 0
+
+
+def solver_times(scheduler: Any) -> list[float]:
+    """`Step.time` of each evaluation: sigma for flow matching, atan(sigma / alpha) / (pi / 2) for
+    variance-preserving and variance-exploding solvers, else the timestep over its largest value."""
+    steps = [float(t) for t in torch.as_tensor(scheduler.timesteps).flatten().tolist()]
+    sigmas = _sigmas(scheduler, len(steps))
+    if _is_flow(scheduler) and sigmas is not None:
+        return sigmas
+    cumulative = getattr(scheduler, "alphas_cumprod", None)
+    if cumulative is not None:
+        levels = [_level(cumulative, t) for t in steps]
+        return [math.atan2(math.sqrt(1 - a), math.sqrt(a)) / (math.pi / 2) for a in levels]
+    if sigmas is not None:
+        return [math.atan(s) / (math.pi / 2) for s in sigmas]
+    top = max(steps, default=1.0) or 1.0
+    return [t / top for t in steps]
+
+
+def solver_weights(scheduler: Any) -> list[float | None]:
+    """`Step.weight` of each evaluation: the factor with which the output enters the latents, where the
+    solver is first-order and linear in it (Euler on a flow, Euler on sigma, DDIM with eta 0)."""
+    name, num = type(scheduler).__name__, len(scheduler.timesteps)
+    config = getattr(scheduler, "config", {})
+    prediction = config.get("prediction_type", "epsilon")
+    if name == "FlowMatchEulerDiscreteScheduler" and not config.get("stochastic_sampling"):
+        sigmas = scheduler.sigmas.tolist()
+        return [sigmas[i + 1] - sigmas[i] for i in range(num)]
+    if name == "EulerDiscreteScheduler" and prediction == "epsilon":
+        sigmas = scheduler.sigmas.tolist()
+        return [sigmas[i + 1] - sigmas[i] for i in range(num)]
+    clipped = config.get("clip_sample") or config.get("thresholding")
+    if name == "DDIMScheduler" and prediction == "epsilon" and not clipped:
+        levels = [_level(scheduler.alphas_cumprod, float(t)) for t in scheduler.timesteps]
+        ratio = [math.sqrt((1 - a) / a) for a in [*levels, float(scheduler.final_alpha_cumprod)]]
+        return [ratio[i + 1] - ratio[i] for i in range(num)]
+    return [None] * num
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = getattr(scheduler, "config", {})
+    named = "FlowMatch" in type(scheduler).__name__
+    return bool(named or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction")
+
+
+def _sigmas(scheduler: Any, num: int) -> list[float] | None:
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) < num:
+        return None
+    return [float(s) for s in torch.as_tensor(sigmas).flatten().tolist()[:num]]
+
+
+def _level(cumulative: Tensor, t: float) -> float:
+    """alpha_cumprod at a possibly fractional timestep."""
+    low = min(max(int(math.floor(t)), 0), len(cumulative) - 1)
+    high = min(low + 1, len(cumulative) - 1)
+    return float(cumulative[low]) * (1 - (t - low)) + float(cumulative[high]) * (t - low)

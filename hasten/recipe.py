@@ -1,0 +1,125 @@
+"""Recipes: which part acts on which axis. A paper is a function that returns one (`pipelines/recipes/`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from hasten.errors import RecipeError
+from hasten.part import Part, parse
+
+MAX_YAML_BYTES = 256 * 1024
+"""A recipe from a stranger may not be larger than this."""
+
+
+class Axis(Part):
+    """Base of the parts that stand directly on a recipe's axis."""
+
+
+class Sampler(Axis):
+    """Axis `sampler`: which solver walks the path, on how many steps."""
+
+
+class Guidance(Axis):
+    """Axis `guidance`: which branches of classifier-free guidance are evaluated."""
+
+
+class ReusePolicy(Axis):
+    """Axis `reuse`: which evaluations of the network, or of its blocks, are replaced by earlier ones."""
+
+
+class Attention(Axis):
+    """Axis `attention`: which key blocks a query block reads."""
+
+
+class Runtime(Axis):
+    """Axis `runtime`: how the same numbers are computed (compilation, precision, offload)."""
+
+
+class Recipe(Part):
+    """A frozen composition of parts, at most one per axis.
+
+    `a | b` joins recipes with disjoint axes; the same axis in both raises `RecipeError`. `paper` and
+    `models` describe, they do not act. The remaining axes of the design (kv, commit, revise, blocks,
+    draft, verify, adapter) join here when their first part does.
+    """
+
+    kind: ClassVar[str] = ""
+    version: Literal[1] = 1
+    name: str = ""
+    paper: str = ""
+    models: tuple[str, ...] = ()
+    sampler: Sampler | None = None
+    guidance: Guidance | None = None
+    reuse: ReusePolicy | None = None
+    attention: Attention | None = None
+    runtime: Runtime | None = None
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """The axes that are occupied, in declaration order."""
+        parts = {name: getattr(self, name) for name in AXES}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def __or__(self, other: Recipe) -> Recipe:
+        both = sorted(set(self.axes) & set(other.axes))
+        if both:
+            raise RecipeError(
+                f"Both recipes set {', '.join(both)} ({self.name or 'left'!r} and {other.name or 'right'!r});"
+                " a recipe has one part per axis. Drop it from one of them."
+            )
+        names = [name for name in (self.name, other.name) if name]
+        papers = [paper for paper in (self.paper, other.paper) if paper]
+        return Recipe(
+            name="+".join(names), paper="; ".join(papers), models=self.models or other.models, **self.axes, **other.axes
+        )
+
+    def replace(self, assignments: dict[str, Any], where: str = "--set") -> Recipe:
+        """A copy with dotted keys changed, for example `{"reuse.rule.threshold": 0.1}`."""
+        data = self.model_dump()
+        for dotted, value in assignments.items():
+            *path, last = dotted.split(".")
+            inner = data
+            for key in path:
+                inner = inner.get(key) if isinstance(inner, dict) else None  # type: ignore[assignment]
+            if not isinstance(inner, dict):
+                raise RecipeError(f"{where}: there is no {dotted!r} in recipe {self.name!r}; its axes: {list(self.axes)}.")
+            inner[last] = value
+        return parse(Recipe, data, where)
+
+    def to_yaml(self) -> str:
+        """The serialised form; `from_yaml` gives an equal recipe back."""
+        data = {key: value for key, value in self.model_dump().items() if value not in (None, "", [])}
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+AXES = ("sampler", "guidance", "reuse", "attention", "runtime")
+
+
+def from_yaml(text: str, where: str = "recipe") -> Recipe:
+    """Read a recipe from YAML text with the safe loader, within a size limit and without aliases.
+
+    The parts it names must have been imported; `hasten.recipe(...)` sees to that.
+    """
+    if len(text.encode()) > MAX_YAML_BYTES:
+        raise RecipeError(f"{where}: a recipe may have at most {MAX_YAML_BYTES // 1024} KiB, got {len(text) // 1024}.")
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+                raise RecipeError(f"{where}: YAML anchors and aliases are not allowed in recipes. Write the value out.")
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"{where}: not valid YAML ({line}).") from None
+    return parse(Recipe, data, where)
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe file; a missing one is a `RecipeError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from None
+    return from_yaml(text, where=str(path))

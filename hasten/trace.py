@@ -1,0 +1,88 @@
+"""What happened: one event per decision. Report, UI, tuner and tests read it, policies never do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Action = Literal["compute", "reuse", "forecast", "skip"]
+"""compute: the work was done. reuse: the last result stood in. forecast: an extrapolation stood in.
+skip: the call was answered from another branch (guidance)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One decision about one piece of work.
+
+    run, step, branch: where (see `Step`). site: dotted name of what was (not) run, for example
+    `transformer` or `transformer.blocks`. blocks: half-open range of blocks that the decision covers,
+    None for the whole network. signal, threshold: what the rule compared, where it compared anything.
+    seconds: host wall time of the call (launch time only on asynchronous devices). why: one phrase.
+    """
+
+    run: int
+    step: int
+    branch: int
+    site: str
+    action: Action
+    blocks: tuple[int, int] | None = None
+    signal: float | None = None
+    threshold: float | None = None
+    seconds: float | None = None
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Run:
+    """One pass of the host's loop. `steps` is the planned number of evaluations per branch."""
+
+    index: int
+    steps: int
+    times: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Trace:
+    """Everything that one `accelerate` saw, in order.
+
+    structure: site name -> number of blocks, for drawing the timeline.
+    notes: sentences the user must read (fallbacks, refusals, methods that did nothing); each once.
+    bytes_peak: most bytes that caches held at once.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    structure: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    bytes_held: int = 0
+    bytes_peak: int = 0
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+
+    def note(self, sentence: str) -> bool:
+        """Keep `sentence` once; True when it is new."""
+        if sentence in self.notes:
+            return False
+        self.notes.append(sentence)
+        return True
+
+    def hold(self, num_bytes: int) -> None:
+        """Record how many bytes all caches hold now."""
+        self.bytes_held = num_bytes
+        self.bytes_peak = max(self.bytes_peak, num_bytes)
+
+    def of_run(self, index: int) -> Iterator[Event]:
+        return (event for event in self.events if event.run == index)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "runs": [asdict(run) for run in self.runs],
+            "events": [asdict(event) for event in self.events],
+            "structure": dict(self.structure),
+            "notes": list(self.notes),
+            "bytes_peak": self.bytes_peak,
+        }

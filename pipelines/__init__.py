@@ -1,0 +1,1 @@
+"""Everything that knows a host: attaching to diffusers, bundled models, recipes, measuring, generating."""

@@ -1,0 +1,188 @@
+"""`hasten.accelerate`: put a recipe onto an unmodified host, and take it off again exactly."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+
+from hasten.caching.network import NetworkReuse
+from hasten.clock import Clock
+from hasten.errors import ModelError, UsageError
+from hasten.limits import Limits
+from hasten.pipelines.denoiser_gate import DenoiserGate
+from hasten.pipelines.guidance_seam import GuidanceSeam
+from hasten.pipelines.host import denoisers, hardware
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.solver import swap_scheduler
+from hasten.recipe import Recipe
+from hasten.samplers.solver import Solver
+from hasten.session import Attachment
+from hasten.step import Step
+from hasten.trace import Run, Trace
+
+if TYPE_CHECKING:
+    from hasten.report import Report
+
+
+def accelerate(
+    host: Any, recipe: str | Path | Recipe, *, scheduler: Any = None, limits: Limits | None = None
+) -> Session:
+    """Make `host` generate faster while the returned session is open.
+
+    host: any diffusers pipeline, unmodified; or a bare denoiser (then `scheduler` is required).
+    recipe: a recipe's name, a `Recipe`, or the path of a YAML file. limits: `max_cache_bytes` caps what
+    caches may hold. Only this instance is touched, and closing the session (leaving `with`, an exception,
+    `close()`) restores it: the next output is bit-identical to one from before.
+
+    Raises `RecipeError` for an unknown recipe, `ModelError` when there is no denoiser, `UsageError` when an
+    axis of the recipe has no seam on this host.
+    """
+    return Session(host, find_recipe(recipe), scheduler, limits or Limits())
+
+
+class Session:
+    """One recipe on one host. A context manager; `report()` says what was really skipped."""
+
+    def __init__(self, host: Any, recipe: Recipe, scheduler: Any, limits: Limits) -> None:
+        self.host, self.recipe, self.limits = host, recipe, limits
+        self.trace = Trace()
+        self.clock = Clock()
+        self.guidance: GuidanceSeam | None = None
+        self.gates: list[DenoiserGate] = []
+        self._attachment = Attachment()
+        self._bare_scheduler = scheduler
+        self._closed = False
+        self._began = 0.0
+        models = denoisers(host)
+        if recipe.attention is not None or recipe.runtime is not None:
+            raise UsageError(f"Recipe {recipe.name!r} sets an axis that has no seam yet; drop attention and runtime.")
+        if isinstance(host, nn.Module) and scheduler is None:
+            raise ModelError("A bare denoiser has no loop to follow: pass scheduler=, the one whose step() you call.")
+        try:
+            self._attach(models)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, models: dict[str, nn.Module]) -> None:
+        if isinstance(self.recipe.sampler, Solver):
+            swap_scheduler(self._attachment, self.host, self.recipe.sampler)
+        self.clock.on_run.append(self._run_begins)
+        self.clock.on_tick.append(self._tick)
+        self.clock.on_end.append(self._run_ends)
+        self.clock.follow(self._scheduler())
+        for site, model in models.items():
+            self.trace.structure[site] = 1
+            self.gates.append(DenoiserGate(self, site, model))
+
+    # --- what users ask ---------------------------------------------------------------------------
+
+    @property
+    def step(self) -> Step | None:
+        """Where the host's loop is now; None between runs."""
+        return self.clock.step
+
+    @property
+    def skipped(self) -> float:
+        """Share of block work skipped so far in the latest run, 0 to 1."""
+        return 1.0 - self.report().computed_fraction if self.trace.runs else 0.0
+
+    def report(self) -> Report:
+        """What happened so far, ready to print, to save as JSON or as a page."""
+        from hasten.report import Report
+
+        if not self.trace.runs:
+            self.note(
+                "No run was seen: the host's scheduler was never started, so this recipe did nothing.", warn=self._closed
+            )
+        device = next((str(p.device) for gate in self.gates for p in gate.model.parameters()), "cpu")
+        return Report(self.trace, self.recipe, hardware=hardware(device))
+
+    def close(self) -> None:
+        """Restore the host. Safe to call twice; the report stays available."""
+        if self._closed:
+            return
+        self._closed = True
+        for gate in reversed(self.gates):
+            gate.release()
+        self.clock.release()
+        self._attachment.restore()
+        self.guidance = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what gates ask ---------------------------------------------------------------------------
+
+    def note(self, sentence: str, *, warn: bool = True) -> None:
+        """A sentence the user must read: once in the report, once as a warning."""
+        if self.trace.note(sentence) and warn:
+            warnings.warn(f"hasten: {sentence}", stacklevel=3)
+
+    def follow_scheduler(self) -> None:
+        """The host may have been given another scheduler since: follow that one."""
+        scheduler = self._scheduler()
+        if scheduler is not self.clock.scheduler:
+            self.clock.follow(scheduler)
+
+    def account(self) -> None:
+        """Count the bytes held; above the cap, drop them and say so."""
+        held = sum(gate.num_bytes() for gate in self.gates)
+        self.trace.hold(held)
+        cap = self.limits.max_cache_bytes
+        if cap is not None and held > cap:
+            for gate in self.gates:
+                gate.forget()
+            self.trace.hold(0)
+            self.note(f"Caches reached {held:,} bytes, above the cap of {cap:,}; reuse is off for the rest of this run.")
+
+    def _scheduler(self) -> Any:
+        return self._bare_scheduler if self._bare_scheduler is not None else self.host.scheduler
+
+    # --- what the clock tells ---------------------------------------------------------------------
+
+    def _run_begins(self) -> None:
+        self._began = time.perf_counter()
+        times = self.clock.times
+        self.trace.runs.append(Run(self.clock.run, len(times), list(times)))
+        for gate in self.gates:
+            gate.begin_run()
+        self.guidance = GuidanceSeam(self.recipe.guidance.start()) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
+        corrects = isinstance(self.recipe.reuse, NetworkReuse) and self.recipe.reuse.correct
+        if corrects and all(weight is None for weight in self.clock.weights):
+            name = type(self.clock.scheduler).__name__
+            self.note(f"{name} is not linear and first-order in the network's output, so forecasts are not corrected.")
+
+    def _tick(self, combined: Any) -> None:
+        if self.guidance is not None:
+            self.guidance.tick(combined)
+            if self.guidance.refused:
+                self.note(f"Guidance is evaluated in full: {self.guidance.refused}.")
+                self.guidance = None
+
+    def _run_ends(self) -> None:
+        run = self.trace.runs[-1]
+        run.seconds, run.finished = time.perf_counter() - self._began, True
+        for gate in self.gates:
+            gate.forget()
+        self._say_if_inert(run.index)
+
+    def _say_if_inert(self, run: int) -> None:
+        """A method that did nothing says so."""
+        actions = {event.action for event in self.trace.of_run(run)}
+        name = self.recipe.name or "this recipe"
+        if self.recipe.reuse is not None and not actions & {"reuse", "forecast"}:
+            self.note(f"{name}: reuse skipped nothing in run {run + 1}; its rule never allowed it. Raise its limit.")
+        halves = any(event.why.startswith("conditional half") for event in self.trace.of_run(run))
+        if self.recipe.guidance is not None and self.guidance is not None and "skip" not in actions and not halves:
+            self.note(f"{name}: guidance left out no evaluation in run {run + 1}; the branches never agreed enough.")

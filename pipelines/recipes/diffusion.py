@@ -1,0 +1,118 @@
+"""Recipes for denoisers: image and video diffusion and flow matching."""
+
+from __future__ import annotations
+
+from hasten.caching.network import NetworkReuse
+from hasten.caching.rules import Every, Listed, Spread
+from hasten.caching.signals import OutputChange
+from hasten.caching.stack import StackReuse
+from hasten.drift import Drift
+from hasten.forecast import Hold, LeaveOneOut, Polynomial
+from hasten.recipe import Recipe
+from hasten.samplers.guidance import AdaptiveGuidance, AffineGuidance, GuidanceInterval, HeldGuidance
+from hasten.samplers.solver import Solver
+
+
+def plain() -> Recipe:
+    """Nothing enabled: the host as it is, only watched. Bit-identical to not using hasten."""
+    return Recipe()
+
+
+def balanced() -> Recipe:
+    """About a quarter of the evaluations; second-order forecasts, each gap put right when the next value is known."""
+    return Recipe(
+        reuse=NetworkReuse(rule=Spread(share=0.24, ends=0.5), forecast=Polynomial(order=2), correct=True),
+        models=("any flow-matching or noise-predicting denoiser",),
+    )
+
+
+def fast() -> Recipe:
+    """About a sixth of the evaluations; the same parts as `balanced`, placed for fewer computed steps."""
+    return Recipe(
+        reuse=NetworkReuse(rule=Spread(share=0.16, ends=0.5), forecast=Polynomial(order=2), correct=True),
+        models=("any flow-matching or noise-predicting denoiser",),
+    )
+
+
+def easycache(limit: float = 0.05, warmup: float = 0.2) -> Recipe:
+    """EasyCache: skip while the predicted change of the output adds up to less than a limit.
+
+    Zhou et al. Official code: 10 of 50 steps of warm-up on Wan, the last step computed, decided on the
+    conditional branch. Differs: decided on the first branch of each step, whichever that is.
+    """
+    return Recipe(
+        reuse=NetworkReuse(
+            rule=Drift(limit=limit, accumulate=True, warmup=warmup), signal=OutputChange(), forecast=Hold(), of="residual"
+        ),
+        paper="EasyCache, arXiv 2507.02860",
+    )
+
+
+def easycache_forecast(limit: float = 0.05, warmup: float = 0.1) -> Recipe:
+    """EasyCache's rule with corrected polynomial forecasts in place of its input shift."""
+    return Recipe(
+        reuse=NetworkReuse(
+            rule=Drift(limit=limit, accumulate=True, warmup=warmup),
+            signal=OutputChange(),
+            forecast=LeaveOneOut(max_order=2),
+            correct=True,
+        ),
+        paper="EasyCache, arXiv 2507.02860, rule only",
+    )
+
+
+def first_block_cache(limit: float = 0.08, lead: int = 1) -> Recipe:
+    """First-block caching: run the first block, skip the others while its residual has hardly moved.
+
+    ParaAttention; `lead` > 1 is FnB0 of DBCache. Differs: injections between blocks (ControlNet, VACE) apply on
+    skipped steps, and one decision is made per step for all branches.
+    """
+    return Recipe(
+        reuse=StackReuse(lead=lead, rule=Drift(limit=limit, accumulate=False, warmup=0.06), forecast=Hold()),
+        paper="First-block caching, ParaAttention",
+    )
+
+
+def first_block_forecast(limit: float = 0.15, lead: int = 1, order: int = 1) -> Recipe:
+    """First-block caching whose skipped residual is extrapolated on the real time grid instead of held."""
+    return Recipe(
+        reuse=StackReuse(
+            lead=lead, rule=Drift(limit=limit, accumulate=False, warmup=0.06, max_skips=4), forecast=Polynomial(order=order)
+        ),
+        paper="First-block caching, ParaAttention; forecasts after TaylorSeer, arXiv 2503.06923",
+    )
+
+
+def every_other(interval: int = 2) -> Recipe:
+    """Compute every second step and hold the output in between: the simplest cache, a larger Euler step."""
+    return Recipe(reuse=NetworkReuse(rule=Every(interval=interval), forecast=Hold()), paper="FORA, arXiv 2407.01425")
+
+
+def adaptive_guidance(agreement: float = 0.9999, after: float = 0.2) -> Recipe:
+    """Adaptive Guidance: drop the unconditional branch for good once both branches agree."""
+    return Recipe(guidance=AdaptiveGuidance(agreement=agreement, after=after), paper="Adaptive Guidance, arXiv 2312.12487")
+
+
+def linear_ag(every: int = 2) -> Recipe:
+    """LinearAG: an affine combination of earlier outputs stands in for every second unconditional one."""
+    return Recipe(guidance=AffineGuidance(every=every), paper="LinearAG, arXiv 2312.12487")
+
+
+def held_guidance(after: float = 0.3, every: int = 2) -> Recipe:
+    """Keep the guidance difference c - u and refresh it at every second evaluated step."""
+    return Recipe(guidance=HeldGuidance(after=after, every=every), paper="Guidance reuse, as in FasterCache 2410.19355")
+
+
+def guidance_interval(low: float = 0.1, high: float = 0.9) -> Recipe:
+    """Guide only in the middle of the noise levels."""
+    return Recipe(guidance=GuidanceInterval(low=low, high=high), paper="Guidance interval, arXiv 2404.07724")
+
+
+def fewer_steps(share: float = 0.25) -> Recipe:
+    """The control every cache must beat: a second-order solver (UniPC) on a share of the steps."""
+    return Recipe(sampler=Solver(name="unipc", steps=share), paper="UniPC, arXiv 2302.04867")
+
+
+def listed(at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> Recipe:
+    """Compute at the listed shares of the run and forecast in between: for schedules found by a search."""
+    return Recipe(reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=2), correct=True))

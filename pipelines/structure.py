@@ -1,0 +1,143 @@
+"""Structure discovery: which of a block's outputs are the next block's inputs, found by watching one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Slot = int | str
+"""Where a block takes a stream: a position or a keyword."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A list of blocks that the network runs in order.
+
+    name: attribute of the network. num: blocks. slots: per stream, where a block takes it; outs: per
+    stream, its index in the block's return value (None: the return value is the stream itself).
+    Streams are ordered by size, largest first. arity: length of the returned tuple.
+    injected: how many times something was added between two blocks.
+    """
+
+    name: str
+    num: int
+    slots: tuple[Slot, ...]
+    outs: tuple[int | None, ...]
+    arity: int
+    injected: int
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The streams a block was called with."""
+        return [args[slot] if isinstance(slot, int) else kwargs[slot] for slot in self.slots]
+
+    def outputs(self, value: Any) -> list[Tensor]:
+        """The streams a block returned."""
+        return [value if out is None else value[out] for out in self.outs]
+
+    def pack(self, streams: list[Tensor]) -> Any:
+        """A block's return value made of `streams`."""
+        if self.outs == (None,):
+            return streams[0]
+        values: list[Tensor | None] = [None] * self.arity
+        for out, stream in zip(self.outs, streams, strict=True):
+            assert out is not None
+            values[out] = stream
+        return tuple(values)
+
+
+@dataclass(slots=True)
+class BlockCall:
+    """One observed call of a block."""
+
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    def output(self, index: int) -> Any:
+        return self.out[index] if isinstance(self.out, tuple | list) else self.out
+
+    def tensors(self) -> dict[Slot, Tensor]:
+        """Tensor arguments by slot."""
+        found: dict[Slot, Tensor] = {i: value for i, value in enumerate(self.args) if isinstance(value, Tensor)}
+        found.update({name: value for name, value in self.kwargs.items() if isinstance(value, Tensor)})
+        return found
+
+
+def candidates(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Attributes of `model` that hold a list of at least two modules."""
+    lists = {name: child for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
+    return {name: list(blocks) for name, blocks in lists.items() if len(blocks) >= 2}
+
+
+class Watcher:
+    """Watches the blocks of one list during one forward, two calls at a time (activations are large)."""
+
+    def __init__(self, name: str, num: int) -> None:
+        self.name, self.num = name, num
+        self.seen = 0
+        self.reason = ""
+        self.previous: BlockCall | None = None
+        self.by_identity: dict[int, Slot] = {}
+        self.by_shape: dict[int, Slot] = {}
+        self.sizes: dict[int, int] = {}
+        self.arity = 0
+        self.bare = False
+        self.joints: list[dict[int, Slot]] = []
+
+    def observe(self, call: BlockCall) -> None:
+        """Take one block call into account."""
+        if call.index != self.seen:
+            self.reason = self.reason or "its blocks run out of order or more than once"
+        self.seen += 1
+        if self.previous is None:
+            self._first(call)
+        elif not self.reason:
+            self._joint(self.previous, call)
+        self.previous = call
+
+    def _first(self, call: BlockCall) -> None:
+        self.bare = not isinstance(call.out, tuple | list)
+        values = [call.out] if self.bare else list(call.out)
+        self.arity = len(values)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                self.sizes[index] = value.numel()
+            elif value is not None:
+                self.reason = f"its blocks return a {type(value).__name__} that cannot be made up on a skipped step"
+        if not self.sizes and not self.reason:
+            self.reason = "its blocks return no tensor"
+
+    def _joint(self, before: BlockCall, now: BlockCall) -> None:
+        """Learn from the seam between two blocks."""
+        given, earlier = now.tensors(), before.tensors()
+        same: dict[int, Slot] = {}
+        for index in self.sizes:
+            value = before.output(index)
+            for slot, tensor in given.items():
+                if tensor is value:
+                    same[index] = slot
+            moved = [s for s, t in given.items() if t.shape == value.shape and s in earlier and earlier[s] is not t]
+            if len(moved) == 1:
+                self.by_shape.setdefault(index, moved[0])
+            if all(t.shape != value.shape for t in earlier.values()):
+                self.reason = "its blocks change the shape of what they pass on"
+        self.by_identity.update(same)
+        self.joints.append(same)
+
+    def stack(self) -> Stack | str:
+        """What was found, or why these blocks cannot be skipped."""
+        if self.seen != self.num and not self.reason:
+            self.reason = f"{self.seen} of its {self.num} blocks ran"
+        slots = {**self.by_shape, **self.by_identity}
+        missing = [index for index in self.sizes if index not in slots]
+        if missing and not self.reason:
+            self.reason = f"output {missing[0]} of a block is not an input of the next one"
+        if self.reason:
+            return f"{self.name}: {self.reason}"
+        order = sorted(self.sizes, key=lambda index: -self.sizes[index])
+        injected = sum(len(self.sizes) - len(same) for same in self.joints)
+        outs: tuple[int | None, ...] = (None,) if self.bare else tuple(order)
+        return Stack(self.name, self.num, tuple(slots[i] for i in order), outs, self.arity, injected)
