@@ -1,0 +1,1 @@
+"""Training: few-step students, tiny models from scratch, the data and checkpoints they need."""

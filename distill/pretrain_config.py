@@ -1,0 +1,142 @@
+"""The configuration of `hasten train pretrain`: strict (unknown keys are errors), read from YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+_MAX_BYTES = 100_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """What the pictures look like."""
+
+    canvas: PositiveInt = 32
+    digit: PositiveInt = 20
+    frames: PositiveInt = 17
+
+
+class TextConfig(_Strict):
+    """The frozen random text encoder and the padded prompt length."""
+
+    dim: PositiveInt = 64
+    layers: PositiveInt = 1
+    length: PositiveInt = 16
+
+
+class VaeConfig(_Strict):
+    """The autoencoder and its training."""
+
+    base_dim: PositiveInt = 16
+    latents: PositiveInt = 8
+    steps: PositiveInt = 1000
+    batch: PositiveInt = 8
+    frames: PositiveInt = 9
+    lr: PositiveFloat = 2e-3
+    warmup: int = Field(default=50, ge=0)
+    kl: float = Field(default=1e-4, ge=0)
+
+
+class LatentsConfig(_Strict):
+    """How many encoded clips or images the denoiser sees."""
+
+    count: PositiveInt = 16384
+    batch: PositiveInt = 32
+
+
+class DenoiserConfig(_Strict):
+    """The transformer and its training."""
+
+    heads: PositiveInt = 2
+    head_dim: PositiveInt = 64
+    layers: PositiveInt = 8
+    ffn: PositiveInt = 512
+    shift: PositiveFloat = 3.0
+    steps: PositiveInt = 4000
+    batch: PositiveInt = 12
+    lr: PositiveFloat = 1.5e-3
+    muon_lr: PositiveFloat = 2e-3
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: int = Field(default=100, ge=0)
+    cooldown: float = Field(default=0.4, ge=0, le=1)
+    ema: float = Field(default=0.998, ge=0, lt=1)
+    drop_prompt: float = Field(default=0.1, ge=0, le=1)
+    clip: PositiveFloat = 1.0
+    precision: Literal["no", "bf16"] = "bf16"
+
+
+class PretrainConfig(_Strict):
+    """One tiny model: what it is, what it learns from and how long."""
+
+    name: str
+    kind: Literal["video", "image"]
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    vae: VaeConfig = VaeConfig()
+    latents: LatentsConfig = LatentsConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    call: dict[str, int | float | bool | str] = Field(default_factory=dict)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> PretrainConfig:
+    """Read a YAML file (or the name of a bundled one) and apply dotted overrides such as {"denoiser.steps": 100}."""
+    file = find_config(path)
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"'{file}' is larger than {_MAX_BYTES} bytes: a configuration is a short YAML file.")
+    raw = yaml.safe_load(file.read_text())
+    if not isinstance(raw, dict):
+        raise ValueError(f"'{file}' holds {type(raw).__name__}, expected a mapping of keys to values.")
+    for key, value in (overrides or {}).items():
+        _assign(raw, key, value)
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PretrainConfig:
+    """Validate a plain mapping; an unknown key is an error that names the nearest valid one."""
+    try:
+        return PretrainConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or the bundled configuration of that name."""
+    bundled = Path(__file__).parent / "configs"
+    for candidate in (Path(path), bundled / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.stem for p in bundled.glob("*.yaml"))
+    raise FileNotFoundError(f"no configuration '{path}': give a YAML file, or one of {', '.join(names)}.")
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"cannot set '{key}': '{parent}' is a value, not a section.")
+    raw[last] = value
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(p) for p in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"'{path}': {item['msg']}, got {item['input']!r}"
+    model: Any = PretrainConfig
+    for part in item["loc"][:-1]:
+        model = model.model_fields[str(part)].annotation
+    allowed = list(model.model_fields)
+    near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown key '{path}'; {hint}allowed here: {', '.join(allowed)}"

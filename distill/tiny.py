@@ -1,0 +1,232 @@
+"""Builds the bundled tiny models: text encoder, tokenizer, autoencoder and denoiser of a diffusers pipeline.
+
+Everything is an unmodified diffusers or transformers class, only small: `WanPipeline` for video
+(https://arxiv.org/abs/2503.20314) and `PixArtSigmaPipeline` for images (https://arxiv.org/abs/2403.04692).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .moving_digits import DIGITS, DIRECTIONS, SPEEDS
+from .pretrain_config import DenoiserConfig, PretrainConfig, TextConfig, VaeConfig
+
+COMMON_WORDS = (
+    "a an the is are of at in on to and with , . ' - digit number moving moves going goes slow fast slowly quickly "
+    "left right up down top bottom center middle corner thin thick small large black white handwritten image video "
+    "picture clip drawn written still blurry sharp bright dark upwards downwards leftwards rightwards towards from "
+    "speed one two three not no photo big little large line stroke background"
+)
+
+
+def vocabulary() -> list[str]:
+    """The words both models know, special tokens first; ids are the positions."""
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *DIGITS,
+        *map(str, range(10)),
+        *DIRECTIONS,
+        *SPEEDS,
+        *COMMON_WORDS.split(),
+    ]
+    return list(dict.fromkeys(words))
+
+
+def build_tokenizer() -> Any:
+    """A fast word-level tokenizer: lower case, punctuation apart, `</s>` at the end, padded with `<pad>`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocab["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def build_text_encoder(kind: str, config: TextConfig) -> Any:
+    """A one-layer (U)MT5 encoder with frozen random weights: every word gets its own direction."""
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    common = {
+        "vocab_size": len(vocabulary()),
+        "d_model": config.dim,
+        "d_kv": 32,
+        "d_ff": 2 * config.dim,
+        "num_layers": config.layers,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+    }
+    if kind == "video":
+        model: Any = UMT5EncoderModel(UMT5Config(**common))
+    else:
+        model = T5EncoderModel(T5Config(**common))
+    return model.eval().requires_grad_(False)
+
+
+def build_vae(kind: str, config: VaeConfig) -> Any:
+    """The autoencoder. Video: (3, F, H, W) -> (latents, 1 + (F-1)/2, H/4, W/4); image: (3, H, W) -> (latents, H/2, W/2)."""
+    from diffusers import AutoencoderKL, AutoencoderKLWan
+
+    if kind == "video":
+        return AutoencoderKLWan(
+            base_dim=config.base_dim,
+            z_dim=config.latents,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            attn_scales=[],
+            temperal_downsample=[True],
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_temporal=2,
+            scale_factor_spatial=4,
+            latents_mean=[0.0] * config.latents,
+            latents_std=[1.0] * config.latents,
+        )
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(config.base_dim, 2 * config.base_dim),
+        layers_per_block=1,
+        latent_channels=config.latents,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def decode_unclamped(vae: Any, latents: Tensor) -> Tensor:
+    """Decode without AutoencoderKLWan's final clamp, whose gradient is zero wherever a dark pixel overshoots."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    if not hasattr(vae, "temperal_upsample"):
+        image: Tensor = vae.decode(latents).sample
+        return image
+    vae.clear_cache()
+    hidden, chunks = vae.post_quant_conv(latents), []
+    for i in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        chunks.append(
+            vae.decoder(
+                hidden[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0
+            )
+        )
+    vae.clear_cache()
+    video: Tensor = unpatchify(torch.cat(chunks, 2), patch_size=vae.config.patch_size)
+    return video
+
+
+def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: int, sample_size: int) -> Any:
+    """The transformer, freshly initialised for training from scratch (the output layer starts at zero)."""
+    from diffusers import PixArtTransformer2DModel, WanTransformer3DModel
+
+    if kind == "video":
+        model: Any = WanTransformer3DModel(
+            patch_size=(1, 1, 1),
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            in_channels=latents,
+            out_channels=latents,
+            text_dim=text_dim,
+            freq_dim=64,
+            ffn_dim=config.ffn,
+            num_layers=config.layers,
+            rope_max_seq_len=64,
+        )
+    else:
+        width = config.heads * config.head_dim
+        model = PixArtTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            in_channels=latents,
+            out_channels=latents,
+            num_layers=config.layers,
+            norm_num_groups=8,
+            cross_attention_dim=width,
+            sample_size=sample_size,
+            patch_size=1,
+            interpolation_scale=1,
+            use_additional_conditions=False,
+            caption_channels=text_dim,
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "blocks" in name:
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+def build_scheduler(kind: str, shift: float) -> Any:
+    """Video: flow matching with the given shift. Image: DDIM on PixArt's linear noise schedule."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if kind == "video":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return DDIMScheduler(
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+    )
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer: Any, encoder: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Prompt embeddings (n, length, dim) with zeros after the real tokens, as WanPipeline makes them; mask (n, length)."""
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return hidden * tokens.attention_mask.unsqueeze(-1), tokens.attention_mask
+
+
+def assemble(config: PretrainConfig, *, vae: Any, denoiser: Any, text_encoder: Any) -> Any:
+    """The pipeline made of the parts, ready to be called or saved."""
+    from diffusers import PixArtSigmaPipeline, WanPipeline
+
+    parts = {
+        "tokenizer": build_tokenizer(),
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "transformer": denoiser,
+        "scheduler": build_scheduler(config.kind, config.denoiser.shift),
+    }
+    return WanPipeline(**parts) if config.kind == "video" else PixArtSigmaPipeline(**parts)

@@ -1,0 +1,78 @@
+"""The bundled tiny models: real, trained and small, in ordinary diffusers folders.
+
+`load("tiny-video")` is `DiffusionPipeline.from_pretrained(path("tiny-video"))` with a clear error for a wrong name;
+moving on to a real model changes only the model name. Each folder carries a `hasten.json` (default call, licence,
+data, training, sha256 of the weights) and the training's loss curve in `loss.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_BUNDLED = Path(__file__).parent / "bundled"
+
+
+def names() -> list[str]:
+    """The bundled models, in alphabetical order."""
+    return sorted(p.parent.name for p in _BUNDLED.glob("*/hasten.json"))
+
+
+def path(name: str) -> Path:
+    """The diffusers folder of a bundled model."""
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ValueError(f"no bundled model '{name}': {hint}available: {', '.join(known) or 'none'}.")
+    return _BUNDLED / name
+
+
+def card(name: str) -> dict[str, Any]:
+    """The contents of `hasten.json`: default call, licence, data, training and checksums."""
+    content: dict[str, Any] = json.loads((path(name) / "hasten.json").read_text())
+    return content
+
+
+def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
+    """The diffusers pipeline of a bundled model, from package data alone (no network)."""
+    folder = path(name)
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtype or torch.float32, local_files_only=True
+    )
+    return pipe if device is None else pipe.to(device)
+
+
+def call_defaults(name_or_pipe: Any) -> dict[str, Any]:
+    """Keyword arguments for an ordinary call; {} for a pipeline that is not a bundled model.
+
+    A pipeline is recognised by the folder it was loaded from (`pipe.config._name_or_path`).
+    """
+    if isinstance(name_or_pipe, str):
+        return dict(card(name_or_pipe)["call"])
+    origin = str(getattr(getattr(name_or_pipe, "config", None), "_name_or_path", "") or "")
+    file = Path(origin) / "hasten.json"
+    if not origin or not file.is_file():
+        return {}
+    return dict(json.loads(file.read_text()).get("call", {}))
+
+
+def verify(name: str) -> dict[str, bool]:
+    """Compare each weight file with the sha256 recorded in `hasten.json`."""
+    folder = path(name)
+    return {
+        file: (folder / file).is_file() and sha256(folder / file) == digest
+        for file, digest in card(name)["sha256"].items()
+    }
+
+
+def sha256(file: Path) -> str:
+    """Checksum of a file in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
