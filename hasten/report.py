@@ -1,0 +1,277 @@
+"""What one `accelerate` did: how much work was left out, where, by which numbers, and what it held.
+
+Everything is counted from the trace, in blocks, as `hasten.bands` defines it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hasten.atomic import atomic_write
+from hasten.bands import Band, bands_of, network_of
+from hasten.errors import UsageError, nearest
+from hasten.recipe import Recipe
+from hasten.trace import Action, Run, Trace
+
+ACTIONS: tuple[Action, ...] = get_args(Action)
+MARKS: dict[Action, str] = {"compute": "#", "reuse": "=", "forecast": "~", "skip": "."}
+_DOES: dict[str, set[Action]] = {"reuse": {"reuse", "forecast"}, "guidance": {"skip"}}
+"""Axis -> the actions by which it shows that it did something."""
+_LINE = 100
+"""Steps per row of the terminal timeline."""
+
+
+@dataclass
+class Report:
+    """The account of one run (the last, by default), of the run with a given index, or of "all".
+
+    hardware, versions: names to values. extras: what the caller adds; `media` ([{"label", "path"}]) and
+    `metrics` ({name: value} or a list of such rows) are drawn side by side in the page, other plain values
+    (prompt, seed, model) are listed. `print` it, `save` it, or read its properties. It counts the trace once,
+    when first asked. Raises `UsageError` for a run that does not exist.
+    """
+
+    trace: Trace
+    recipe: Recipe | None = None
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    run: int | Literal["all"] | None = None
+
+    def __post_init__(self) -> None:
+        self.versions = self.versions or installed_versions()
+        known = [run.index for run in self.trace.runs]
+        if self.run not in (None, "all", *known):
+            raise UsageError(
+                f"There is no run {self.run!r}; the runs are {known}, or 'all'. Leave it out for the last."
+            )
+
+    def of(self, run: int | Literal["all"]) -> Report:
+        """The same report about another run, or about all of them together."""
+        return replace(self, run=run)
+
+    # --- numbers ----------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs this report is about, oldest first."""
+        if self.run is None:
+            return self.trace.runs[-1:]
+        return [run for run in self.trace.runs if self.run in ("all", run.index)]
+
+    @cached_property
+    def bands(self) -> list[Band]:
+        """All work of the chosen runs, in order of run, step, branch, site, block."""
+        return [band for run in self.runs for band in bands_of(self.trace, run.index)]
+
+    @property
+    def totals(self) -> dict[Action, int]:
+        """action -> blocks."""
+        return {action: sum(band.num for band in self.bands if band.action == action) for action in ACTIONS}
+
+    @property
+    def computed_fraction(self) -> float:
+        """Computed block work over all block work, 0 to 1; 1.0 when nothing was recorded."""
+        totals = self.totals
+        return totals["compute"] / sum(totals.values()) if self.bands else 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations the loop asked for."""
+        return len(self._shares)
+
+    @property
+    def nfe(self) -> float:
+        """Network evaluations that were really computed; fractional where only some of the blocks ran."""
+        return math.fsum(self._shares)
+
+    @cached_property
+    def _shares(self) -> list[float]:
+        """Computed share of each evaluation (one network on one branch at one step)."""
+        shares = []
+        for _, group in groupby(
+            self.bands, lambda band: (band.run, band.step, band.branch, network_of(band.site))
+        ):
+            bands = list(group)
+            shares.append(sum(b.num for b in bands if b.action == "compute") / sum(b.num for b in bands))
+        return shares
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Blocks per action for every run, step, branch and site: what was skipped where."""
+        rows = []
+        for key, group in groupby(self.bands, lambda band: (band.run, band.step, band.branch, band.site)):
+            row: dict[str, Any] = dict(zip(("run", "step", "branch", "site"), key, strict=True))
+            row |= dict.fromkeys(ACTIONS, 0)
+            for band in group:
+                row[band.action] += band.num
+            rows.append(row)
+        return rows
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Run index -> wall seconds of that run."""
+        return {run.index: run.seconds for run in self.runs}
+
+    @property
+    def bytes_held(self) -> int:
+        """Most bytes that caches held at once."""
+        return max(self.trace.bytes_peak, self.trace.bytes_held)
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self.trace.notes)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader must know before the numbers: notes of the run, and methods that did nothing."""
+        found = list(self.trace.notes)
+        if not self.bands:
+            return [*found, "No decision was recorded: the model was never called while it was accelerated."]
+        for run in self.runs:
+            if not run.finished:
+                last = max((band.step + 1 for band in self.bands if band.run == run.index), default=0)
+                found.append(
+                    f"Run {run.index} has not finished ({last} of {run.steps} steps); the numbers cover that part."
+                )
+        totals = self.totals
+        axes = [axis for axis in _DOES if self.recipe is not None and axis in self.recipe.axes]
+        idle = [axis for axis in axes if not any(totals[action] for action in _DOES[axis])]
+        if idle and totals["compute"] == sum(totals.values()):
+            found.append(
+                f"This recipe skipped nothing: all {totals['compute']} blocks were computed. {self._why_idle()}"
+            )
+        elif idle:
+            found.append(f"The recipe's {' and '.join(idle)} part skipped nothing. {self._why_idle()}")
+        if totals["compute"] == 0:
+            found.append("Nothing was computed: every evaluation was replaced. Do not trust this result.")
+        return found
+
+    def _why_idle(self) -> str:
+        """How far the rule was from skipping, when it compared anything."""
+        events = [band.event for band in self.bands if band.event is not None]
+        pairs = [(e.signal, e.threshold) for e in events if e.signal is not None and e.threshold is not None]
+        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if not pairs:
+            return "Check that it fits this model, its guidance and this number of steps."
+        signal, threshold = min(pairs, key=lambda pair: pair[0] - pair[1])
+        return f"The closest call was a signal of {signal:.4g} against a limit of {threshold:.4g}; a higher limit skips more."
+
+    # --- forms ------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        """Readable text: warnings first, then the numbers, then one character per step."""
+        totals = self.totals
+        name = (self.recipe.name or "unnamed recipe") if self.recipe else "no recipe"
+        chosen = ", ".join(str(run.index) for run in self.runs) or "none"
+        lines = [f"hasten report: {name}, run {chosen} of {len(self.trace.runs)}"]
+        lines += [f"  !! WARNING: {warning}" for warning in self.warnings]
+        lines += [
+            f"  computed    {self.computed_fraction:.1%} of the block work, {self.nfe:.4g} of {self.evaluations} evaluations",
+            f"  blocks      {', '.join(f'{action} {num}' for action, num in totals.items())}",
+            f"  seconds     {', '.join(f'{value:.3g}' for value in self.seconds.values()) or 'none'}",
+            f"  cache held  {self.bytes_held / 2**20:.1f} MiB at most",
+        ]
+        for title, facts in (("hardware", self.hardware), ("versions", self.versions)):
+            if facts:
+                lines.append(f"  {title:<11} {', '.join(f'{key} {value}' for key, value in facts.items())}")
+        if self.bands:
+            legend = "  ".join(f"{mark} {action}" for action, mark in MARKS.items())
+            lines += [f"  timeline, one character per step, most of its blocks:  {legend}", *self._timeline()]
+        return "\n".join(lines)
+
+    def _timeline(self) -> list[str]:
+        lines = []
+        by_row: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            by_row.setdefault((row["run"], row["branch"], row["site"]), []).append(row)
+        labels = {key: f"run {key[0]} branch {key[1]} {key[2]}" for key in by_row}
+        width = max(map(len, labels.values()))
+        for key, rows in by_row.items():
+            marks = [" "] * (rows[-1]["step"] + 1)
+            for row in rows:
+                # On a tie the action that left work out is shown: it is the news.
+                marks[row["step"]] = MARKS[max(reversed(ACTIONS), key=lambda action: row[action])]
+            for start in range(0, len(marks), _LINE):
+                label = labels[key] if start == 0 else f"from step {start}"
+                lines.append(f"  {label:<{width}}  {''.join(marks[start : start + _LINE])}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, strict-JSON data: numbers that are not finite become None."""
+        chosen = {run.index for run in self.runs}
+        whole = self.trace.to_dict()
+        data = {
+            "recipe": self.recipe.model_dump() if self.recipe else None,
+            "computed_fraction": self.computed_fraction,
+            "nfe": self.nfe,
+            "evaluations": self.evaluations,
+            "blocks": self.totals,
+            "seconds": self.seconds,
+            "bytes_held": self.bytes_held,
+            "warnings": self.warnings,
+            "notes": self.notes,
+            "hardware": self.hardware,
+            "versions": self.versions,
+            "extras": self.extras,
+            "structure": self.trace.structure,
+            "runs": [run for run in whole["runs"] if run["index"] in chosen],
+            "rows": self.rows,
+            "events": [event for event in whole["events"] if event["run"] in chosen],
+        }
+        return {key: _strict(value) for key, value in data.items()}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text without NaN or Infinity."""
+        return json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False, indent=1)
+
+    def to_html(self) -> str:
+        """One self-contained page; nothing is loaded from anywhere."""
+        from hasten.report_html import render
+
+        return render(self)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the form that the suffix names (.txt, .json, .html), whole or not at all.
+
+        Raises `UsageError` for another suffix and `OutputError` when the file cannot be written.
+        """
+        forms = {".txt": self.__str__, ".json": self.to_json, ".html": self.to_html}
+        suffix = Path(path).suffix.lower()
+        if suffix not in forms:
+            raise UsageError(
+                f"Cannot save a report as {str(path)!r}: the suffix is {suffix!r};"
+                f" allowed: {', '.join(forms)}.{nearest(suffix, forms)}"
+            )
+        return atomic_write(path, forms[suffix]().rstrip("\n") + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of hasten, Python and the libraries that decide the numbers, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in ("hasten", "torch", "diffusers", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _strict(value: Any) -> Any:
+    """`value` in types that strict JSON has; anything unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_strict(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,219 @@
+"""A report as one self-contained page: numbers, warnings, step x block timeline, signals, media, recipe.
+
+No script library, no font, no image comes from elsewhere, and a content security policy forbids it; every text
+is escaped. Actions differ in colour *and* in pattern, so that the timeline reads without colour.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.bands import Band
+from hasten.report_plot import draw_signals
+from hasten.report_style import GUTTER, PATTERNS, SCRIPT, STYLE, column
+from hasten.trace import Run
+
+if TYPE_CHECKING:
+    from hasten.report import Report
+
+MAX_MEDIA_BYTES = 24 * 1024 * 1024
+"""Larger files are named in the page instead of embedded."""
+_VERBS = {"compute": "computed", "reuse": "reused", "forecast": "forecast", "skip": "skipped"}
+_MEDIA = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
+
+
+def render(report: Report) -> str:
+    """The page of `report` as HTML text, UTF-8."""
+    name = (report.recipe.name or "unnamed recipe") if report.recipe else "no recipe"
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; script-src 'sha256-{digest}'"
+    body = [
+        f"<h1>{escape(name)}</h1>",
+        f'<p class="sub">{escape(_subtitle(report))}</p>',
+        *(f'<p class="warning" role="alert"><b>Warning.</b> {escape(text)}</p>' for text in report.warnings),
+        _tiles(report),
+        _shares(report),
+        *_runs(report),
+        _media(report.extras.get("media") or []),
+        _metrics(report.extras.get("metrics")),
+        _table("Request", {k: v for k, v in report.extras.items() if k not in ("media", "metrics")}),
+        _recipe(report),
+        _table("Hardware", report.hardware),
+        _table("Versions", report.versions),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(name)} - hasten report</title><style>{STYLE}</style></head>\n<body>{PATTERNS}<main>\n"
+        + "\n".join(part for part in body if part)
+        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _subtitle(report: Report) -> str:
+    chosen = ", ".join(str(run.index) for run in report.runs) or "none"
+    parts = [f"hasten report on run {chosen} of {len(report.trace.runs)}"]
+    return " - ".join(parts + ([report.recipe.paper] if report.recipe and report.recipe.paper else []))
+
+
+def _tiles(report: Report) -> str:
+    seconds = sum(report.seconds.values())
+    tiles = [
+        (f"{report.computed_fraction:.1%}", "of the block work computed"),
+        (f"{report.nfe:.4g} / {report.evaluations}", "network evaluations computed"),
+        (
+            f"{seconds:.3g} s",
+            "wall time" if len(report.runs) < 2 else f"wall time of {len(report.runs)} runs",
+        ),
+        (f"{report.bytes_held / 2**20:.1f} MiB", "held by caches at most"),
+    ]
+    items = "".join(
+        f"<div><strong>{escape(value)}</strong><span>{escape(label)}</span></div>" for value, label in tiles
+    )
+    return f'<section class="tiles">{items}</section>'
+
+
+def _shares(report: Report) -> str:
+    """Legend and share of each action."""
+    total = sum(report.totals.values())
+    if not total:
+        return ""
+    items = "".join(
+        f'<li><svg width="26" height="16"><rect class="{action}" x="1" y="1" width="24" height="14"/></svg>'
+        f" {_VERBS[action]} <b>{num / total:.1%}</b> <small>{num:,} blocks</small></li>"
+        for action, num in report.totals.items()
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _runs(report: Report) -> Iterable[str]:
+    for run in report.runs:
+        bands = [band for band in report.bands if band.run == run.index]
+        steps = max([run.steps, *(band.step + 1 for band in bands)])
+        for branch in sorted({band.branch for band in bands}):
+            mine = [band for band in bands if band.branch == branch]
+            prefix = f"Run {run.index}, " if len(report.runs) > 1 else ""
+            yield f"<section><h2>{prefix}branch {branch}: step by step</h2>"
+            yield f'<div class="scroll" tabindex="0">{_timeline(run, mine, steps)}{draw_signals(run, mine, steps)}</div></section>'
+
+
+def _timeline(run: Run, bands: Sequence[Band], steps: int) -> str:
+    """One SVG: a strip of rows per site (a row per block), a column per step."""
+    width, top, parts = column(steps), 0, []
+    for site in dict.fromkeys(band.site for band in bands):
+        mine = [band for band in bands if band.site == site]
+        num = max(band.stop for band in mine)
+        row = 28 if num == 1 else max(4, min(16, 240 // num))
+        top += 18
+        what = "whole network" if num == 1 else f"{num} blocks"
+        parts.append(f'<text x="{GUTTER}" y="{top - 5}">{escape(site)}, {what}</text>')
+        if num > 1:
+            ends = ((1, top + min(row, 9)), (num, top + num * row - 1))
+            parts += [f'<text class="end" x="{GUTTER - 6}" y="{y}">{block}</text>' for block, y in ends]
+        for band in mine:
+            x, y = GUTTER + band.step * width, top + band.start * row
+            parts.append(
+                f'<rect class="{band.action}" x="{x}" y="{y}" width="{width - 1}" height="{band.num * row - 1}">'
+                f"<title>{escape(_title(run, band))}</title></rect>"
+            )
+        top += num * row + 6
+    every = next(k for k in (1, 2, 5, 10, 20, 50, 100, 10**9) if k * width >= 24)
+    for step in range(0, steps, every):
+        x = GUTTER + step * width + width // 2
+        parts.append(f'<text class="mid" x="{x}" y="{top + 9}">{step}</text>')
+    parts.append(f'<text class="end" x="{GUTTER - 6}" y="{top + 9}">step</text>')
+    return (
+        f'<svg role="img" aria-label="Timeline: what was computed and what was replaced, per step and block"'
+        f' width="{GUTTER + steps * width + 8}" height="{top + 14}">{"".join(parts)}</svg>'
+    )
+
+
+def _title(run: Run, band: Band) -> str:
+    """The text shown when the pointer rests on a cell."""
+    event = band.event
+    time = f", time {run.times[band.step]:.4g}" if band.step < len(run.times) else ""
+    blocks = f"blocks {band.start + 1}-{band.stop} " if band.num > 1 else f"block {band.start + 1} "
+    parts = [f"step {band.step} of {run.steps}{time}: {blocks}{_VERBS[band.action]}"]
+    if event is not None:
+        if event.signal is not None:
+            limit = "" if event.threshold is None else f" against limit {event.threshold:.4g}"
+            parts.append(f"signal {event.signal:.4g}{limit}")
+        if event.seconds is not None:
+            parts.append(f"{1000 * event.seconds:.3g} ms")
+        if event.why:
+            parts.append(event.why)
+    return "; ".join(parts)
+
+
+def _media(media: Sequence[Mapping[str, Any]]) -> str:
+    """Videos and pictures side by side, embedded."""
+    if not media:
+        return ""
+    figures = "".join(
+        f"<figure>{_embedded(Path(str(item['path'])), str(item.get('label', '')))}"
+        f"<figcaption>{escape(str(item.get('label', '')))}</figcaption></figure>"
+        for item in media
+    )
+    videos = sum(Path(str(item["path"])).suffix.lower() == ".mp4" for item in media)
+    button = '<button id="together" type="button">Play or pause all together</button>' if videos > 1 else ""
+    return f'<section><h2>Side by side</h2><div class="media">{figures}</div>{button}</section>'
+
+
+def _embedded(path: Path, label: str) -> str:
+    """The file as a data URI, or a visible sentence why it is not in the page."""
+    kind = _MEDIA.get(path.suffix.lower())
+    try:
+        if kind is None:
+            raise OSError(f"a page shows {', '.join(_MEDIA)} only")
+        if path.stat().st_size > MAX_MEDIA_BYTES:
+            raise OSError(f"it is larger than {MAX_MEDIA_BYTES // 2**20} MiB")
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        return f'<p class="warning">{escape(path.name)} is not shown: {escape(error.strerror or str(error))}.</p>'
+    source = f"data:{kind};base64,{data}"
+    if kind.startswith("video"):
+        return f'<video controls loop muted playsinline aria-label="{escape(label)}" src="{source}"></video>'
+    return f'<img alt="{escape(label)}" src="{source}">'
+
+
+def _metrics(metrics: Any) -> str:
+    """A table from {name: value} or from a list of such rows."""
+    if not metrics:
+        return ""
+    rows = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th>{escape(str(key))}</th>" for key in keys)
+    lines = "".join(f"<tr>{''.join(f'<td>{_cell(row.get(key))}</td>' for key in keys)}</tr>" for row in rows)
+    note = '<p class="sub">Similarity to the run without acceleration, not quality.</p>'
+    return (
+        f'<section><h2>Measured</h2><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>{note}</section>"
+    )
+
+
+def _table(title: str, facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return ""
+    lines = "".join(
+        f"<tr><th>{escape(str(key))}</th><td>{_cell(value)}</td></tr>" for key, value in facts.items()
+    )
+    return f'<section><h2>{title}</h2><div class="scroll" tabindex="0"><table class="facts">{lines}</table></div></section>'
+
+
+def _recipe(report: Report) -> str:
+    if report.recipe is None:
+        return ""
+    text = escape(report.recipe.to_yaml())
+    return f'<section><h2>Recipe</h2><pre tabindex="0">{text}</pre></section>'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
