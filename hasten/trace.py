@@ -19,6 +19,8 @@ class Event:
     `transformer` or `transformer.blocks`. blocks: half-open range of blocks that the decision covers,
     None for the whole network. signal, threshold: what the rule compared, where it compared anything.
     seconds: host wall time of the call (launch time only on asynchronous devices). why: one phrase.
+    share: share of the batch that the action covers; the rest of it was skipped (guidance on pipelines
+    that evaluate both branches in one batch).
     """
 
     run: int
@@ -31,6 +33,7 @@ class Event:
     threshold: float | None = None
     seconds: float | None = None
     why: str = ""
+    share: float = 1.0
 
 
 @dataclass(slots=True)

@@ -183,6 +183,6 @@ class Session:
         name = self.recipe.name or "this recipe"
         if self.recipe.reuse is not None and not actions & {"reuse", "forecast"}:
             self.note(f"{name}: reuse skipped nothing in run {run + 1}; its rule never allowed it. Raise its limit.")
-        halves = any(event.why.startswith("conditional half") for event in self.trace.of_run(run))
+        halves = any(event.share < 1 for event in self.trace.of_run(run))
         if self.recipe.guidance is not None and self.guidance is not None and "skip" not in actions and not halves:
             self.note(f"{name}: guidance left out no evaluation in run {run + 1}; the branches never agreed enough.")

@@ -137,7 +137,7 @@ class DenoiserGate:
         assert seam is not None and seam.roles is not None
         if seam.roles.batched:
             rows = seam.conditional_rows(x.shape[0])
-            output = Output(self._compute(step, call.part(x.shape[0], rows), why="conditional half only"))
+            output = Output(self._compute(step, call.part(x.shape[0], rows), share=0.5))
             joined = [seam.join(step, output.tensors[0])]
             if len(output.tensors) > 1:
                 joined += [torch.cat([tensor, tensor]) for tensor in output.tensors[1:]]
@@ -146,7 +146,7 @@ class DenoiserGate:
         answer = seam.answer(step)
         if answer is None or seen is None:
             return None
-        self._event(step, "skip", None, why="guidance")
+        self._event(step, "skip", why="guidance")
         rest = seen.tensors[1:]
         return self._computed(step, x, Output(seen.rebuild([answer, *rest])), evaluated=False)
 
@@ -171,40 +171,41 @@ class DenoiserGate:
 
     # --- computing --------------------------------------------------------------------------------
 
-    def _compute(self, step: Step, call: Call, why: str = "") -> Any:
-        """Run the network, its blocks gated when a stack policy is on."""
+    def _compute(self, step: Step, call: Call, share: float = 1.0) -> Any:
+        """Run the network, its blocks gated when a stack policy is on. share: how much of the batch `call` is."""
         if self.stack is None or self.gates is None:
-            return self._timed(step, lambda: self._inner(*call.args, **call.kwargs), why)
+            return self._timed(step, lambda: self._inner(*call.args, **call.kwargs), share=share)
         if not self.gates.stacks:
             return self._learn(step, call)
         events: list[Event] = []
-        result = self._timed(step, lambda: self._walk(step, call, self.stack, events), why, events)  # type: ignore[arg-type]
+        result = self._timed(step, lambda: self._walk(step, call, self.stack, events), share=share, events=events)  # type: ignore[arg-type]
         if not self._proved:
             self._prove(step, call, result)
         return result
 
     def _walk(self, step: Step, call: Call, state: StackState, events: list[Event]) -> Any:
-        assert self.gates is not None and isinstance(self.reuse, StackReuse)
-        threshold = self.reuse.rule.threshold_value
+        assert self.gates is not None
 
         def record(name: str, blocks: tuple[int, int], action: str, deciding: bool) -> None:
             kind: Action = "compute" if action == "compute" else self._stand_in_action()
             signal = state.change if deciding else None
-            events.append(self._make(step, kind, f"{self.site}.{name}", blocks, signal, threshold))
+            events.append(self._make(step, kind, f"{self.site}.{name}", blocks, signal))
 
         return self.gates.run(lambda: self._inner(*call.args, **call.kwargs), step, state, record)
 
-    def _timed(self, step: Step, work: Callable[[], Any], why: str = "", events: list[Event] | None = None) -> Any:
+    def _timed(
+        self, step: Step, work: Callable[[], Any], why: str = "", share: float = 1.0, events: list[Event] | None = None
+    ) -> Any:
         """Run `work` and record it, with its wall time, as one computed evaluation (or as `events`)."""
         began = time.perf_counter()
         result = work()
         seconds = time.perf_counter() - began
-        if events is None:
-            change = self.network.change if self.network is not None else None
-            self._event(step, "compute", change, why, seconds)
-            return result
-        for position, event in enumerate(events):
-            self.session.trace.add(_with_seconds(event, seconds) if position == 0 else event)
+        change = self.network.change if self.network is not None else None
+        found = events or [self._make(step, "compute", self.site, None, change, why)]
+        for position, event in enumerate(found):
+            # One measured time for the whole call: it stands on the first event, the others have none.
+            timed = dataclasses.replace(event, seconds=seconds if position == 0 else None, share=share)
+            self.session.trace.add(timed)
         return result
 
     def _learn(self, step: Step, call: Call) -> Any:
@@ -260,19 +261,16 @@ class DenoiserGate:
         forecast = getattr(self.reuse, "forecast", None)
         return "reuse" if isinstance(forecast, Hold) else "forecast"
 
-    def _event(self, step: Step, action: Action, signal: float | None, why: str = "", seconds: float | None = None) -> None:
-        threshold = self.reuse.rule.threshold_value if isinstance(self.reuse, NetworkReuse) else None
-        event = self._make(step, action, self.site, None, signal, threshold, why)
-        self.session.trace.add(event if seconds is None else _with_seconds(event, seconds))
+    def _event(self, step: Step, action: Action, signal: float | None = None, why: str = "") -> None:
+        self.session.trace.add(self._make(step, action, self.site, None, signal, why))
 
     def _make(
-        self, step: Step, action: Action, site: str, blocks: tuple[int, int] | None,
-        signal: float | None, threshold: float | None, why: str = "",
-    ) -> Event:  # fmt: skip
-        return Event(
-            self.session.clock.run, step.index, step.branch, site, action, blocks, signal,
-            threshold if signal is not None else None, None, why,
-        )  # fmt: skip
+        self, step: Step, action: Action, site: str, blocks: tuple[int, int] | None, signal: float | None, why: str = ""
+    ) -> Event:
+        rule = getattr(self.reuse, "rule", None)
+        threshold = rule.threshold_value if rule is not None and signal is not None else None
+        run = self.session.clock.run
+        return Event(run, step.index, step.branch, site, action, blocks, signal, threshold, why=why)
 
 
 class Proof(StackState):
@@ -284,10 +282,6 @@ class Proof(StackState):
 
     def decide(self, step: Step, lead: list[Tensor]) -> bool:
         return True
-
-
-def _with_seconds(event: Event, seconds: float) -> Event:
-    return dataclasses.replace(event, seconds=seconds)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
