@@ -116,7 +116,7 @@ def _explain(error: Exception, target: Path, aside: Path) -> OutputError | None:
         return None
     if number in _FULL:
         return OutputError(
-            f"Cannot write {target}: the disk is full or a quota is reached ({_free(target.parent)} free)."
+            f"Cannot write {target}: the disk is full, or a quota or size limit is reached ({_free(target.parent)} free)."
             " Free some space or choose another folder; nothing was left behind."
         )
     if number in _DENIED:

@@ -68,6 +68,12 @@ class Report:
             return self.trace.runs[-1:]
         return [run for run in self.trace.runs if self.run in ("all", run.index)]
 
+    @property
+    def scope(self) -> str:
+        """Which runs this is about, in words."""
+        chosen = ", ".join(str(run.index) for run in self.runs) or "none"
+        return f"run {chosen} ({len(self.trace.runs)} recorded)"
+
     @cached_property
     def bands(self) -> list[Band]:
         """All work of the chosen runs, in order of run, step, branch, site, block."""
@@ -163,8 +169,14 @@ class Report:
         pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
         if not pairs:
             return "Check that it fits this model, its guidance and this number of steps."
+        below = sum(signal < threshold for signal, threshold in pairs)
+        if below:
+            return (
+                f"{below} signals were below their limit, but the rule's warm-up, tail or other guards computed anyway;"
+                " take more steps or loosen them."
+            )
         signal, threshold = min(pairs, key=lambda pair: pair[0] - pair[1])
-        return f"The closest call was a signal of {signal:.4g} against a limit of {threshold:.4g}; a higher limit skips more."
+        return f"The closest call was a signal of {signal:.4g} against a limit of {threshold:.4g}; raise the limit."
 
     # --- forms ------------------------------------------------------------------------------------
 
@@ -172,8 +184,7 @@ class Report:
         """Readable text: warnings first, then the numbers, then one character per step."""
         totals = self.totals
         name = (self.recipe.name or "unnamed recipe") if self.recipe else "no recipe"
-        chosen = ", ".join(str(run.index) for run in self.runs) or "none"
-        lines = [f"hasten report: {name}, run {chosen} of {len(self.trace.runs)}"]
+        lines = [f"hasten report: {name}, {self.scope}"]
         lines += [f"  !! WARNING: {warning}" for warning in self.warnings]
         lines += [
             f"  computed    {self.computed_fraction:.1%} of the block work, {self.nfe:.4g} of {self.evaluations} evaluations",
@@ -257,8 +268,10 @@ class Report:
 
 def installed_versions() -> dict[str, str]:
     """Versions of hasten, Python and the libraries that decide the numbers, without importing them."""
-    found = {"python": platform.python_version()}
-    for name in ("hasten", "torch", "diffusers", "transformers"):
+    from hasten import __version__
+
+    found = {"hasten": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

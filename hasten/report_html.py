@@ -57,9 +57,8 @@ def render(report: Report) -> str:
 
 
 def _subtitle(report: Report) -> str:
-    chosen = ", ".join(str(run.index) for run in report.runs) or "none"
-    parts = [f"hasten report on run {chosen} of {len(report.trace.runs)}"]
-    return " - ".join(parts + ([report.recipe.paper] if report.recipe and report.recipe.paper else []))
+    paper = report.recipe.paper if report.recipe else ""
+    return f"hasten report, {report.scope}" + (f" - {paper}" if paper else "")
 
 
 def _tiles(report: Report) -> str:
@@ -98,8 +97,8 @@ def _runs(report: Report) -> Iterable[str]:
         steps = max([run.steps, *(band.step + 1 for band in bands)])
         for branch in sorted({band.branch for band in bands}):
             mine = [band for band in bands if band.branch == branch]
-            prefix = f"Run {run.index}, " if len(report.runs) > 1 else ""
-            yield f"<section><h2>{prefix}branch {branch}: step by step</h2>"
+            prefix = f"Run {run.index}, branch" if len(report.runs) > 1 else "Branch"
+            yield f"<section><h2>{prefix} {branch}: step by step</h2>"
             yield f'<div class="scroll" tabindex="0">{_timeline(run, mine, steps)}{draw_signals(run, mine, steps)}</div></section>'
 
 

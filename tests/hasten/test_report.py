@@ -151,6 +151,8 @@ def test_a_recipe_that_skipped_nothing_says_so_loudly() -> None:
     found = warning_of(trace, recipe)
     assert "This recipe skipped nothing: all 12 blocks" in found
     assert "signal of 0.31 against a limit of 0.08" in found
+    guarded = trace_of([[("compute", None)]] * 3, {"transformer": 1}, signal=0.01, threshold=0.08)
+    assert "3 signals were below their limit" in warning_of(guarded, recipe)
     assert str(Report(trace, recipe)).splitlines()[1].startswith("  !! WARNING: This recipe skipped nothing")
     assert "This recipe skipped nothing" in Report(trace, recipe).to_html()
     assert "Check that it fits" in warning_of(trace_of([[("compute", None)]], {}), recipe)
@@ -200,7 +202,7 @@ def test_json_is_strict(tmp_path: Path) -> None:
     path = Report(trace, Recipe(name="x", reuse=StackReuse()), extras=extras).save(tmp_path / "r.json")
     data = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert data["events"][0]["signal"] is None and data["extras"]["nested"] == {"a": [1, None]}
-    assert data["recipe"]["name"] == "x" and data["nfe"] == 1.0 and data["versions"]["torch"]
+    assert data["recipe"]["name"] == "x" and data["nfe"] == 1.0 and data["versions"]["hasten"]
     tool = [sys.executable, "-m", "json.tool", str(path)]
     assert subprocess.run(tool, capture_output=True, check=False).returncode == 0
 
