@@ -29,8 +29,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _decibel(value: float | None) -> str:
-    return "identical" if value is None else f"{value:.1f}"
+def _decibel(value: float) -> str:
+    return f"{value:.1f}"
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -42,7 +42,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "psnr_worst": ("worst", _decibel),
     "ssim_median": ("SSIM", lambda value: f"{value:.4f}"),
     "latent_error": ("latent error", lambda value: f"{value:.3f}"),
-    "converged_psnr": ("to converged, dB", _decibel),
+    "psnr_converged": ("to converged, dB", _decibel),
     "prompt_accuracy": ("prompt accuracy", _percent),
     "frechet": ("Frechet", lambda value: f"{value:.1f}"),
     "recall": ("recall", _percent),
@@ -50,7 +50,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 """Row key -> heading and format, in the order of the columns."""
 
-CONTROLS = {"fewer_steps": "fewer steps, best solver", "other_seed": "another seed", "oracle": "oracle schedule"}
+KINDS = {"": "ours", "fewer_steps": "control", "other_seed": "control", "oracle": "oracle", "peer": "peer"}
+"""Start of a row's `control` -> what the row is."""
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
@@ -64,8 +65,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
 
 
 def documents(command: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Every result file of one benchmark, per hardware folder."""
-    return [(file, json.loads(file.read_text())) for file in sorted(RESULTS.glob(f"*/{command}.json"))]
+    """Every result file of one benchmark (recipes.json, recipes-image.json, ...), per hardware folder."""
+    return [(file, json.loads(file.read_text())) for file in sorted(RESULTS.glob(f"*/{command}*.json"))]
 
 
 def hardware_name(document: dict[str, Any], file: Path) -> str:
@@ -79,14 +80,22 @@ def hardware_name(document: dict[str, Any], file: Path) -> str:
 
 
 def row_name(row: Row) -> str:
-    """`balanced`, or which control or peer a row is."""
-    control = row.get("control")
-    if control is None:
-        return f"`{row['recipe']}`"
-    name, _, peer = control.partition(":")
-    label = f"peer: {peer}" if peer else CONTROLS.get(name, name)
-    detail = row.get("recipe")
-    return f"{label} ({detail})" if detail and detail != control else label
+    """The recipe, or what stands in its place."""
+    return f"`{row['recipe']}`" if not row.get("control") else str(row.get("recipe") or row["control"])
+
+
+def kind(row: Row) -> str:
+    """Whether a row is ours, a control, the oracle or a peer."""
+    start = (row.get("control") or "").partition(":")[0]
+    return KINDS.get(start, start)
+
+
+def cell(row: Row, key: str) -> str:
+    """One value; JSON has no infinity, so the plain run's PSNR to itself is null."""
+    value = row.get(key)
+    if value is None:
+        return "identical" if row.get("recipe") == "plain" and key in ("psnr_median", "psnr_worst") else ""
+    return COLUMNS[key][1](value)
 
 
 def results_table() -> str:
@@ -97,11 +106,12 @@ def results_table() -> str:
         versions = ", ".join(f"{k} {v}" for k, v in document.get("versions", {}).items() if k in ("torch", "diffusers"))
         for model in dict.fromkeys(row.get("model", "") for row in rows):
             chosen = [row for row in rows if row.get("model", "") == model]
-            keys = [key for key in COLUMNS if any(key in row for row in chosen)]
+            keys = [key for key in COLUMNS if any(row.get(key) is not None for row in chosen)]
             title = f"`{model}` on {hardware_name(document, file)}" + (f" ({versions})" if versions else "")
             body = table(
-                ["", *(COLUMNS[key][0] for key in keys)],
-                [[row_name(row), *(COLUMNS[key][1](row[key]) if key in row else "" for key in keys)] for row in chosen],
+                ["run", "what", *(COLUMNS[key][0] for key in keys)],
+                [[row_name(row), kind(row), *(cell(row, key) for key in keys)] for row in chosen],
+                left=2,
             )
             parts.append(f"**{title}**\n\n{body}")
     return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
@@ -133,8 +143,10 @@ def measured_where() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file, document in documents("recipes"):
         for row in document["rows"]:
-            places = found.setdefault(row.get("recipe", ""), [])
-            if row.get("control") is None and file.parent.name not in places:
+            if row.get("control"):
+                continue
+            places = found.setdefault(row["recipe"], [])
+            if file.parent.name not in places:
                 places.append(file.parent.name)
     return found
 

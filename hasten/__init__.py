@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from hasten.limits import Limits
     from hasten.pipelines.accelerate import Session, accelerate
+    from hasten.pipelines.compare import compare
     from hasten.pipelines.recipes import recipe
     from hasten.pipelines.tiny_models import load
     from hasten.recipe import Recipe
@@ -55,6 +56,7 @@ _HOME = {
     "Trace": "hasten.trace",
     "UsageError": "hasten.errors",
     "accelerate": "hasten.pipelines.accelerate",
+    "compare": "hasten.pipelines.compare",
     "load": "hasten.pipelines.tiny_models",
     "recipe": "hasten.pipelines.recipes",
 }
@@ -78,6 +80,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "accelerate",
+    "compare",
     "load",
     "recipe",
 ]

@@ -62,4 +62,4 @@ def test_blocks_run_in_order_and_marks_are_honoured(tmp_path: Path) -> None:
     )
     ran, skipped, failed = run_blocks.run_file(page)
     assert (ran, skipped) == (4, 1)
-    assert failed == ["page.md:14: ValueError: x"]
+    assert failed == ["page.md:15: ValueError: x"]
