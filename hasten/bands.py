@@ -18,6 +18,7 @@ from hasten.trace import Action, Event, Trace
 class Band:
     """Neighbouring blocks [start, stop) of one site that were treated alike in one evaluation.
 
+    share: part of the batch that the action covers; the rest was skipped (see `Event.share`).
     event: the decision that covers them, None where blocks were computed without one.
     """
 
@@ -28,11 +29,17 @@ class Band:
     start: int
     stop: int
     action: Action
+    share: float
     event: Event | None
 
     @property
     def num(self) -> int:
         return self.stop - self.start
+
+    def work(self, action: Action) -> float:
+        """Blocks treated with `action`; fractional where it covers only a part of the batch."""
+        covered = self.share if action == self.action else 0.0
+        return self.num * (covered + (1.0 - self.share if action == "skip" else 0.0))
 
 
 def network_of(site: str) -> str:
@@ -46,6 +53,7 @@ def bands_of(trace: Trace, run: int) -> Iterator[Band]:
     sizes = _sizes(trace.structure, events)
     for (step, branch, network), group in groupby(events, lambda e: (e.step, e.branch, network_of(e.site))):
         decisions = list(group)
+        batch = max(event.share for event in decisions)
         for site, num in sizes[network].items():
             cover: list[Event | None] = [None] * num
             # A decision about blocks is finer, and later, than one about the network around them.
@@ -58,7 +66,8 @@ def bands_of(trace: Trace, run: int) -> Iterator[Band]:
                 covering = list(same)
                 decision, stop = covering[0], start + len(covering)
                 action: Action = decision.action if decision else "compute"
-                yield Band(run, step, branch, site, start, stop, action, decision)
+                share = decision.share if decision else batch
+                yield Band(run, step, branch, site, start, stop, action, share, decision)
                 start = stop
 
 

@@ -80,9 +80,9 @@ class Report:
         return [band for run in self.runs for band in bands_of(self.trace, run.index)]
 
     @property
-    def totals(self) -> dict[Action, int]:
-        """action -> blocks."""
-        return {action: sum(band.num for band in self.bands if band.action == action) for action in ACTIONS}
+    def totals(self) -> dict[Action, float]:
+        """action -> blocks; fractional where only a part of a batch was evaluated."""
+        return {action: math.fsum(band.work(action) for band in self.bands) for action in ACTIONS}
 
     @property
     def computed_fraction(self) -> float:
@@ -108,7 +108,7 @@ class Report:
             self.bands, lambda band: (band.run, band.step, band.branch, network_of(band.site))
         ):
             bands = list(group)
-            shares.append(sum(b.num for b in bands if b.action == "compute") / sum(b.num for b in bands))
+            shares.append(sum(b.work("compute") for b in bands) / sum(b.num for b in bands))
         return shares
 
     @property
@@ -119,7 +119,8 @@ class Report:
             row: dict[str, Any] = dict(zip(("run", "step", "branch", "site"), key, strict=True))
             row |= dict.fromkeys(ACTIONS, 0)
             for band in group:
-                row[band.action] += band.num
+                for action in ACTIONS:
+                    row[action] += band.work(action)
             rows.append(row)
         return rows
 
@@ -152,9 +153,9 @@ class Report:
         totals = self.totals
         axes = [axis for axis in _DOES if self.recipe is not None and axis in self.recipe.axes]
         idle = [axis for axis in axes if not any(totals[action] for action in _DOES[axis])]
-        if idle and totals["compute"] == sum(totals.values()):
+        if idle and self.computed_fraction == 1.0:
             found.append(
-                f"This recipe skipped nothing: all {totals['compute']} blocks were computed. {self._why_idle()}"
+                f"This recipe skipped nothing: all {totals['compute']:,.0f} blocks were computed. {self._why_idle()}"
             )
         elif idle:
             found.append(f"The recipe's {' and '.join(idle)} part skipped nothing. {self._why_idle()}")
@@ -188,7 +189,7 @@ class Report:
         lines += [f"  !! WARNING: {warning}" for warning in self.warnings]
         lines += [
             f"  computed    {self.computed_fraction:.1%} of the block work, {self.nfe:.4g} of {self.evaluations} evaluations",
-            f"  blocks      {', '.join(f'{action} {num}' for action, num in totals.items())}",
+            f"  blocks      {', '.join(f'{action} {num:,.10g}' for action, num in totals.items())}",
             f"  seconds     {', '.join(f'{value:.3g}' for value in self.seconds.values()) or 'none'}",
             f"  cache held  {self.bytes_held / 2**20:.1f} MiB at most",
         ]

@@ -85,7 +85,7 @@ def _shares(report: Report) -> str:
         return ""
     items = "".join(
         f'<li><svg width="26" height="16"><rect class="{action}" x="1" y="1" width="24" height="14"/></svg>'
-        f" {_VERBS[action]} <b>{num / total:.1%}</b> <small>{num:,} blocks</small></li>"
+        f" {_VERBS[action]} <b>{num / total:.1%}</b> <small>{num:,.10g} blocks</small></li>"
         for action, num in report.totals.items()
     )
     return f'<ul class="legend">{items}</ul>'
@@ -117,10 +117,11 @@ def _timeline(run: Run, bands: Sequence[Band], steps: int) -> str:
             parts += [f'<text class="end" x="{GUTTER - 6}" y="{y}">{block}</text>' for block, y in ends]
         for band in mine:
             x, y = GUTTER + band.step * width, top + band.start * row
-            parts.append(
-                f'<rect class="{band.action}" x="{x}" y="{y}" width="{width - 1}" height="{band.num * row - 1}">'
-                f"<title>{escape(_title(run, band))}</title></rect>"
-            )
+            parts += [
+                f"<g><title>{escape(_title(run, band))}</title>",
+                *_cells(band, x, y, width - 1, band.num * row - 1),
+                "</g>",
+            ]
         top += num * row + 6
     every = next(k for k in (1, 2, 5, 10, 20, 50, 100, 10**9) if k * width >= 24)
     for step in range(0, steps, every):
@@ -133,12 +134,22 @@ def _timeline(run: Run, bands: Sequence[Band], steps: int) -> str:
     )
 
 
+def _cells(band: Band, x: int, y: int, width: int, height: int) -> Iterable[str]:
+    """The rectangle of a band; two beside each other where the rest of the batch was skipped."""
+    covered = round(width * band.share)
+    for action, left, wide in ((band.action, x, covered), ("skip", x + covered, width - covered)):
+        if wide:
+            yield f'<rect class="{action}" x="{left}" y="{y}" width="{wide}" height="{height}"/>'
+
+
 def _title(run: Run, band: Band) -> str:
     """The text shown when the pointer rests on a cell."""
     event = band.event
     time = f", time {run.times[band.step]:.4g}" if band.step < len(run.times) else ""
     blocks = f"blocks {band.start + 1}-{band.stop} " if band.num > 1 else f"block {band.start + 1} "
     parts = [f"step {band.step} of {run.steps}{time}: {blocks}{_VERBS[band.action]}"]
+    if band.share < 1:
+        parts.append(f"for {band.share:.0%} of the batch, the rest skipped")
     if event is not None:
         if event.signal is not None:
             limit = "" if event.threshold is None else f" against limit {event.threshold:.4g}"

@@ -125,6 +125,16 @@ def test_two_stacks_and_two_networks() -> None:
     assert report.nfe == pytest.approx(6 / 8 + 1)
 
 
+def test_half_a_batch_counts_half() -> None:
+    """Guidance on a pipeline that evaluates both branches in one batch; the lead block has no event of its own."""
+    actions: list[Any] = [[("compute", (0, 4))], [("reuse", (1, 4))]]
+    report = Report(trace_of(actions, {"transformer.blocks": 4}, site="transformer.blocks", share=0.5))
+    assert report.totals == {"compute": 2.5, "reuse": 1.5, "forecast": 0, "skip": 4}
+    assert report.nfe == pytest.approx(2.5 / 4) and report.evaluations == 2
+    assert "for 50% of the batch, the rest skipped" in report.to_html()
+    assert "compute 2.5, reuse 1.5, forecast 0, skip 4" in str(report)
+
+
 def test_unknown_structure_is_sized_from_the_events() -> None:
     report = Report(trace_of([[("compute", (0, 5))], [("reuse", (2, 5))]], {}, site="net.blocks"))
     assert report.totals["compute"] == 7 and report.totals["reuse"] == 3
