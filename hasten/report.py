@@ -191,7 +191,7 @@ class Report:
             f"  computed    {self.computed_fraction:.1%} of the block work, {self.nfe:.4g} of {self.evaluations} evaluations",
             f"  blocks      {', '.join(f'{action} {num:,.10g}' for action, num in totals.items())}",
             f"  seconds     {', '.join(f'{value:.3g}' for value in self.seconds.values()) or 'none'}",
-            f"  cache held  {self.bytes_held / 2**20:.1f} MiB at most",
+            f"  cache held  {readable_bytes(self.bytes_held)} at most",
         ]
         for title, facts in (("hardware", self.hardware), ("versions", self.versions)):
             if facts:
@@ -278,6 +278,12 @@ def installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def readable_bytes(num: int) -> str:
+    """`12.3 MiB`, in the largest unit that gives at least 1."""
+    power = max(0, min((num.bit_length() - 1) // 10, 4))
+    return f"{num} B" if power == 0 else f"{num / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 def _strict(value: Any) -> Any:

@@ -11,15 +11,13 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hasten.bands import Band
+from hasten.report import Report, readable_bytes
 from hasten.report_plot import draw_signals
-from hasten.report_style import GUTTER, PATTERNS, SCRIPT, STYLE, column
+from hasten.report_style import GUTTER, PATTERNS, SCRIPT, STYLE, canvas, column
 from hasten.trace import Run
-
-if TYPE_CHECKING:
-    from hasten.report import Report
 
 MAX_MEDIA_BYTES = 24 * 1024 * 1024
 """Larger files are named in the page instead of embedded."""
@@ -70,7 +68,7 @@ def _tiles(report: Report) -> str:
             f"{seconds:.3g} s",
             "wall time" if len(report.runs) < 2 else f"wall time of {len(report.runs)} runs",
         ),
-        (f"{report.bytes_held / 2**20:.1f} MiB", "held by caches at most"),
+        (readable_bytes(report.bytes_held), "held by caches at most"),
     ]
     items = "".join(
         f"<div><strong>{escape(value)}</strong><span>{escape(label)}</span></div>" for value, label in tiles
@@ -130,7 +128,7 @@ def _timeline(run: Run, bands: Sequence[Band], steps: int) -> str:
     parts.append(f'<text class="end" x="{GUTTER - 6}" y="{top + 9}">step</text>')
     return (
         f'<svg role="img" aria-label="Timeline: what was computed and what was replaced, per step and block"'
-        f' width="{GUTTER + steps * width + 8}" height="{top + 14}">{"".join(parts)}</svg>'
+        f' width="{canvas(steps)}" height="{top + 14}">{"".join(parts)}</svg>'
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from hasten.bands import Band
-from hasten.report_style import GUTTER, column
+from hasten.report_style import GUTTER, canvas, column
 from hasten.trace import Event, Run
 
 HEIGHT = 130
@@ -74,7 +74,7 @@ def _plot(run: Run, site: str, events: Sequence[Event], steps: int) -> str:
         )
     return (
         f'<svg role="img" aria-label="Signal against limit of {escape(site)}"'
-        f' width="{right + 8}" height="{HEIGHT}">{"".join(parts)}</svg>'
+        f' width="{canvas(steps)}" height="{HEIGHT}">{"".join(parts)}</svg>'
     )
 
 

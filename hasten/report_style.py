@@ -11,6 +11,11 @@ def column(steps: int) -> int:
     return max(11, min(30, 800 // max(steps, 1)))
 
 
+def canvas(steps: int) -> int:
+    """Width of a drawing in pixels: all steps, and room for the headings of very short runs."""
+    return max(GUTTER + steps * column(steps) + 8, 480)
+
+
 STYLE = """
 :root{--bg:#fff;--fg:#1c2024;--dim:#5b6570;--line:#d9dee3;--panel:#f5f7f9;--mark:#fff;
 --compute:#0063a6;--reuse:#e39b00;--forecast:#00875f;--skip:#8b95a0;--warn:#8a1c00;--warnbg:#fff0e8}

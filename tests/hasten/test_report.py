@@ -18,7 +18,7 @@ from hasten.bands import bands_of
 from hasten.caching.stack import StackReuse
 from hasten.errors import OutputError, UsageError
 from hasten.recipe import Recipe
-from hasten.report import Report
+from hasten.report import Report, readable_bytes
 from hasten.samplers.guidance import GuidanceInterval
 from hasten.trace import Action, Event, Run, Trace
 
@@ -325,3 +325,15 @@ def test_a_report_without_any_run() -> None:
     assert report.computed_fraction == 1.0 and report.nfe == 0.0 and "WARNING" in str(report)
     Page(report.to_html())
     json.loads(report.to_json())
+
+
+def test_readable_bytes() -> None:
+    sizes = {
+        0: "0 B",
+        1023: "1023 B",
+        1024: "1.0 KiB",
+        12_345_678: "11.8 MiB",
+        3 * 2**30: "3.0 GiB",
+        2**60: "1048576.0 TiB",
+    }
+    assert {num: readable_bytes(num) for num in sizes} == sizes
