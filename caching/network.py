@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -33,9 +34,9 @@ class NetworkReuse(ReusePolicy):
     of: Literal["output", "residual"] = "output"
     correct: bool = False
 
-    def start(self) -> NetworkState:
-        """Fresh state for one run of one network."""
-        return NetworkState(self)
+    def start(self, times: Sequence[float] = ()) -> NetworkState:
+        """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
+        return NetworkState(self, times)
 
 
 class NetworkState:
@@ -44,9 +45,9 @@ class NetworkState:
     decided: index of the step that was decided last. skipping: that decision. change: what it was based on.
     """
 
-    def __init__(self, policy: NetworkReuse) -> None:
+    def __init__(self, policy: NetworkReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
-        self.rule = policy.rule.start()
+        self.rule = policy.rule.start(times)
         self.signal: SignalState = policy.signal.start()
         self.branches: dict[int, BranchHistory] = {}
         self.leader: int | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,23 +15,23 @@ from hasten.step import Step
 class Schedule(Rule):
     """Base of the rules that are a set of computed step indices."""
 
-    def computed(self, total: int) -> set[int]:
-        """Indices in [0, total) that are computed. Index 0 always is."""
+    def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
+        """Indices in [0, total) that are computed; 0 always is. times: `Step.time` of each step, where known."""
         raise NotImplementedError(f"{type(self).__name__} has no computed().")
 
-    def start(self) -> _ScheduleState:
-        return _ScheduleState(self)
+    def start(self, times: Sequence[float] = ()) -> _ScheduleState:
+        return _ScheduleState(self, times)
 
 
 class _ScheduleState:
-    def __init__(self, rule: Schedule) -> None:
-        self.rule = rule
+    def __init__(self, rule: Schedule, times: Sequence[float]) -> None:
+        self.rule, self.times = rule, times
         self.total = -1
         self.indices: set[int] = set()
 
     def skip(self, step: Step, change: float | None) -> bool:
         if step.total != self.total:
-            self.total, self.indices = step.total, self.rule.computed(step.total)
+            self.total, self.indices = step.total, self.rule.computed(step.total, self.times)
         return step.index not in self.indices
 
 
@@ -41,7 +42,7 @@ class Every(Schedule):
     interval: int = Field(2, ge=1)
     warmup: int = Field(1, ge=1)
 
-    def computed(self, total: int) -> set[int]:
+    def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
         return {i for i in range(total) if i < self.warmup or (i - self.warmup + 1) % self.interval == 0}
 
 
@@ -54,33 +55,35 @@ class Listed(Schedule):
     kind: ClassVar[str] = "listed"
     at: tuple[float, ...] = Field(min_length=1)
 
-    def computed(self, total: int) -> set[int]:
+    def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
         return {0} | {min(total - 1, max(0, round(share * (total - 1)))) for share in self.at}
 
 
 class Spread(Schedule):
-    """`share` of the steps, placed evenly in the middle and denser towards both ends.
+    """`share` of the steps, spread evenly over the noise levels (or over the steps).
 
-    The path bends most where it leaves the noise and where it meets the data. Position of the k-th of n
-    computed steps: u = k / (n - 1), then (1 - ends) u + ends (1 - cos(pi u)) / 2, times the last index;
-    `skew` > 1 moves the computed steps towards the start (u ** skew).
+    An output changes with the noise level, not with the number of the step: a shifted schedule takes many
+    small steps where nothing happens. Position of the k-th of n computed steps: u = (k / (n - 1)) ** skew,
+    then (1 - ends) u + ends (1 - cos(pi u)) / 2 of the way from the first `Step.time` to the last; the
+    nearest free step is taken. ends: 0 even, 1 densest at both ends. skew: above 1 moves steps to the start.
+    by: "time", or "step" to spread over step indices.
     """
 
     kind: ClassVar[str] = "spread"
     share: float = Field(0.25, gt=0, le=1)
-    ends: float = Field(0.5, ge=0, le=1)
+    ends: float = Field(0.0, ge=0, le=1)
     skew: float = Field(1.0, gt=0, le=4)
+    by: Literal["time", "step"] = "time"
 
-    def computed(self, total: int) -> set[int]:
-        num = min(total, max(2, round(self.share * total)))
+    def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
+        num = min(total, max(3, round(self.share * total)))
         if num >= total:
             return set(range(total))
-        found: set[int] = set()
-        for k in range(num):
+        grid = list(times) if self.by == "time" and len(times) == total else [float(-i) for i in range(total)]
+        found = {0}
+        for k in range(1, num):
             u = (k / (num - 1)) ** self.skew
-            warped = (1 - self.ends) * u + self.ends * (1 - math.cos(math.pi * u)) / 2
-            index = round(warped * (total - 1))
-            while index in found:  # dense ends at few steps may collide: take the next free one
-                index += 1
-            found.add(min(index, total - 1))
+            way = (1 - self.ends) * u + self.ends * (1 - math.cos(math.pi * u)) / 2
+            target = grid[0] + way * (grid[-1] - grid[0])
+            found.add(min((i for i in range(total) if i not in found), key=lambda i: abs(grid[i] - target)))
         return found

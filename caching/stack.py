@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -30,18 +31,18 @@ class StackReuse(ReusePolicy):
     rule: Rule = Drift(limit=0.08, accumulate=False)
     forecast: Forecast = Hold()
 
-    def start(self) -> StackState:
-        """Fresh state for one run of one network."""
-        return StackState(self)
+    def start(self, times: Sequence[float] = ()) -> StackState:
+        """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
+        return StackState(self, times)
 
 
 class StackState:
     """State of `StackReuse` for one run: a decision per step, a history per branch."""
 
-    def __init__(self, policy: StackReuse) -> None:
+    def __init__(self, policy: StackReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
         self.branches: dict[int, StackBranch] = {}
-        self.rule = policy.rule.start()
+        self.rule = policy.rule.start(times)
         self.decided = -1
         self.skipping = False
         self.change: float | None = None

@@ -134,6 +134,11 @@ class Clock:
             for end in self.on_end:
                 end()
 
+    @property
+    def run_times(self) -> list[float]:
+        """`Step.time` of each step of the present run."""
+        return self.times[self._first_index :]
+
     # --- following the denoiser ------------------------------------------------------------------
 
     @property
@@ -257,6 +262,6 @@ def _sigmas(scheduler: Any, num: int) -> list[float] | None:
 
 def _level(cumulative: Tensor, t: float) -> float:
     """alpha_cumprod at a possibly fractional timestep."""
-    low = min(max(int(math.floor(t)), 0), len(cumulative) - 1)
+    low = min(max(math.floor(t), 0), len(cumulative) - 1)
     high = min(low + 1, len(cumulative) - 1)
     return float(cumulative[low]) * (1 - (t - low)) + float(cumulative[high]) * (t - low)

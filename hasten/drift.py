@@ -7,6 +7,7 @@ how far the watched signal has moved. `None` means nothing was measured (no hist
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -37,7 +38,8 @@ class Rule(Part):
         """What the signal is compared with, for the report; None for rules that compare nothing."""
         return None
 
-    def start(self) -> RuleState:
+    def start(self, times: Sequence[float] = ()) -> RuleState:
+        """Fresh state for one run. times: `Step.time` of each step of the run, where known."""
         raise NotImplementedError(f"{type(self).__name__} has no start().")
 
 
@@ -63,7 +65,7 @@ class Drift(Rule):
     def threshold_value(self) -> float | None:
         return self.limit
 
-    def start(self) -> RuleState:
+    def start(self, times: Sequence[float] = ()) -> RuleState:
         return _DriftState(self)
 
 

@@ -153,8 +153,8 @@ class Session:
 
     def _run_begins(self) -> None:
         self._began = time.perf_counter()
-        times = self.clock.times
-        self.trace.runs.append(Run(self.clock.run, len(times), list(times)))
+        times = self.clock.run_times
+        self.trace.runs.append(Run(self.clock.run, len(times), times))
         for gate in self.gates:
             gate.begin_run()
         self.guidance = GuidanceSeam(self.recipe.guidance.start()) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]

@@ -84,8 +84,9 @@ class DenoiserGate:
 
     def begin_run(self) -> None:
         """Start clean: nothing of an earlier run, whole or broken off, may be reused."""
-        self.network = self.reuse.start() if isinstance(self.reuse, NetworkReuse) else None
-        self.stack = self.reuse.start() if isinstance(self.reuse, StackReuse) else None
+        times = self.session.clock.run_times
+        self.network = self.reuse.start(times) if isinstance(self.reuse, NetworkReuse) else None
+        self.stack = self.reuse.start(times) if isinstance(self.reuse, StackReuse) else None
         self._seen = {}
 
     def forget(self) -> None:
@@ -252,7 +253,7 @@ class DenoiserGate:
             self.gates.detach()
         self.gates, self.stack = None, None
         self.reuse = NetworkReuse(rule=rule, forecast=policy.forecast)
-        self.network = self.reuse.start()
+        self.network = self.reuse.start(self.session.clock.run_times)
         self.session.trace.structure = {gate.site: 1 for gate in self.session.gates} or {self.site: 1}
 
     # --- recording --------------------------------------------------------------------------------

@@ -171,10 +171,10 @@ def _oracle_phase(
         if not isinstance(policy, NetworkReuse) or not hasattr(policy.rule, "computed"):
             continue
         tell(f"oracle of {name}")
-        computed = policy.rule.computed(call["num_inference_steps"])
+        computed = policy.rule.computed(call["num_inference_steps"], recordings[0].times)
         column = Column(Candidate(f"{name}, oracle schedule", lambda _: None, "oracle"))  # type: ignore[arg-type,return-value]
         for sample, recording, shot in zip(samples, recordings, plain.shots, strict=True):
-            best = search(policy, [recording], len(computed), start=computed, rounds=2)
+            best = search(policy, [recording], len(computed), starts=2, rounds=3)
             rule = as_rule(best, len(recording.times))
             own = Recipe(name=name, reuse=policy.model_copy(update={"rule": rule}))
             column.shots.append(shoot(pipe, sample, call, ours(name, own)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hasten.drift import cosine_distance
 from hasten.errors import RecipeError
+from hasten.forecast import History
 from hasten.recipe import Guidance
 from hasten.step import Step
 
@@ -67,15 +68,17 @@ class AffineGuidance(Guidance):
 
 
 class HeldGuidance(Guidance):
-    """From share `after` on, keep the last difference c - u instead of evaluating u.
+    """From share `after` on, forecast the difference c - u instead of evaluating u.
 
-    The result is c + (s - 1) (c' - u') with the last known pair, so guidance goes on at full strength.
-    every: refresh the difference at each `every`-th evaluated step, 0 for never.
+    The result is c + (s - 1) d with d extrapolated through the last `order + 1` known differences, so
+    guidance goes on at full strength. order 0 keeps the last difference. every: know the difference at
+    each `every`-th evaluated step, 0 for never again.
     """
 
     kind: ClassVar[str] = "held"
     after: float = Field(0.3, ge=0, le=1)
     every: int = Field(2, ge=0)
+    order: int = Field(0, ge=0, le=2)
 
     def start(self) -> GuidanceState:
         return _Held(self)
@@ -181,22 +184,21 @@ class _Held:
     def __init__(self, policy: HeldGuidance) -> None:
         self.policy = policy
         self.counter = _Counter()
-        self.difference: Tensor | None = None
+        self.difference = History(policy.order)
 
     def needs(self, step: Step) -> bool:
         due = self.counter.due(step, self.policy.every)
-        return due or self.difference is None or step.index < self.policy.after * step.total
+        return due or not self.difference.ready or step.index < self.policy.after * step.total
 
     def observe(self, step: Step, c: Tensor, u: Tensor) -> None:
         self.counter.since = 0
-        self.difference = c - u
+        self.difference.store(step.time, c - u)
 
     def estimate(self, step: Step, c: Tensor) -> Tensor:
-        assert self.difference is not None
-        return c - self.difference
+        return c - self.difference.estimate(step.time)
 
     def tensors(self) -> list[Tensor]:
-        return [] if self.difference is None else [self.difference]
+        return self.difference.tensors()
 
 
 class _Interval:

@@ -21,7 +21,7 @@ def plain() -> Recipe:
 def balanced() -> Recipe:
     """About a quarter of the evaluations; second-order forecasts, each gap put right when the next value is known."""
     return Recipe(
-        reuse=NetworkReuse(rule=Spread(share=0.24, ends=0.5), forecast=Polynomial(order=2), correct=True),
+        reuse=NetworkReuse(rule=Spread(share=0.24), forecast=Polynomial(order=2), correct=True),
         models=("any flow-matching or noise-predicting denoiser",),
     )
 
@@ -29,7 +29,7 @@ def balanced() -> Recipe:
 def fast() -> Recipe:
     """About a sixth of the evaluations; the same parts as `balanced`, placed for fewer computed steps."""
     return Recipe(
-        reuse=NetworkReuse(rule=Spread(share=0.16, ends=0.5), forecast=Polynomial(order=2), correct=True),
+        reuse=NetworkReuse(rule=Spread(share=0.16), forecast=Polynomial(order=2), correct=True),
         models=("any flow-matching or noise-predicting denoiser",),
     )
 
