@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.errors import UsageError
 from hasten.pipelines.judge import DIGITS, DIRECTIONS, SPEEDS
 
 Split = Literal["train", "test"]
@@ -101,7 +102,7 @@ def _load_mnist(folder: Path) -> Digits:
     labels_file = folder / "labels.txt"
     batches = sorted(folder.glob("mnist_batch_*.png"), key=lambda p: int(p.stem.rsplit("_", 1)[1]))
     if not labels_file.is_file() or not batches:
-        raise FileNotFoundError(
+        raise UsageError(
             f"no digits in '{folder}': expected labels.txt and mnist_batch_0.png, mnist_batch_1.png, ... "
             "(MNIST as in karpathy/convnetjs). Give such a folder, or 'sklearn' for scikit-learn's own digits."
         )
@@ -109,7 +110,7 @@ def _load_mnist(folder: Path) -> Digits:
     images = torch.from_numpy(np.concatenate(rows))
     labels = torch.tensor([int(line) for line in labels_file.read_text().split()[: len(images)]])
     if len(labels) < len(images):
-        raise ValueError(
+        raise UsageError(
             f"'{labels_file}' holds {len(labels)} labels for {len(images)} digits: expected one a digit. "
             "Take labels.txt from the same release as the pictures."
         )
@@ -121,7 +122,7 @@ def _load_sklearn() -> Digits:
     try:
         from sklearn.datasets import load_digits as bundled
     except ImportError as error:
-        raise ImportError(
+        raise UsageError(
             "data 'sklearn' needs scikit-learn, which is not installed: pip install scikit-learn, or give a "
             "folder with MNIST instead."
         ) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from hasten.errors import UsageError, nearest
 
 _MAX_BYTES = 100_000
 
@@ -92,10 +93,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a YAML file (or the name of a bundled one) and apply dotted overrides such as {"denoiser.steps": 100}."""
     file = find_config(path)
     if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"'{file}' is larger than {_MAX_BYTES} bytes: a configuration is a short YAML file.")
+        raise UsageError(f"'{file}' is larger than {_MAX_BYTES} bytes: a configuration is a short YAML file.")
     raw = yaml.safe_load(file.read_text())
     if not isinstance(raw, dict):
-        raise ValueError(f"'{file}' holds {type(raw).__name__}, expected a mapping of keys to values.")
+        raise UsageError(f"'{file}' holds {type(raw).__name__}, expected a mapping of keys to values.")
     for key, value in (overrides or {}).items():
         _assign(raw, key, value)
     return parse_config(raw, str(file))
@@ -107,7 +108,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pretra
         return PretrainConfig.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
-        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+        raise UsageError(f"{where}: " + "; ".join(lines)) from None
 
 
 def find_config(path: str | Path) -> Path:
@@ -117,7 +118,7 @@ def find_config(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     names = sorted(p.stem for p in bundled.glob("*.yaml"))
-    raise FileNotFoundError(f"no configuration '{path}': give a YAML file, or one of {', '.join(names)}.")
+    raise UsageError(f"no configuration '{path}': give a YAML file, or one of {', '.join(names)}.")
 
 
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -125,7 +126,7 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         raw = raw.setdefault(parent, {})
         if not isinstance(raw, dict):
-            raise ValueError(f"cannot set '{key}': '{parent}' is a value, not a section.")
+            raise UsageError(f"cannot set '{key}': '{parent}' is a value, not a section.")
     raw[last] = value
 
 
@@ -137,6 +138,6 @@ def _explain(item: Any) -> str:
     for part in item["loc"][:-1]:
         model = model.model_fields[str(part)].annotation
     allowed = list(model.model_fields)
-    near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown key '{path}'; {hint}allowed here: {', '.join(allowed)}"
+    return (
+        f"unknown key '{path}'; allowed here: {', '.join(allowed)}.{nearest(str(item['loc'][-1]), allowed)}"
+    )

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hasten.errors import ResumeError
+
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -83,8 +85,8 @@ def load_checkpoint(
         folder.with_name(folder.name + ".old").rename(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"cannot resume from '{folder}': missing {', '.join(missing)}. Restore them, or start anew without "
+        raise ResumeError(
+            f"Cannot resume from '{folder}': missing {', '.join(missing)}. Restore them, or start anew without "
             "resume in an empty folder."
         )
     state: dict[str, Any] = json.loads((folder / FILES[4]).read_text())
@@ -92,7 +94,7 @@ def load_checkpoint(
     averaged = load_file(folder / FILES[1])
     if set(averaged) != set(ema):
         odd = sorted(set(averaged) ^ set(ema))[:3]
-        raise ValueError(f"cannot resume from '{folder}': its averaged weights differ in {', '.join(odd)}.")
+        raise ResumeError(f"Cannot resume from '{folder}': its averaged weights differ in {', '.join(odd)}.")
     for name, value in averaged.items():
         ema[name].copy_(value)
     flat: dict[str, Any] = {**load_file(folder / FILES[2]), **state.pop("optimizer_scalars")}

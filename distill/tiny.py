@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
-from .moving_digits import DIGITS, DIRECTIONS, SPEEDS
-from .pretrain_config import DenoiserConfig, PretrainConfig, TextConfig, VaeConfig
+from hasten.distill.moving_digits import DIGITS, DIRECTIONS, SPEEDS
+from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig, TextConfig, VaeConfig
+
+_diffusers: Any = diffusers  # most of its constructors carry no types
 
 COMMON_WORDS = (
     "a an the is are of at in on to and with , . ' - digit number moving moves going goes slow fast slowly quickly "
@@ -63,9 +66,9 @@ def build_tokenizer() -> Any:
 
 def build_text_encoder(kind: str, config: TextConfig) -> Any:
     """A one-layer (U)MT5 encoder with frozen random weights: every word gets its own direction."""
-    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+    import transformers
 
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": len(vocabulary()),
         "d_model": config.dim,
         "d_kv": 32,
@@ -80,19 +83,18 @@ def build_text_encoder(kind: str, config: TextConfig) -> Any:
         "is_encoder_decoder": False,
         "use_cache": False,
     }
+    library: Any = transformers
     if kind == "video":
-        model: Any = UMT5EncoderModel(UMT5Config(**common))
+        model = library.UMT5EncoderModel(library.UMT5Config(**common))
     else:
-        model = T5EncoderModel(T5Config(**common))
+        model = library.T5EncoderModel(library.T5Config(**common))
     return model.eval().requires_grad_(False)
 
 
 def build_vae(kind: str, config: VaeConfig) -> Any:
     """The autoencoder. Video: (3, F, H, W) -> (latents, 1 + (F-1)/2, H/4, W/4); image: (3, H, W) -> (latents, H/2, W/2)."""
-    from diffusers import AutoencoderKL, AutoencoderKLWan
-
     if kind == "video":
-        return AutoencoderKLWan(
+        return _diffusers.AutoencoderKLWan(
             base_dim=config.base_dim,
             z_dim=config.latents,
             dim_mult=[1, 2],
@@ -107,7 +109,7 @@ def build_vae(kind: str, config: VaeConfig) -> Any:
             latents_mean=[0.0] * config.latents,
             latents_std=[1.0] * config.latents,
         )
-    return AutoencoderKL(
+    return _diffusers.AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -124,7 +126,7 @@ def build_vae(kind: str, config: VaeConfig) -> Any:
 
 def decode_unclamped(vae: Any, latents: Tensor) -> Tensor:
     """Decode without AutoencoderKLWan's final clamp, whose gradient is zero wherever a dark pixel overshoots."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+    from diffusers.models.autoencoders import autoencoder_kl_wan
 
     if not hasattr(vae, "temperal_upsample"):
         image: Tensor = vae.decode(latents).sample
@@ -139,16 +141,15 @@ def decode_unclamped(vae: Any, latents: Tensor) -> Tensor:
             )
         )
     vae.clear_cache()
+    unpatchify: Any = autoencoder_kl_wan.unpatchify
     video: Tensor = unpatchify(torch.cat(chunks, 2), patch_size=vae.config.patch_size)
     return video
 
 
 def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: int, sample_size: int) -> Any:
     """The transformer, freshly initialised for training from scratch (the output layer starts at zero)."""
-    from diffusers import PixArtTransformer2DModel, WanTransformer3DModel
-
     if kind == "video":
-        model: Any = WanTransformer3DModel(
+        model = _diffusers.WanTransformer3DModel(
             patch_size=(1, 1, 1),
             num_attention_heads=config.heads,
             attention_head_dim=config.head_dim,
@@ -162,7 +163,7 @@ def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: in
         )
     else:
         width = config.heads * config.head_dim
-        model = PixArtTransformer2DModel(
+        model = _diffusers.PixArtTransformer2DModel(
             num_attention_heads=config.heads,
             attention_head_dim=config.head_dim,
             in_channels=latents,
@@ -188,11 +189,9 @@ def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: in
 
 def build_scheduler(kind: str, shift: float) -> Any:
     """Video: flow matching with the given shift. Image: DDIM on PixArt's linear noise schedule."""
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
     if kind == "video":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-    return DDIMScheduler(
+        return _diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    return _diffusers.DDIMScheduler(
         beta_start=0.0001,
         beta_end=0.02,
         beta_schedule="linear",
@@ -203,10 +202,9 @@ def build_scheduler(kind: str, shift: float) -> Any:
     )
 
 
-@torch.no_grad()
-def encode_prompts(tokenizer: Any, encoder: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings (n, length, dim) with zeros after the real tokens, as WanPipeline makes them; mask (n, length)."""
-    tokens = tokenizer(
+def tokenize(tokenizer: Any, prompts: list[str], length: int) -> Any:
+    """Token ids and mask (n, length), padded and truncated as the pipelines do it."""
+    return tokenizer(
         prompts,
         padding="max_length",
         max_length=length,
@@ -214,14 +212,21 @@ def encode_prompts(tokenizer: Any, encoder: Any, prompts: list[str], length: int
         return_attention_mask=True,
         return_tensors="pt",
     )
-    hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return hidden * tokens.attention_mask.unsqueeze(-1), tokens.attention_mask
+
+
+@torch.no_grad()
+def encode_ids(encoder: Any, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Embeddings (n, length, dim) and mask (n, length) of token ids.
+
+    For video the padding is zeroed, as WanPipeline does it (its cross-attention reads all of it, unmasked).
+    """
+    mask = (ids != 0).long()
+    hidden: Tensor = encoder(ids, mask).last_hidden_state
+    return (hidden * mask.unsqueeze(-1) if kind == "video" else hidden), mask
 
 
 def assemble(config: PretrainConfig, *, vae: Any, denoiser: Any, text_encoder: Any) -> Any:
     """The pipeline made of the parts, ready to be called or saved."""
-    from diffusers import PixArtSigmaPipeline, WanPipeline
-
     parts = {
         "tokenizer": build_tokenizer(),
         "text_encoder": text_encoder,
@@ -229,4 +234,4 @@ def assemble(config: PretrainConfig, *, vae: Any, denoiser: Any, text_encoder: A
         "transformer": denoiser,
         "scheduler": build_scheduler(config.kind, config.denoiser.shift),
     }
-    return WanPipeline(**parts) if config.kind == "video" else PixArtSigmaPipeline(**parts)
+    return (_diffusers.WanPipeline if config.kind == "video" else _diffusers.PixArtSigmaPipeline)(**parts)

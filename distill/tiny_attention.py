@@ -42,13 +42,9 @@ class _Attention(torch.autograd.Function):
 class BmmAttention(TorchFunctionMode):
     """Within this context unmasked bf16 attention on the CPU is computed with batched matrix products."""
 
-    def __init__(self, precision: str) -> None:
-        super().__init__()
-        self.active = precision == "bf16"
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.active and func is torch.nn.functional.scaled_dot_product_attention:
+        if func is torch.nn.functional.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
             call = dict(zip(names, args, strict=False)) | kwargs
             plain = call.get("attn_mask") is None and not call.get("dropout_p") and not call.get("is_causal")

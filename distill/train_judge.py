@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hasten.distill import moving_digits
+from hasten.distill.pretrain_config import find_config
+from hasten.distill.pretrain_loop import learning_rate, step_seed
+from hasten.distill.pretrain_state import replace_folder
 from hasten.pipelines.judge import JudgeNet
-
-from . import moving_digits
-from .pretrain import learning_rate, step_seed
-from .pretrain_config import find_config
-from .pretrain_state import replace_folder
 
 
 class JudgeConfig(BaseModel):
@@ -68,7 +67,7 @@ def train_judge(
         optimizer.param_groups[0]["lr"] = config.lr * learning_rate(step, config.steps, 100, 0.8)
         loss = _loss(net, _batch(digits, extra, config, step), config, step)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     net.eval().requires_grad_(False)
     card = {
@@ -133,14 +132,15 @@ def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _reconstructed(folder: Path, digits: moving_digits.Digits, config: JudgeConfig) -> moving_digits.Clips:
-    from diffusers import AutoencoderKL, AutoencoderKLWan
+    import diffusers
 
+    library: Any = diffusers
     video = json.loads((Path(folder) / "config.json").read_text())["_class_name"] == "AutoencoderKLWan"
-    vae: Any = (AutoencoderKLWan if video else AutoencoderKL).from_pretrained(folder)
+    vae = (library.AutoencoderKLWan if video else library.AutoencoderKL).from_pretrained(folder)
     make = moving_digits.sample_clips if video else moving_digits.sample_images
     clips = make(digits, config.reconstructed, step_seed(config.seed, "reconstructed", 0))
     rgb = clips.rgb() if video else clips.rgb().squeeze(2)
-    parts = [vae.decode(vae.encode(x).latent_dist.sample()).sample.mean(1) for x in rgb.split(32)]
+    parts = [vae.decode(vae.encode(x).latent_dist.sample()).sample.mean(1) for x in torch.split(rgb, 32)]
     frames = ((torch.cat(parts) + 1) / 2).clamp(0, 1)
     return moving_digits.Clips(
         frames if video else frames.unsqueeze(1), clips.prompts, clips.digit, clips.first, clips.second
@@ -166,7 +166,7 @@ def measure(net: JudgeNet, digits: moving_digits.Digits, config: JudgeConfig) ->
 def _features(net: JudgeNet, frames: Tensor) -> tuple[Tensor, Tensor]:
     hidden = [
         net.digit_features(part.flatten(0, 1).unsqueeze(1)).view(len(part), part.shape[1], -1).mean(1)
-        for part in frames.split(128)
+        for part in torch.split(frames, 128)
     ]
     return torch.cat(hidden), net.motion_features(frames)
 

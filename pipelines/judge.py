@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.errors import ModelError, UsageError
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = ("left", "right", "up", "down")
 SPEEDS = ("slowly", "quickly")
@@ -92,7 +94,7 @@ class Judge:
         files = [folder / name for name in ("judge.safetensors", "reference.safetensors", "judge.json")]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise ModelError(
                 f"no judge in '{folder}': missing {', '.join(missing)}. Train one with hasten.distill.train_judge."
             )
         net = JudgeNet()
@@ -124,7 +126,7 @@ class Judge:
     def prompt_accuracy(self, videos: Sequence[Any], prompts: Sequence[str]) -> dict[str, float]:
         """Share of clips that show what their prompt says: digit, direction, speed (where told) and all of it."""
         if len(videos) != len(prompts):
-            raise ValueError(f"{len(videos)} videos for {len(prompts)} prompts: give one prompt a video.")
+            raise UsageError(f"{len(videos)} videos for {len(prompts)} prompts: give one prompt a video.")
         return accuracy(self.read_all(videos), prompts)
 
     def features(self, videos: Iterable[Any]) -> Tensor:
@@ -178,7 +180,7 @@ def parse_prompt(prompt: str) -> dict[str, int | str]:
         if word in DIRECTIONS:
             told.setdefault("direction", word)
     if "digit" not in told:
-        raise ValueError(f"the prompt {prompt!r} names no digit: use a word such as 'seven' or a numeral.")
+        raise UsageError(f"the prompt {prompt!r} names no digit: use a word such as 'seven' or a numeral.")
     return told
 
 
@@ -197,7 +199,7 @@ def as_clip(frames: Any) -> Tensor:
     elif clip.ndim == 2:
         clip = clip[None, :, :, None]
     if clip.ndim != 4 or clip.shape[-1] not in (1, 3):
-        raise ValueError(
+        raise UsageError(
             f"cannot read frames of shape {tuple(frames.shape)}: expected a clip (F, H, W, 3) or an image (H, W, 3)."
         )
     grey = clip.mean(-1).clamp(0, 1)
@@ -215,7 +217,7 @@ def _in_time(clip: Tensor) -> Tensor:
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features of shape {tuple(features.shape)}: expected (n, d) with n >= 2.")
+        raise UsageError(f"features of shape {tuple(features.shape)}: expected (n, d) with n >= 2.")
     features = features.double()
     return features.mean(0), features.T.cov()
 
@@ -236,7 +238,7 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
 def recall(features_real: Tensor, features_fake: Tensor, k: int = 3) -> float:
     """Share of real features inside the fake manifold: within the k-th neighbour's radius of some fake feature."""
     if len(features_fake) <= k:
-        raise ValueError(
+        raise UsageError(
             f"recall with k={k} needs more than {k} generated features, got {len(features_fake)}."
         )
     fake, real = features_fake.float(), features_real.float()

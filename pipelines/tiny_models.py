@@ -7,13 +7,14 @@ data, training, sha256 of the weights) and the training's loss curve in `loss.js
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hasten.errors import ModelError, nearest
 
 _BUNDLED = Path(__file__).parent / "bundled"
 
@@ -27,9 +28,9 @@ def path(name: str) -> Path:
     """The diffusers folder of a bundled model."""
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ValueError(f"no bundled model '{name}': {hint}available: {', '.join(known) or 'none'}.")
+        raise ModelError(
+            f"There is no bundled model {name!r}. Available: {', '.join(known) or 'none'}.{nearest(name, known)}"
+        )
     return _BUNDLED / name
 
 
@@ -42,9 +43,10 @@ def card(name: str) -> dict[str, Any]:
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
     """The diffusers pipeline of a bundled model, from package data alone (no network)."""
     folder = path(name)
-    from diffusers import DiffusionPipeline
+    import diffusers
 
-    pipe = DiffusionPipeline.from_pretrained(
+    library: Any = diffusers
+    pipe = library.DiffusionPipeline.from_pretrained(
         folder, torch_dtype=dtype or torch.float32, local_files_only=True
     )
     return pipe if device is None else pipe.to(device)
