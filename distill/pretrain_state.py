@@ -32,6 +32,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     write(aside)
     for file in aside.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)  # safetensors creates its files readable by their owner only
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     shutil.rmtree(old, ignore_errors=True)
