@@ -1,0 +1,105 @@
+"""`hasten bench`: the measurements behind the numbers in the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hasten.cli.options import Device, Dtype
+from hasten.cli.output import JsonOption, Output
+from hasten.errors import UsageError
+
+app = typer.Typer(help="Measure speed and quality.", no_args_is_help=True)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A bundled model, a diffusers folder, or a hub id.")
+]
+
+
+@app.command("overhead")
+def overhead(
+    model: Model = "tiny-video",
+    repeats: Annotated[int, typer.Option(metavar="N", help="Pairs of runs.", min=3)] = 9,
+    steps: Annotated[int, typer.Option(metavar="N", help="Solver steps of each run.", min=2)] = 6,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: JsonOption = None,
+) -> None:
+    """What an accelerate() with nothing enabled costs; it must be bit-identical."""
+    output = Output("bench overhead", json)
+    with output.open():
+        from hasten.pipelines.loading import open_pipeline
+        from hasten.pipelines.overhead import bench_overhead
+        from hasten.pipelines.tiny_models import call_defaults
+
+        pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
+        row = {"model": model} | bench_overhead(pipe, call_defaults(pipe), repeats=repeats, steps=steps)
+        output.table([row])
+        output.finish([row])
+        if not row["identical"]:
+            output.warn("The watched run is not bit-identical to the plain one.")
+            raise typer.Exit(1)
+
+
+@app.command("recipes")
+def recipes(
+    model: Model = "tiny-video",
+    recipe: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="May be repeated. [default: balanced and fast]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One prompt a line. [default: 16 of our own]")
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", help="How many of the prompts.", min=1)] = 16,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds per prompt.", min=1)] = 2,
+    converged: Annotated[
+        int, typer.Option(metavar="N", help="Steps of the converged solution.", min=1)
+    ] = 200,
+    oracle: Annotated[bool, typer.Option(help="Search the best schedule too.")] = True,
+    peers: Annotated[bool, typer.Option(help="Run other libraries too.")] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: JsonOption = None,
+) -> None:
+    """Recipes against the plain run, with controls, oracle and peers in the same table."""
+    output = Output("bench recipes", json)
+    with output.open():
+        from hasten.cli.prompts import collect
+        from hasten.pipelines.generate import makes_video
+        from hasten.pipelines.loading import open_pipeline
+        from hasten.pipelines.measure import Sample, bench_recipes
+        from hasten.pipelines.tiny_models import call_defaults
+
+        pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
+        call = call_defaults(pipe)
+        if "num_inference_steps" not in call:
+            raise UsageError(
+                f"hasten bench recipes needs a bundled model, got {model}. Use hasten compare for others."
+            )
+        texts = [item.text for item in collect([], prompts, 0)] if prompts else own_prompts(makes_video(pipe))
+        samples = [Sample(text, seed) for text in texts[:count] for seed in range(seeds)]
+        rows = bench_recipes(
+            pipe,
+            call,
+            samples,
+            recipe or ["balanced", "fast"],
+            model=model,
+            converged_steps=converged,
+            with_oracle=oracle,
+            with_peers=peers,
+            tell=output.note,
+        )
+        output.table(rows)
+        output.finish(rows, prompts=texts[:count], seeds=list(range(seeds)))
+
+
+def own_prompts(video: bool) -> list[str]:
+    """Sixteen prompts over all digits, directions and speeds. Tuning must use others."""
+    from hasten.distill.moving_digits import clip_prompt, image_prompt
+
+    digits: list[Any] = [(3 * i) % 10 for i in range(16)]
+    if video:
+        return [clip_prompt(digit, i % 4, (i // 4) % 2) for i, digit in enumerate(digits)]
+    return [image_prompt(digit, None if i < 10 else i % 4) for i, digit in enumerate(digits)]

@@ -1,0 +1,66 @@
+"""`hasten doctor`: what this machine and this model can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.output import JsonOption, Output, hardware, versions
+
+if TYPE_CHECKING:
+    from hasten.pipelines.backends import Check
+
+MARKS = {"ok": "ok", "failed": "FAILED", "absent": "absent", "refused": "refused"}
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Also check hasten's promises on this model.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes longer.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps. [default: the first accelerator]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, for --model.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Versions, devices, and which backends give right results here; with --model, whether it passes our checks.
+
+    Exit code 1 when something that is present gives wrong results.
+    """
+    out = Output("doctor", json)
+    with out.open():
+        from hasten.pipelines.backends import backends
+        from hasten.pipelines.doctor import conformance
+        from hasten.pipelines.loading import check_name, open_pipeline, pick_device
+
+        place = pick_device(device)
+        if model is not None:
+            check_name(model)
+        out.say("  ".join(f"{name} {number}" for name, number in versions().items()))
+        out.say("  ".join(f"{key} {value}" for key, value in hardware().items()))
+        out.say(f"\nBackends on {place}, each against float64:")
+        rows = _show(out, backends(place, quick=quick), {"section": "backends"})
+        if model is not None:
+            pipe = open_pipeline(model, revision=revision, device=device, dtype=dtype, quiet=True)
+            out.say(f"\n{model} ({type(pipe).__name__}):")
+            rows += _show(out, conformance(pipe, quick=quick), {"section": "model", "model": model})
+        wrong = [row["check"] for row in rows if row["status"] == "failed"]
+        out.say(
+            f"\n{len(wrong)} wrong: {', '.join(wrong)}."
+            if wrong
+            else "\nEverything that is present is right."
+        )
+        out.finish(rows)
+        if wrong:
+            raise typer.Exit(1)
+
+
+def _show(out: Output, checks: Iterable[Check], where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Print each check as soon as it is done, and keep it as a row."""
+    rows = []
+    for found in checks:
+        out.say(f"  {MARKS[found.status]:8} {found.name:34} {found.detail}")
+        rows.append(where | found.to_dict())
+    return rows

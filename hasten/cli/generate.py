@@ -1,0 +1,205 @@
+"""`hasten generate`: prompts in, files out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.options import Call, Device, Dtype, Fps, Lora, ModelArgument, Offload, Revision
+from hasten.cli.output import JsonOption, Output, versions
+from hasten.cli.places import Places, writable
+from hasten.cli.progress import bar
+from hasten.cli.values import assignments
+from hasten.errors import UsageError
+
+if TYPE_CHECKING:
+    from hasten.pipelines.accelerate import Session
+    from hasten.pipelines.generate import Request, Result
+    from hasten.recipe import Recipe
+
+CHANGE, FILES = "What to generate", "Files"
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="May be repeated.", rich_help_panel=CHANGE)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="One prompt a line, or JSON lines with prompt and seed.",
+            rich_help_panel=CHANGE,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to keep out.", rich_help_panel=CHANGE)
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Noise seed.", rich_help_panel=CHANGE)] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Solver steps. [default: the model's]", rich_help_panel=CHANGE),
+    ] = None,
+    height: Annotated[int | None, typer.Option(metavar="N", help="Pixels.", rich_help_panel=CHANGE)] = None,
+    width: Annotated[int | None, typer.Option(metavar="N", help="Pixels.", rich_help_panel=CHANGE)] = None,
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a video.", rich_help_panel=CHANGE)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=CHANGE)
+    ] = None,
+    call: Call = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="How to go faster; see hasten recipes.")
+    ] = "balanced",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change the recipe, for example reuse.rule.share=0.3."
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(metavar="PATH", help="A .mp4, .gif or .png file, or a folder.", rich_help_panel=FILES),
+    ] = Path("hasten-output"),
+    fps: Fps = 16,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What was skipped, as .html, .json or .txt.", rich_help_panel=FILES
+        ),
+    ] = None,
+    metadata: Annotated[
+        bool, typer.Option(help="Put prompt, seed and recipe into the files.", rich_help_panel=FILES)
+    ] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = "none",
+    lora: Lora = None,
+    revision: Revision = None,
+    json: JsonOption = None,
+) -> None:
+    """Generate videos or images from prompts, accelerated by a recipe.
+
+    With `accelerate launch -m hasten generate --prompts FILE ...` the prompts are split over processes.
+    """
+    out = Output("generate", json)
+    with out.open():
+        from hasten.cli.prompts import collect
+        from hasten.cli.ranks import Ranks
+        from hasten.pipelines.generate import Request
+        from hasten.pipelines.loading import check_name, open_pipeline
+        from hasten.pipelines.recipes import recipe as find_recipe
+
+        wanted = collect(prompt or [], prompts, seed)
+        places = Places.of(output, len(wanted))
+        chosen = find_recipe(recipe).replace(assignments(set_ or [], "--set"))
+        check_name(model)
+        ranks = Ranks.start(device)
+        request = Request(
+            prompts=ranks.share(wanted),
+            negative_prompt=negative_prompt,
+            steps=steps,
+            height=height,
+            width=width,
+            frames=frames,
+            guidance=guidance,
+            extra=assignments(call or [], "--call"),
+        )
+        task = _Task(model, chosen, request, places, fps, report, metadata)
+        with writable(places.folder.absolute(), *report_folder(report)):
+            pipe = open_pipeline(
+                model,
+                revision=revision,
+                device=ranks.device(device),
+                dtype=dtype,
+                offload=offload,
+                lora=lora,
+                quiet=True,
+            )
+            mine = task.run(pipe, out, quiet=not ranks.first)
+            rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
+        if ranks.first:
+            out.finish(rows)
+        ranks.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is to be done once the pipeline is open."""
+
+    model: str
+    recipe: Recipe
+    request: Request
+    places: Places
+    fps: int
+    report: Path | None
+    metadata: bool
+
+    def run(self, pipe: Any, out: Output, *, quiet: bool) -> list[dict[str, Any]]:
+        """Generate, write, and describe each result in a row."""
+        from hasten.pipelines import generate as service
+        from hasten.pipelines.accelerate import accelerate
+
+        call = service.plan(pipe, self.request)
+        self.places.check(service.makes_video(pipe))
+        rows = []
+        with accelerate(pipe, self.recipe) as session, bar(out, self.model, shown=not quiet) as show:
+            for result in service.generate(pipe, session, self.request, on_progress=show):
+                row = self._write(result, session, call)
+                rows.append(row)
+                out.say(
+                    f"{row['file']}: {row['seconds']:.1f} s, {100 * row['computed_fraction']:.0f} % of the work computed"
+                )
+        for note in session.trace.notes:
+            out.warn(note)
+        if self.report is not None and not quiet:
+            session.report().save(self.report)
+        return rows
+
+    def _write(self, result: Result, session: Session, call: dict[str, Any]) -> dict[str, Any]:
+        from hasten.pipelines import media
+
+        several = len(result.frames) > 1
+        path = self.places.name(result.prompt.index, result.prompt.seed, several)
+        facts = {
+            "prompt": result.prompt.text,
+            "negative_prompt": self.request.negative_prompt,
+            "seed": result.prompt.seed,
+            "model": self.model,
+            "recipe": self.recipe,
+            "steps": call.get("num_inference_steps"),
+            "guidance_scale": call.get("guidance_scale"),
+            "versions": versions(),
+        }
+        written = media.save(result.frames, path, fps=self.fps, metadata=facts if self.metadata else None)
+        frames, height, width, _ = result.frames.shape
+        account = session.report().of(result.run)
+        return {
+            "index": result.prompt.index,
+            "model": self.model,
+            "recipe": self.recipe.name or "custom",
+            "prompt": result.prompt.text,
+            "seed": result.prompt.seed,
+            "file": str(written[0]),
+            "seconds": result.seconds,
+            "computed_fraction": account.computed_fraction,
+            "nfe": account.nfe,
+            "bytes_held": account.bytes_held,
+            "frames": frames,
+            "height": height,
+            "width": width,
+        }
+
+
+def report_folder(path: Path | None) -> list[Path]:
+    """The folder of `--report`, to be checked before any work; `UsageError` for an unknown kind of report."""
+    if path is None:
+        return []
+    if path.suffix not in (".html", ".json", ".txt"):
+        raise UsageError(f"--report {path}: name a .html, .json or .txt file.")
+    return [path.absolute().parent]

@@ -1,0 +1,115 @@
+"""`hasten recipes`: what there is, from which paper, with which knobs, and where it was measured."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.output import JsonOption, Output
+
+if TYPE_CHECKING:
+    from hasten.pipelines.recipes import Entry
+    from hasten.recipe import Recipe
+
+COLUMNS = {
+    "recipe": "recipe",
+    "parts": "parts",
+    "status": "status",
+    "paper": "paper",
+    "summary": "what it does",
+}
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One recipe, or a YAML file, in full.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """List the recipes, or show one: paper, parts, knobs, YAML, status, where measured."""
+    out = Output("recipes", json)
+    with out.open():
+        from hasten.pipelines.recipes import catalogue
+        from hasten.pipelines.recipes import recipe as find_recipe
+
+        entries = {entry.name: entry for entry in catalogue()}
+        if name is None:
+            rows = [_row(entry.recipe, entry) for entry in entries.values()]
+            out.table(rows, COLUMNS)
+            out.say(
+                "\nOne of them in full: hasten recipes NAME. Several together: NAME+NAME, on different axes."
+            )
+        else:
+            chosen = find_recipe(name)
+            entry = entries.get(chosen.name)
+            rows = [_row(chosen, entry) | {"yaml": chosen.to_yaml(), "measured": measured(chosen.name)}]
+            _show(out, chosen, entry, rows[0]["measured"])
+        out.finish(rows)
+
+
+def _row(recipe: Recipe, entry: Entry | None) -> dict[str, Any]:
+    return {
+        "recipe": recipe.name,
+        "paper": recipe.paper,
+        "parts": parts(recipe),
+        "status": entry.status if entry else "your own",
+        "summary": entry.summary if entry else "",
+        "knobs": list(entry.knobs) if entry else [],
+    }
+
+
+def parts(recipe: Recipe) -> str:
+    """The axes and their parts in a few words: `reuse: network, drift, hold`."""
+    from hasten.part import Part
+
+    words = []
+    for axis, part in recipe.axes.items():
+        inner = [getattr(part, field) for field in type(part).model_fields]
+        kinds = [part.kind, *(value.kind for value in inner if isinstance(value, Part))]
+        words.append(f"{axis}: {', '.join(kinds)}")
+    return "; ".join(words) or "none"
+
+
+def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str, Any]]) -> None:
+    out.say(recipe.name or "(unnamed)")
+    if entry is not None:
+        out.say(f"  {entry.summary}")
+    facts = {
+        "paper": recipe.paper or "none",
+        "models": ", ".join(recipe.models) or "any denoiser",
+        "parts": parts(recipe),
+        "status": entry.status if entry else "your own",
+        "knobs": ", ".join(entry.knobs) if entry and entry.knobs else "none; change parts with --set",
+    }
+    for key, value in facts.items():
+        out.say(f"  {key + ':':9}{value}")
+    if where:
+        out.say("  measured:")
+        out.table(
+            where, {"model": "model", "hardware": "hardware", "speedup": "speed-up", "psnr_median": "PSNR dB"}
+        )
+    else:
+        out.say(
+            "  measured: not yet; try hasten compare MODEL --prompt TEXT --recipe " + (recipe.name or "FILE")
+        )
+    out.say("\nAs YAML, for --recipe FILE:\n")
+    out.say(recipe.to_yaml())
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    """Rows of the repository's benchmark results that are about the recipe `name`; none in an installation."""
+    import hasten
+
+    assert hasten.__file__ is not None
+    folder = Path(hasten.__file__).parent.parent / "benchmarks" / "results"
+    found = []
+    for file in sorted(folder.glob("*/*.json")):
+        try:
+            rows = json_module.loads(file.read_text(encoding="utf-8")).get("rows", [])
+        except (OSError, ValueError, AttributeError):
+            continue
+        for row in rows:
+            if isinstance(row, dict) and row.get("recipe") == name and not row.get("control"):
+                found.append({"hardware": file.parent.name, "file": file.name} | row)
+    return found

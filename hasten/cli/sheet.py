@@ -1,0 +1,68 @@
+"""What `demo` and `compare` leave behind: a file per run, one to look at side by side, a report per recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten.pipelines.compare import Sample
+
+GAP = 4
+LEAST_HEIGHT = 192
+"""Side-by-side pictures smaller than this are enlarged without smoothing, to be seen at all."""
+
+
+def write_sample(sample: Sample, folder: Path, *, fps: float, several: bool) -> Path:
+    """Write one run as MP4 or PNG; prompt and seed stand in the name when there are several of them."""
+    from hasten.pipelines.media import save
+
+    suffix = ".mp4" if len(sample.frames) > 1 else ".png"
+    number = f"{sample.prompt.index:03d}-{sample.prompt.seed}-" if several else ""
+    facts = {
+        "prompt": sample.prompt.text,
+        "seed": sample.prompt.seed,
+        "recipe": sample.report.recipe,
+        "versions": dict(sample.report.versions),
+    }
+    return save(sample.frames, folder / f"{number}{sample.recipe}{suffix}", fps=fps, metadata=facts)[0]
+
+
+def write_together(samples: Sequence[Sample], folder: Path, *, fps: float) -> Path:
+    """All runs of one prompt beside each other, as GIF or PNG."""
+    import numpy
+
+    from hasten.pipelines.media import save
+
+    scale = max(1, LEAST_HEIGHT // samples[0].frames.shape[1])
+    enlarged = [s.frames.repeat(scale, axis=1).repeat(scale, axis=2) for s in samples]
+    white = numpy.ones_like(enlarged[0][:, :, : GAP * 2])
+    row = [part for video in enlarged for part in (video, white)][:-1]
+    suffix = ".gif" if len(samples[0].frames) > 1 else ".png"
+    name = "-".join(s.recipe for s in samples) if len(samples) < 4 else "side-by-side"
+    return save(numpy.concatenate(row, axis=2), folder / f"{name}{suffix}", fps=min(fps, 50), metadata={})[0]
+
+
+def write_report(
+    samples: Sequence[Sample], paths: Sequence[Path], rows: Sequence[dict[str, Any]], folder: Path, model: str
+) -> list[Path]:
+    """A page per recipe, with the videos and the numbers of all; the first is `report.html`."""
+    from dataclasses import replace
+
+    from hasten.cli.output import cell, shown
+
+    media = [{"label": s.recipe, "path": str(path)} for s, path in zip(samples, paths, strict=True)]
+    numbers = [{title: cell(key, row) for key, title in shown(rows).items()} for row in rows]
+    written = []
+    for number, sample in enumerate(samples[1:]):
+        extras = {
+            "media": media,
+            "metrics": numbers,
+            "prompt": sample.prompt.text,
+            "seed": sample.prompt.seed,
+        }
+        page = replace(sample.report, extras={"model": model, **extras})
+        name = "report.html" if number == 0 else f"report-{sample.recipe}.html"
+        written.append(page.save(folder / name))
+    return written
