@@ -103,10 +103,12 @@ def cosine_distance(new: Tensor, old: Tensor) -> Tensor:
 def kl_divergence(new: Tensor, old: Tensor) -> Tensor:
     """Mean KL(softmax(new) || softmax(old)) over the last dimension, in nats, as a 0-d float32 tensor."""
     log_p, log_q = new.float().log_softmax(-1), old.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    divergence: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return divergence
 
 
 def curvature(new: Tensor, old: Tensor, older: Tensor) -> Tensor:
     """|new - 2 old + older| / |new - old|: how far three equally spaced values are from a line."""
     bend = (new - 2 * old + older).float().norm()
-    return bend / (new - old).float().norm().clamp_min(1e-12)
+    turn: Tensor = bend / (new - old).float().norm().clamp_min(1e-12)
+    return turn

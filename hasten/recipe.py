@@ -92,7 +92,7 @@ class Recipe(Part):
     def to_yaml(self) -> str:
         """The serialised form; `from_yaml` gives an equal recipe back."""
         data = {key: value for key, value in self.model_dump().items() if value not in (None, "", [])}
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
 AXES = ("sampler", "guidance", "reuse", "attention", "runtime")

@@ -57,6 +57,7 @@ class Session:
         self._attachment = Attachment()
         self._bare_scheduler = scheduler
         self._closed = False
+        self._warned: set[str] = set()
         self._began = 0.0
         models = denoisers(host)
         if recipe.attention is not None or recipe.runtime is not None:
@@ -127,7 +128,7 @@ class Session:
     def note(self, sentence: str, *, warn: bool = True) -> None:
         """A sentence the user must read: once in the report, once as a warning."""
         if self.trace.note(sentence) and warn:
-            warnings.warn(f"hasten: {sentence}", stacklevel=3)
+            self._warn(sentence)
 
     def follow_scheduler(self) -> None:
         """The host may have been given another scheduler since: follow that one."""
@@ -178,11 +179,17 @@ class Session:
         self._say_if_inert(run.index)
 
     def _say_if_inert(self, run: int) -> None:
-        """A method that did nothing says so."""
-        actions = {event.action for event in self.trace.of_run(run)}
+        """A method that did nothing says so at once; the report says it again, with the closest signal."""
+        events = list(self.trace.of_run(run))
+        stood_in = any(event.action in ("reuse", "forecast") for event in events)
+        left_out = any(event.action == "skip" or event.share < 1 for event in events)
         name = self.recipe.name or "this recipe"
-        if self.recipe.reuse is not None and not actions & {"reuse", "forecast"}:
-            self.note(f"{name}: reuse skipped nothing in run {run + 1}; its rule never allowed it. Raise its limit.")
-        halves = any(event.share < 1 for event in self.trace.of_run(run))
-        if self.recipe.guidance is not None and self.guidance is not None and "skip" not in actions and not halves:
-            self.note(f"{name}: guidance left out no evaluation in run {run + 1}; the branches never agreed enough.")
+        if self.recipe.reuse is not None and not stood_in:
+            self._warn(f"{name}: reuse skipped nothing; its rule never allowed it. Raise its limit, or see the report.")
+        if self.recipe.guidance is not None and self.guidance is not None and not left_out:
+            self._warn(f"{name}: guidance left out no evaluation; the branches never agreed enough.")
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            warnings.warn(f"hasten: {sentence}", stacklevel=2)

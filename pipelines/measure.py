@@ -7,6 +7,7 @@ neighbours and drift of the machine cancels.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ def shoot(pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate 
         return values
 
     arguments = {**call, "prompt": sample.prompt, "generator": torch.Generator().manual_seed(sample.seed)}
-    if "callback_on_step_end" in type(pipe).__call__.__wrapped__.__code__.co_varnames:
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
         arguments["callback_on_step_end"] = keep
     if candidate is not None and candidate.steps is not None:
         arguments["num_inference_steps"] = candidate.steps

@@ -12,11 +12,11 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import imageio.v3 as imageio
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ SUFFIXES = (".png", ".mp4", ".gif")
 MAX_METADATA_BYTES = 1024 * 1024
 """Largest description written or read: files may come from strangers."""
 
+FASTSTART = {"movflags": "+faststart"}
+"""Puts the index in front, so that browsers play before the whole file has arrived."""
 _MARK = "hasten"
 _VERSION = 1
 _TEXT_NAMES = {
@@ -236,20 +238,22 @@ def _save_png(images: NDArray[np.uint8], target: Path, facts: dict[str, Any] | N
     paths = paths if len(images) > 1 else [target]
     with ExitStack() as stack:
         for image, path in zip(images, paths, strict=True):
-            _pillow(image).save(stack.enter_context(replacing(path)), format="PNG", pnginfo=text)
+            aside = stack.enter_context(replacing(path))
+            imageio.imwrite(aside, _grey_or_colour(image), plugin="pillow", extension=".png", pnginfo=text)
     return paths
 
 
-def _pillow(image: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+def _grey_or_colour(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return image[..., 0] if image.shape[-1] == 1 else image
 
 
 def _encode_gif(images: NDArray[np.uint8], aside: Path, fps: float, facts: dict[str, Any] | None) -> None:
     # Rounding the end of each frame rather than its length keeps the total duration right.
     ends = [round(100 * (i + 1) / fps) for i in range(len(images))]
     lengths = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
-    first, *rest = [_pillow(image) for image in images]
     extra = {} if facts is None else {"comment": _to_json(facts).encode()}
+    # Pillow itself, because imageio's GIF writer takes one length for all frames.
+    first, *rest = [Image.fromarray(_grey_or_colour(image)) for image in images]
     first.save(aside, format="GIF", save_all=True, append_images=rest, duration=lengths, loop=0, **extra)
 
 
@@ -276,22 +280,19 @@ def _pad(images: NDArray[np.uint8], padding: tuple[int, int] | None) -> NDArray[
 def _encode_mp4(images: NDArray[np.uint8], aside: Path, fps: float, crf: int, facts: Any) -> None:
     _, height, width, _ = images.shape
     try:
-        with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with imageio.imopen(
+            aside, "w", plugin="pyav", extension=".mp4", container="mp4", options=FASTSTART
+        ) as file:
             if facts is not None:
-                container.metadata["comment"] = _to_json(facts)
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(crf)}
-            # Without these tags players guess the colour matrix from the size.
-            stream.codec_context.colorspace, stream.codec_context.color_range = (
-                Colorspace.ITU709,
-                ColorRange.MPEG,
+                file.container_metadata["comment"] = _to_json(facts)
+            file.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
+            _set_up(file._video_stream, width, height, crf)
+            # The matrix that the tags promise; without both, players guess it from the size.
+            file.set_video_filter(
+                [("scale", {"out_color_matrix": "bt709", "out_range": "tv"}), ("format", "yuv420p")]
             )
-            stream.codec_context.color_primaries = ColorPrimaries.BT709
-            stream.codec_context.color_trc = ColorTrc.BT709
             for image in images:
-                container.mux(stream.encode(_video_frame(image)))
-            container.mux(stream.encode())
+                file.write_frame(np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image)
     except av.codec.codec.UnknownCodecError:
         raise OutputError(
             "This PyAV has no H.264 encoder. Reinstall it (pip install --force-reinstall av) or save as .gif."
@@ -304,9 +305,9 @@ def _encode_mp4(images: NDArray[np.uint8], aside: Path, fps: float, crf: int, fa
         raise
 
 
-def _video_frame(image: NDArray[np.uint8]) -> av.VideoFrame:
-    """One (H, W, 1 or 3) picture as yuv420p with the BT.709 matrix and studio range."""
-    colour = np.ascontiguousarray(np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image)
-    return av.VideoFrame.from_ndarray(colour, format="rgb24").reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-    )
+def _set_up(stream: Any, width: int, height: int, crf: int) -> None:
+    """What imageio's `init_video_stream` has no argument for: size, quality and colour tags."""
+    stream.width, stream.height, stream.options = width, height, {"crf": str(crf)}
+    codec = stream.codec_context
+    codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+    codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709

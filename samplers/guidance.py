@@ -158,8 +158,8 @@ class _Affine:
 
     def estimate(self, step: Step, c: Tensor) -> Tensor:
         assert self.weights is not None
-        fitted = sum(w * r.float() for w, r in zip(self.weights, self._regressors(c), strict=True))
-        return (c.float() + fitted).to(c.dtype)
+        a, b = self._regressors(c)
+        return torch.add(c.float(), self.weights[0] * a.float() + self.weights[1] * b.float()).to(c.dtype)
 
     def _regressors(self, c: Tensor) -> list[Tensor]:
         """c now - c then, and u then - c then: u - c is regressed on them, so equal branches stay equal."""
@@ -177,7 +177,8 @@ def _least_squares(regressors: list[Tensor], target: Tensor) -> Tensor:
     t = target.float().flatten()
     gram = torch.stack([torch.stack([a.dot(a), a.dot(b)]), torch.stack([a.dot(b), b.dot(b)])])
     ridge = 1e-6 * gram.diagonal().mean().clamp_min(1e-20) * torch.eye(2, device=gram.device)
-    return torch.linalg.solve(gram + ridge, torch.stack([a.dot(t), b.dot(t)]))
+    weights: Tensor = torch.linalg.solve(gram + ridge, torch.stack([a.dot(t), b.dot(t)]))
+    return weights
 
 
 class _Held:
