@@ -110,8 +110,11 @@ def compare(
     """
     chosen = [find_recipe(which) for which in recipes]
     names = [recipe.name or f"recipe-{number}" for number, recipe in enumerate(chosen, 1)]
-    if len(set(names)) < len(names):
-        raise UsageError(f"Two recipes have the same name: {', '.join(names)}. Give each its own `name`.")
+    if len({"plain", *names}) <= len(names):
+        raise UsageError(
+            f"Each recipe needs a name of its own, and 'plain' is always compared; got {', '.join(names)}."
+            " Leave out what is there twice."
+        )
     todo = tuple(Prompt(text, seed, index) for index, (text, seed) in enumerate(_pairs(prompts, seeds)))
     arguments = plan(pipe, Request(todo, extra=call), limits)
     plain, scores = Score(), [Score() for _ in chosen]

@@ -11,6 +11,7 @@ from hasten.cli.options import Call, Device, Dtype, Fps, Lora, ModelArgument, Of
 from hasten.cli.output import JsonOption, Output
 from hasten.cli.places import writable
 from hasten.cli.values import assignments
+from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.pipelines.compare import Sample
@@ -56,7 +57,9 @@ def compare(
         from hasten.pipelines.loading import check_name, open_pipeline
         from hasten.pipelines.recipes import recipe as find_recipe
 
-        texts = [wanted.text for wanted in collect(prompt or [], prompts, 0)]
+        wanted = collect(prompt or [], prompts, 0)
+        if any(item.seed for item in wanted):
+            raise UsageError("compare takes its seeds from --seed; leave them out of the prompts file.")
         chosen = [find_recipe(which) for which in recipe or ["balanced", "fast"]]
         check_name(model)
         own = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance}
@@ -66,7 +69,9 @@ def compare(
                 model, revision=revision, device=device, dtype=dtype, offload=offload, lora=lora, quiet=True
             )
             run = Comparison(output, pipe, model, out, fps)
-            rows = run.run(chosen, texts, seed or [0], **arguments_of(pipe, own), **further)
+            rows = run.run(
+                chosen, [item.text for item in wanted], seed or [0], **arguments_of(pipe, own), **further
+            )
             output.table(rows)
             run.close(rows)
         output.finish(rows)

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -73,10 +74,12 @@ class Output:
         if self.target not in (None, "-"):
             assert self.target is not None
             check_writable(Path(self.target).absolute().parent)
-        if self.target != "-":
-            yield self
-            return
-        with contextlib.redirect_stdout(sys.stderr):
+        aside = contextlib.redirect_stdout(sys.stderr) if self.target == "-" else contextlib.nullcontext()
+        with aside, warnings.catch_warnings():
+            # hasten's own warnings are the report's notes, which commands show as sentences.
+            warnings.filterwarnings("ignore", message="hasten: ")
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             yield self
 
     def say(self, text: str) -> None:

@@ -49,12 +49,12 @@ class Places:
 @contextmanager
 def writable(*folders: Path) -> Iterator[None]:
     """Prove that files can be put into `folders`, making them; those still empty at the end are removed again."""
-    made = [folder for folder in folders if not folder.exists()]
-    for folder in folders:
-        check_writable(folder)
+    made = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     try:
+        for folder in folders:
+            check_writable(folder)
         yield
     finally:
-        for folder in made:
+        for folder in made:  # the deepest first
             with suppress(OSError):
                 folder.rmdir()  # fails, as it should, when something is in it
