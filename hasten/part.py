@@ -74,7 +74,7 @@ def _member(cls: type[Part], fields: dict[str, Any], where: str, path: str) -> t
     if not members:
         return cls
     kind = fields.pop("kind", cls.kind or None)
-    if kind in members:
+    if isinstance(kind, str) and kind in members:
         return members[kind]
     raise RecipeError(
         f"{where}: {_join(path, 'kind')} = {kind!r} is not a {cls.__name__.lower()};"

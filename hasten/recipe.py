@@ -13,6 +13,12 @@ from hasten.part import Part, parse
 MAX_YAML_BYTES = 256 * 1024
 """A recipe from a stranger may not be larger than this."""
 
+MAX_YAML_DEPTH = 32
+OPENING = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
+)  # fmt: skip
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
 
 class Axis(Part):
     """Base of the parts that stand directly on a recipe's axis."""
@@ -103,17 +109,29 @@ def from_yaml(text: str, where: str = "recipe") -> Recipe:
 
     The parts it names must have been imported; `hasten.recipe(...)` sees to that.
     """
-    if len(text.encode()) > MAX_YAML_BYTES:
+    if len(text.encode(errors="surrogatepass")) > MAX_YAML_BYTES:
         raise RecipeError(f"{where}: a recipe may have at most {MAX_YAML_BYTES // 1024} KiB, got {len(text) // 1024}.")
     try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                raise RecipeError(f"{where}: YAML anchors and aliases are not allowed in recipes. Write the value out.")
+        _scan(text, where)
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML lets what int(), datetime() and its own look-ups raise escape.
+        line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise RecipeError(f"{where}: not valid YAML ({line}).") from None
     return parse(Recipe, data, where)
+
+
+def _scan(text: str, where: str) -> None:
+    """Refuse aliases (they multiply) and deep nesting (PyYAML's time grows with its square) before anything is built."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+            raise RecipeError(f"{where}: YAML anchors and aliases are not allowed in recipes. Write the value out.")
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth > MAX_YAML_DEPTH:
+            raise RecipeError(f"{where}: nested deeper than {MAX_YAML_DEPTH} levels; recipes need fewer than ten.")
 
 
 def read(path: Path) -> Recipe:
