@@ -61,8 +61,10 @@ class _Branches:
     def _content(self, tensor: Tensor | None) -> Hashable:
         if tensor is None:
             return None
-        address = (tensor.data_ptr(), tuple(tensor.shape), tensor._version)
-        if address in self.known:
+        # Inference tensors count no versions, so a change in place would go unseen: they are read each time.
+        version = None if tensor.is_inference() else tensor._version
+        address = (tensor.data_ptr(), tuple(tensor.shape), version)
+        if version is not None and address in self.known:
             return self.known[address][1]
         # Reading two numbers is a host synchronisation, but only when a new tensor turns up: in nearly
         # all pipelines once per branch and run.
@@ -212,13 +214,14 @@ def _starting_index(scheduler: Any, timestep: Any, total: int) -> int:
 
 def solver_times(scheduler: Any) -> list[float]:
     """`Step.time` of each evaluation: sigma for flow matching, atan(sigma / alpha) / (pi / 2) for
-    variance-preserving and variance-exploding solvers, else the timestep over its largest value."""
+    variance-preserving and variance-exploding solvers, else the timestep over its largest value.
+    Solvers whose timesteps are not indices (Stable Video Diffusion's are log sigma / 4) are read by sigma."""
     steps = [float(t) for t in torch.as_tensor(scheduler.timesteps).flatten().tolist()]
     sigmas = _sigmas(scheduler, len(steps))
     if _is_flow(scheduler) and sigmas is not None:
         return sigmas
     cumulative = getattr(scheduler, "alphas_cumprod", None)
-    if cumulative is not None:
+    if cumulative is not None and 0 <= min(steps, default=0) and max(steps, default=0) <= len(cumulative):
         levels = [_level(cumulative, t) for t in steps]
         return [math.atan2(math.sqrt(1 - a), math.sqrt(a)) / (math.pi / 2) for a in levels]
     if sigmas is not None:

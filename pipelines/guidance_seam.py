@@ -68,9 +68,9 @@ class GuidanceSeam:
 
     def finish(self, step: Step, c: Tensor) -> Tensor:
         """The conditional output as the pipeline must see it: it combines a placeholder z as z + s (c' - z)."""
-        z, self._placeholder = self._placeholder, None
-        if z is None or self.roles is None or step.branch != self.roles.cond:
+        if self._placeholder is None or self.roles is None or step.branch != self.roles.cond:
             return c
+        z, self._placeholder = self._placeholder, None
         u = self.state.estimate(step, c)
         target = u + self.roles.scale * (c - u)
         return z + (target - z) / self.roles.scale
