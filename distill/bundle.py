@@ -39,6 +39,7 @@ def bundle(
     def write(part: Path) -> None:
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
+        _forget_paths(part)
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
         card = _card(config, part, int(trained["step"]), load_digits(data).source if data else "unknown")
         (part / "hasten.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -66,6 +67,14 @@ def _card(config: PretrainConfig, folder: Path, steps: int, source: str) -> dict
         "torch": torch.__version__,
         "sha256": {str(file.relative_to(folder).as_posix()): sha256(file) for file in weights},
     }
+
+
+def _forget_paths(folder: Path) -> None:
+    """Remove where the parts were loaded from: a path of the training machine means nothing elsewhere."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _parameters(file: Path) -> int:

@@ -23,6 +23,10 @@ from hasten.distill.pretrain_loop import Loop, Task, Weights, split_parameters, 
 from hasten.distill.pretrain_state import replace_folder
 from hasten.errors import ResumeError, UsageError
 
+MAX_WEIGHT = 10.0
+"""Noise prediction is weighted by 1 / alpha_bar up to this, as if the velocity were predicted: plain noise
+prediction spends itself on the nearly clean images and learns the shapes late."""
+
 _MAY_CHANGE = ("denoiser.steps", "call.")
 
 
@@ -132,7 +136,8 @@ class _Run:
         noise = torch.Generator().manual_seed(step_seed(self.config.seed, "vae", step))
         error = tiny.decode_unclamped(vae, posterior.sample(noise)) - x
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return error.abs().mean() + error.square().mean() + c.kl * kl
+        loss: Tensor = error.abs().mean() + error.square().mean() + c.kl * kl
+        return loss
 
     @torch.no_grad()
     def _normalise(self, vae: Any) -> None:
@@ -261,10 +266,12 @@ class _Objective:
         text, mask = self.text[row].to(self.device), self.mask[row].to(self.device)
         if self.alphas is None:
             noisy, target, t = (x.to(self.device) for x in flow(x0, noise, level, c.shift))
+            weight = torch.ones((), device=self.device)
             predicted = self.forward(noisy, t, text, return_dict=False)[0]
         else:
             t = (level * 1000).long().clamp(0, 999)
             a = self.alphas[t].view(-1, 1, 1, 1)
+            weight = (1 / a).clamp(max=MAX_WEIGHT).to(self.device)
             noisy, target = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(self.device), noise.to(self.device)
             predicted = self.forward(
                 noisy,
@@ -275,7 +282,7 @@ class _Objective:
                 return_dict=False,
             )[0]
         error: Tensor = predicted.float() - target
-        return error.square().mean()
+        return (weight * error.square()).mean()
 
 
 def flow(x0: Tensor, noise: Tensor, level: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:

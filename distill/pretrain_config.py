@@ -61,6 +61,7 @@ class DenoiserConfig(_Strict):
     head_dim: PositiveInt = 64
     layers: PositiveInt = 8
     ffn: PositiveInt = 512
+    patch: PositiveInt = 1
     shift: PositiveFloat = 3.0
     steps: PositiveInt = 4000
     batch: PositiveInt = 12

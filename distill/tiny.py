@@ -12,8 +12,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.moving_digits import DIGITS, DIRECTIONS, SPEEDS
 from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig, TextConfig, VaeConfig
+from hasten.pipelines.judge import DIGITS, DIRECTIONS, SPEEDS
 
 _diffusers: Any = diffusers  # most of its constructors carry no types
 
@@ -150,7 +150,7 @@ def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: in
     """The transformer, freshly initialised for training from scratch (the output layer starts at zero)."""
     if kind == "video":
         model = _diffusers.WanTransformer3DModel(
-            patch_size=(1, 1, 1),
+            patch_size=(1, config.patch, config.patch),
             num_attention_heads=config.heads,
             attention_head_dim=config.head_dim,
             in_channels=latents,
@@ -172,7 +172,7 @@ def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: in
             norm_num_groups=8,
             cross_attention_dim=width,
             sample_size=sample_size,
-            patch_size=1,
+            patch_size=config.patch,
             interpolation_scale=1,
             use_additional_conditions=False,
             caption_channels=text_dim,

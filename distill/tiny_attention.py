@@ -50,5 +50,6 @@ class BmmAttention(TorchFunctionMode):
             plain = call.get("attn_mask") is None and not call.get("dropout_p") and not call.get("is_causal")
             if plain and call.get("scale") is None and call["query"].device.type == "cpu":
                 q, k, v = (call[n].to(torch.bfloat16) for n in ("query", "key", "value"))
-                return _Attention.apply(q, k, v)
+                apply: Any = _Attention.apply
+                return apply(q, k, v)
         return func(*args, **kwargs)

@@ -75,7 +75,7 @@ def train_judge(
         "data": digits.source,
         "licence": "Apache-2.0",
         "accuracy": measure(net, digits, config),
-        "final_loss": float(loss),
+        "final_loss": float(loss.detach()),
     }
     reference = _reference(net, digits, config)
 

@@ -202,7 +202,7 @@ def as_clip(frames: Any) -> Tensor:
         raise UsageError(
             f"cannot read frames of shape {tuple(frames.shape)}: expected a clip (F, H, W, 3) or an image (H, W, 3)."
         )
-    grey = clip.mean(-1).clamp(0, 1)
+    grey: Tensor = clip.mean(-1).clamp(0, 1)
     if grey.shape[-2:] != (_SIZE, _SIZE):
         grey = F.interpolate(grey.unsqueeze(1), (_SIZE, _SIZE), mode="area").squeeze(1)
     return grey

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -148,7 +149,7 @@ def test_wrong_value_and_missing_file_are_explained(tmp_path: Path) -> None:
 def test_learning_rate_warms_up_stays_and_ends_near_zero() -> None:
     rate = [learning_rate(step, 1000, 100, 0.4) for step in range(1000)]
     assert rate[0] == 0.01 and rate[99] == 1.0 and rate[599] == 1.0
-    assert all(a >= b for a, b in zip(rate[600:], rate[601:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rate[600:]))
     assert 0 < rate[-1] <= 0.0025
 
 
@@ -244,6 +245,7 @@ def test_bundle_writes_card_and_curve(trained: tuple[str, Path], tmp_path: Path)
         str(file.relative_to(tmp_path / config.name))
         for file in (tmp_path / config.name).rglob("*.safetensors")
     }
+    assert not [file for file in (tmp_path / config.name).rglob("*.json") if str(out) in file.read_text()]
     curves = json.loads((tmp_path / config.name / "loss.json").read_text())
     assert set(curves) == {"vae", "denoiser"} and all(0 < len(c) <= MAX_POINTS for c in curves.values())
     with pytest.raises(UsageError, match="No pipeline"):
