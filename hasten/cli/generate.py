@@ -148,7 +148,10 @@ class _Task:
         call = service.plan(pipe, self.request)
         self.places.check(service.makes_video(pipe))
         rows = []
-        with accelerate(pipe, self.recipe) as session, bar(out, self.model, shown=not quiet) as show:
+        with (
+            accelerate(pipe, self.recipe) as session,
+            bar(out, Path(self.model).name, shown=not quiet) as show,
+        ):
             for result in service.generate(pipe, session, self.request, on_progress=show):
                 row = self._write(result, session, call)
                 rows.append(row)
