@@ -57,7 +57,7 @@ class _OutputChange:
         self.size: Tensor | None = None
 
     def measure(self, x: Tensor) -> Tensor | None:
-        previous, self.previous = self.previous, x
+        previous, self.previous = self.previous, x.clone()  # a host may update its latents in place
         if previous is None or previous.shape != x.shape or self.rate is None or self.size is None:
             return None
         return self.rate * _mean_abs(x - previous) / self.size
@@ -69,7 +69,7 @@ class _OutputChange:
             old_x, old_y = self.computed
             self.rate = _mean_abs(y - old_y) / _mean_abs(x - old_x)
         self.size = _mean_abs(y)
-        self.computed = (x, y)
+        self.computed = (x.clone(), y.clone())
 
 
 class _InputChange:
@@ -77,7 +77,7 @@ class _InputChange:
         self.previous: Tensor | None = None
 
     def measure(self, x: Tensor) -> Tensor | None:
-        previous, self.previous = self.previous, x
+        previous, self.previous = self.previous, x.clone()  # a host may update its latents in place
         return None if previous is None or previous.shape != x.shape else relative_l1(x, previous)
 
     def observe(self, x: Tensor, y: Tensor) -> None:
