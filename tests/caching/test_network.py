@@ -1,0 +1,176 @@
+"""Whole-network reuse on ordinary differential equations whose solution is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.caching.network import NetworkReuse, NetworkState
+from hasten.caching.rules import Every
+from hasten.caching.signals import OutputChange, Signal
+from hasten.forecast import Forecast, Hold, Polynomial
+from hasten.step import Step
+from tests.contract import PartContract, parts, seeded, steps
+
+Field = Callable[[Tensor, float], Tensor]
+
+
+class TestEverySignal(PartContract):
+    family = Signal
+
+    @pytest.fixture(params=parts(Signal))
+    def part(self, request: pytest.FixtureRequest) -> Signal:
+        return request.param
+
+    def test_unknown_at_first_zero_when_nothing_moves(self, part: Signal) -> None:
+        state, x = part.start(), seeded(0, 1, 4, 4)
+        assert state.measure(x) is None
+        state.observe(x, seeded(1, 1, 4, 4))
+        for number in (2, 3):
+            state.measure(seeded(number, 1, 4, 4))
+            state.observe(seeded(number, 1, 4, 4), seeded(number + 5, 1, 4, 4))
+        last = state.measure(seeded(3, 1, 4, 4))
+        assert last is not None and float(last) < 1e-9
+        moved = state.measure(seeded(4, 1, 4, 4))
+        assert moved is not None and float(moved) > 0
+        assert state.measure(seeded(4, 2, 4, 4)) is None, "another shape is no small change"
+
+
+def solve(policy: NetworkReuse, field: Field, start: Tensor, total: int = 30) -> tuple[Tensor, NetworkState]:
+    """Euler's method with the policy in between, as the gate calls it."""
+    state, x = policy.start([step.time for step in steps(total)]), start
+    for step in steps(total):
+        answer = state.answer(step, x) if state.decide(step, x) else None
+        v = answer[0] if answer is not None else state.observe(step, x, [field(x, step.time)])[0]
+        assert step.weight is not None
+        x = x + step.weight * v
+    return x, state
+
+
+def policy(*, correct: bool, forecast: Forecast | None = None, interval: int = 3) -> NetworkReuse:
+    return NetworkReuse(rule=Every(interval=interval, warmup=3), forecast=forecast or Hold(), correct=correct)
+
+
+ALWAYS = NetworkReuse(rule=Every(interval=1))
+
+
+@pytest.mark.parametrize("forecast", [Hold(), Polynomial(order=1), Polynomial(order=2)], ids=["hold", "one", "two"])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_corrected_run_is_exact_on_polynomials_of_time(degree: int, forecast: Forecast) -> None:
+    def field(x: Tensor, time: float) -> Tensor:
+        return seeded(1, 8) * sum((k + 1) * (-time) ** k for k in range(degree + 1))
+
+    # 30 steps, one in three: the last gap is closed by a computed step only if the run ends on one.
+    full, _ = solve(ALWAYS, field, seeded(0, 8), total=30)
+    corrected, _ = solve(policy(correct=True, forecast=forecast), field, seeded(0, 8), total=30)
+    plain, _ = solve(policy(correct=False, forecast=forecast), field, seeded(0, 8), total=30)
+    assert 29 in Every(interval=3, warmup=3).computed(30)
+    torch.testing.assert_close(corrected, full, rtol=1e-4, atol=1e-4)
+    if degree > getattr(forecast, "order", 0):
+        assert float((plain - full).norm()) > 30 * float((corrected - full).norm())
+
+
+@pytest.mark.parametrize("forecast", [Hold(), Polynomial(order=1)], ids=["hold", "one"])
+def test_corrected_run_is_nearer_on_a_linear_equation(forecast: Forecast) -> None:
+    matrix = seeded(2, 6, 6) * 0.5
+
+    def field(x: Tensor, time: float) -> Tensor:
+        return x @ matrix
+
+    full, _ = solve(ALWAYS, field, seeded(0, 1, 6))
+    off = [float((solve(policy(correct=c, forecast=forecast), field, seeded(0, 1, 6))[0] - full).norm()) for c in (0, 1)]
+    assert off[1] < 0.6 * off[0]
+
+
+def test_without_weights_nothing_is_corrected() -> None:
+    state = policy(correct=True).start()
+    for step in steps(9):
+        blind = Step(step.index, step.total, step.time, 0, None)
+        if not state.decide(blind, seeded(0, 4)):
+            y = seeded(step.index, 4)
+            assert torch.equal(state.observe(blind, seeded(0, 4), [y])[0], y)
+
+
+def test_not_a_number_is_forgotten() -> None:
+    state, x, run = policy(correct=True).start(), seeded(0, 4), steps(30)
+    answers: list[tuple[int, Tensor]] = []
+    for step in run:
+        answer = state.answer(step, x) if state.decide(step, x) else None
+        y = torch.full((4,), math.nan) if step.index == 8 else seeded(step.index, 4)
+        answers.append((step.index, answer[0] if answer is not None else state.observe(step, x, [y])[0]))
+    bad = [index for index, value in answers if not bool(torch.isfinite(value).all())]
+    assert bad == [8]
+
+
+@pytest.mark.parametrize("changed", [seeded(0, 2, 4), seeded(0, 1, 4).double(), seeded(0, 1, 8)])
+def test_another_shape_or_dtype_has_no_history(changed: Tensor) -> None:
+    state, run = policy(correct=True).start(), steps(30)
+    for step in run[:6]:
+        if not state.decide(step, seeded(0, 1, 4)):
+            state.observe(step, seeded(0, 1, 4), [seeded(step.index, 1, 4)])
+    assert state.answer(run[6], seeded(0, 1, 4)) is not None
+    assert state.answer(run[6], changed) is None
+    assert state.observe(run[6], changed, [changed])[0] is changed
+    again = state.answer(run[7], changed)
+    assert again is not None and again[0].shape == changed.shape and again[0].dtype == changed.dtype
+
+
+def test_branches_share_nothing() -> None:
+    state, x, run = NetworkReuse(rule=Every(interval=2)).start(), seeded(0, 4), steps(4)
+    for branch in (0, 1):
+        step = Step(0, 4, run[0].time, branch, run[0].weight)
+        assert not state.decide(step, x)
+        state.observe(step, x, [seeded(branch + 1, 4)])
+    for branch in (0, 1):
+        answer = state.answer(Step(1, 4, run[1].time, branch), x)
+        assert answer is not None and torch.equal(answer[0], seeded(branch + 1, 4))
+    assert state.answer(Step(1, 4, run[1].time, 2), x) is None
+    assert state.num_bytes() == 2 * 16
+    state.forget()
+    assert state.num_bytes() == 0
+
+
+def test_residual_adds_the_present_input() -> None:
+    old, new, y = seeded(0, 4), seeded(1, 4), seeded(2, 4)
+    for of, expected in (("output", y), ("residual", y - old + new)):
+        state = NetworkReuse(rule=Every(interval=2), of=of).start()
+        state.observe(steps(4)[0], old, [y])
+        answer = state.answer(steps(4)[1], new)
+        assert answer is not None
+        torch.testing.assert_close(answer[0], expected)
+
+
+def test_the_hosts_tensor_is_not_kept() -> None:
+    state, y = NetworkReuse(rule=Every(interval=2)).start(), seeded(0, 4)
+    given = state.observe(steps(4)[0], seeded(1, 4), [y])[0]
+    given.add_(100.0)
+    answer = state.answer(steps(4)[1], seeded(1, 4))
+    assert answer is not None and torch.equal(answer[0], seeded(0, 4))
+
+
+def test_easycache_signal_against_a_hand_computation() -> None:
+    """k = |y1 - y0| / |x1 - x0| = 6 / 2; then k |x2 - x1| / |y1| = 3 * 1 / 8 and k |x3 - x2| / |y1| = 3 * 0.5 / 8."""
+    x = [torch.full((1, 2), value) for value in (0.0, 2.0, 3.0, 2.5)]
+    state = OutputChange().start()
+    for i, y in enumerate((2.0, 8.0)):
+        assert state.measure(x[i]) is None
+        state.observe(x[i], torch.full((1, 2), y))
+    found = [state.measure(x[2]), state.measure(x[3])]
+    assert [float(value) for value in found if value is not None] == pytest.approx([3 / 8, 1.5 / 8])
+
+
+def test_signal_survives_a_host_that_updates_in_place() -> None:
+    """k = 6 / 1, then a change of 3 in the input: 6 * 3 / 8."""
+    x, state = torch.zeros(1, 4), OutputChange().start()
+    for value, move in ((2.0, 1.0), (8.0, 3.0)):
+        state.measure(x)
+        y = torch.full((1, 4), value)
+        state.observe(x, y)
+        y.zero_()
+        x.add_(move)
+    change = state.measure(x)
+    assert change is not None and float(change) == pytest.approx(2.25)
