@@ -73,7 +73,7 @@ def _silence() -> None:
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
 
 
 def check_name(name_or_path: str) -> Literal["bundled", "folder", "hub"]:
@@ -168,7 +168,7 @@ def _load(name_or_path: str, revision: str | None, dtype: torch.dtype) -> Any:
             # `torch_dtype` is the one spelling that all versions since our floor take; 0.42 says it is old.
             warnings.simplefilter("ignore", FutureWarning)
             # trust_remote_code is not even passed: diffusers' default is False, and nothing here can change it.
-            return DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+            return DiffusionPipeline.from_pretrained(
                 source,
                 revision=revision,
                 torch_dtype=dtype,

@@ -142,6 +142,8 @@ class _Task:
 
     def run(self, pipe: Any, out: Output, *, quiet: bool) -> list[dict[str, Any]]:
         """Generate, write, and describe each result in a row."""
+        if not self.request.prompts:  # more processes than prompts
+            return []
         from hasten.pipelines import generate as service
         from hasten.pipelines.accelerate import accelerate
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from hasten.cli.prompts import collect
+from hasten.cli.ranks import Ranks
 from hasten.pipelines import sizes
 from hasten.pipelines.generate import Prompt, Request, generate, plan
 from hasten.pipelines.media import read_metadata
@@ -161,6 +163,15 @@ def test_a_size_that_is_allowed_is_the_size_that_comes_out() -> None:
 def test_prompts_keep_their_number() -> None:
     found = collect(["a", "b"], None, 4)
     assert [(p.text, p.seed, p.index) for p in found] == [("a", 4, 0), ("b", 4, 1)]
+
+
+def test_more_processes_than_prompts() -> None:
+    one = collect(["a"], None, 0)
+    shares = []
+    for index in range(3):
+        ranks = Ranks(SimpleNamespace(process_index=index, num_processes=3))
+        shares.append(ranks.share(one))
+    assert shares == [one, (), ()]
 
 
 def test_two_processes_share_the_prompts(wan: Path, tmp_path: Path) -> None:
