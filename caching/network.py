@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hasten.caching.signals import OutputChange, Signal, SignalState
@@ -22,9 +23,9 @@ class NetworkReuse(ReusePolicy):
     signal: what an adaptive rule watches. forecast: what stands in.
     of: "output" forecasts the output y; "residual" forecasts y - x and adds the present input x, which
     is EasyCache's transformation (only where y and x have one shape).
-    correct: after each gap compare the forecasts used in it with the interpolation that the newly
-    computed value makes possible, and put the difference right in that step. Costs no evaluation, and
-    acts only where the solver is first-order and linear (`Step.weight`); elsewhere it says so.
+    correct: 0, or the degree of the correction. After each gap the forecasts used in it are compared with the
+    polynomial that the newly computed value makes possible, and the difference is put right in that step. Costs
+    no evaluation; acts only where the solver is first-order and linear (`Step.weight`), and says so elsewhere.
     """
 
     kind: ClassVar[str] = "network"
@@ -32,7 +33,7 @@ class NetworkReuse(ReusePolicy):
     signal: Signal = OutputChange()
     forecast: Forecast = Hold()
     of: Literal["output", "residual"] = "output"
-    correct: bool = False
+    correct: int = Field(0, ge=0, le=3)
 
     def start(self, times: Sequence[float] = ()) -> NetworkState:
         """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
@@ -115,7 +116,7 @@ class BranchHistory:
         self.forecasts: list[ForecastState] = [policy.forecast.start() for _ in outputs]
         self.key = (x.shape, x.dtype, x.device)
         self.finite: Tensor | None = None
-        self.corrector: Corrector | None = Corrector() if policy.correct and policy.of == "output" else None
+        self.corrector: Corrector | None = Corrector(policy.correct) if policy.correct and policy.of == "output" else None
 
     def fits(self, x: Tensor) -> bool:
         """False once resolution, batch, dtype or device have changed."""
@@ -160,9 +161,8 @@ class Corrector:
     solver's steps, so it approaches that solver's own path and not only the exact solution.
     """
 
-    DEGREE = 3
-
-    def __init__(self) -> None:
+    def __init__(self, degree: int) -> None:
+        self.degree = degree
         self.nodes: list[float] = []
         self.values: list[Tensor] = []
         self.gap: list[tuple[float, float]] = []
@@ -180,8 +180,8 @@ class Corrector:
         if step.time in self.nodes:
             spot = self.nodes.index(step.time)
             del self.nodes[spot], self.values[spot]
-        self.nodes = [*self.nodes, step.time][-(self.DEGREE + 1) :]
-        self.values = [*self.values, y][-(self.DEGREE + 1) :]
+        self.nodes = [*self.nodes, step.time][-(self.degree + 1) :]
+        self.values = [*self.values, y][-(self.degree + 1) :]
         gap, moved = self.gap, self.moved
         self.gap, self.moved = [], None
         if moved is None or not step.weight or len(self.values) < 2:

@@ -66,13 +66,15 @@ class Spread(Schedule):
     small steps where nothing happens. Position of the k-th of n computed steps: u = (k / (n - 1)) ** skew,
     then (1 - ends) u + ends (1 - cos(pi u)) / 2 of the way from the first `Step.time` to the last; the
     nearest free step is taken. ends: 0 even, 1 densest at both ends. skew: above 1 moves steps to the start.
-    by: "time", or "step" to spread over step indices.
+    until: where the last computed step stands, as a share of the way. by: "time", or "step" to spread over
+    step indices.
     """
 
     kind: ClassVar[str] = "spread"
     share: float = Field(0.25, gt=0, le=1)
     ends: float = Field(0.0, ge=0, le=1)
     skew: float = Field(1.0, gt=0, le=4)
+    until: float = Field(1.0, gt=0, le=1)
     by: Literal["time", "step"] = "time"
 
     def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
@@ -84,6 +86,6 @@ class Spread(Schedule):
         for k in range(1, num):
             u = (k / (num - 1)) ** self.skew
             way = (1 - self.ends) * u + self.ends * (1 - math.cos(math.pi * u)) / 2
-            target = grid[0] + way * (grid[-1] - grid[0])
+            target = grid[0] + way * self.until * (grid[-1] - grid[0])
             found.add(min((i for i in range(total) if i not in found), key=lambda i: abs(grid[i] - target)))
         return found

@@ -21,7 +21,7 @@ def plain() -> Recipe:
 def balanced() -> Recipe:
     """About a quarter of the evaluations; second-order forecasts, each gap put right when the next value is known."""
     return Recipe(
-        reuse=NetworkReuse(rule=Spread(share=0.24), forecast=Polynomial(order=2), correct=True),
+        reuse=NetworkReuse(rule=Spread(share=0.24), forecast=Polynomial(order=2), correct=2),
         models=("any flow-matching or noise-predicting denoiser",),
     )
 
@@ -29,7 +29,7 @@ def balanced() -> Recipe:
 def fast() -> Recipe:
     """About a sixth of the evaluations; the same parts as `balanced`, placed for fewer computed steps."""
     return Recipe(
-        reuse=NetworkReuse(rule=Spread(share=0.16), forecast=Polynomial(order=2), correct=True),
+        reuse=NetworkReuse(rule=Spread(share=0.16), forecast=Polynomial(order=2), correct=2),
         models=("any flow-matching or noise-predicting denoiser",),
     )
 
@@ -55,7 +55,7 @@ def easycache_forecast(limit: float = 0.05, warmup: float = 0.1) -> Recipe:
             rule=Drift(limit=limit, accumulate=True, warmup=warmup),
             signal=OutputChange(),
             forecast=LeaveOneOut(max_order=2),
-            correct=True,
+            correct=2,
         ),
         paper="EasyCache, arXiv 2507.02860, rule only",
     )
@@ -115,4 +115,4 @@ def fewer_steps(share: float = 0.25) -> Recipe:
 
 def listed(at: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> Recipe:
     """Compute at the listed shares of the run and forecast in between: for schedules found by a search."""
-    return Recipe(reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=2), correct=True))
+    return Recipe(reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=2), correct=2))

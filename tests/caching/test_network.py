@@ -51,7 +51,7 @@ def solve(policy: NetworkReuse, field: Field, start: Tensor, total: int = 30) ->
     return x, state
 
 
-def policy(*, correct: bool, forecast: Forecast | None = None, interval: int = 3) -> NetworkReuse:
+def policy(*, correct: int, forecast: Forecast | None = None, interval: int = 3) -> NetworkReuse:
     return NetworkReuse(rule=Every(interval=interval, warmup=3), forecast=forecast or Hold(), correct=correct)
 
 
@@ -66,8 +66,8 @@ def test_corrected_run_is_exact_on_polynomials_of_time(degree: int, forecast: Fo
 
     # 30 steps, one in three: the last gap is closed by a computed step only if the run ends on one.
     full, _ = solve(ALWAYS, field, seeded(0, 8), total=30)
-    corrected, _ = solve(policy(correct=True, forecast=forecast), field, seeded(0, 8), total=30)
-    plain, _ = solve(policy(correct=False, forecast=forecast), field, seeded(0, 8), total=30)
+    corrected, _ = solve(policy(correct=3, forecast=forecast), field, seeded(0, 8), total=30)
+    plain, _ = solve(policy(correct=0, forecast=forecast), field, seeded(0, 8), total=30)
     assert 29 in Every(interval=3, warmup=3).computed(30)
     torch.testing.assert_close(corrected, full, rtol=1e-4, atol=1e-4)
     if degree > getattr(forecast, "order", 0):
@@ -82,12 +82,12 @@ def test_corrected_run_is_nearer_on_a_linear_equation(forecast: Forecast) -> Non
         return x @ matrix
 
     full, _ = solve(ALWAYS, field, seeded(0, 1, 6))
-    off = [float((solve(policy(correct=c, forecast=forecast), field, seeded(0, 1, 6))[0] - full).norm()) for c in (0, 1)]
+    off = [float((solve(policy(correct=c, forecast=forecast), field, seeded(0, 1, 6))[0] - full).norm()) for c in (0, 3)]
     assert off[1] < 0.6 * off[0]
 
 
 def test_without_weights_nothing_is_corrected() -> None:
-    state = policy(correct=True).start()
+    state = policy(correct=3).start()
     for step in steps(9):
         blind = Step(step.index, step.total, step.time, 0, None)
         if not state.decide(blind, seeded(0, 4)):
@@ -96,7 +96,7 @@ def test_without_weights_nothing_is_corrected() -> None:
 
 
 def test_not_a_number_is_forgotten() -> None:
-    state, x, run = policy(correct=True).start(), seeded(0, 4), steps(30)
+    state, x, run = policy(correct=3).start(), seeded(0, 4), steps(30)
     answers: list[tuple[int, Tensor]] = []
     for step in run:
         answer = state.answer(step, x) if state.decide(step, x) else None
@@ -108,7 +108,7 @@ def test_not_a_number_is_forgotten() -> None:
 
 @pytest.mark.parametrize("changed", [seeded(0, 2, 4), seeded(0, 1, 4).double(), seeded(0, 1, 8)])
 def test_another_shape_or_dtype_has_no_history(changed: Tensor) -> None:
-    state, run = policy(correct=True).start(), steps(30)
+    state, run = policy(correct=3).start(), steps(30)
     for step in run[:6]:
         if not state.decide(step, seeded(0, 1, 4)):
             state.observe(step, seeded(0, 1, 4), [seeded(step.index, 1, 4)])

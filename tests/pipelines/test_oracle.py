@@ -34,7 +34,7 @@ def generate(pipe: Any) -> Tensor:
 
 @pytest.mark.parametrize("correct", [False, True])
 @pytest.mark.parametrize("forecast", [Hold(), Polynomial(order=1), Polynomial(order=2)], ids=["hold", "one", "two"])
-def test_predicted_distance_is_the_real_one(forecast: Forecast, correct: bool) -> None:
+def test_predicted_distance_is_the_real_one(forecast: Forecast, correct: int) -> None:
     pipe, computed = deaf_wan(), {0, 1, 4, 7, 11}
     with record(pipe.scheduler) as recordings:
         plain = generate(pipe)
