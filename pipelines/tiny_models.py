@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
     import diffusers
 
     library: Any = diffusers
-    pipe = library.DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype or torch.float32, local_files_only=True
-    )
+    # The files are float32. `torch_dtype` is the spelling that all versions since our floor take; 0.42 says it is old.
+    chosen = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **chosen)
     return pipe if device is None else pipe.to(device)
 
 
