@@ -47,28 +47,45 @@ class StackState:
         self.skipping = False
         self.change: float | None = None
 
-    def decide(self, step: Step, lead: list[Tensor]) -> bool:
-        """May the blocks behind the lead be skipped? `lead`: residuals of the lead blocks, one per stream.
+    def decide(self, step: Step, lead: list[Tensor], shapes: list[torch.Size]) -> bool:
+        """May the blocks behind the lead be skipped? lead: residuals of the lead blocks; shapes: of all streams there.
 
-        The first branch of a step decides for all; a branch without history computes.
+        The first branch of a step decides for all; a branch without a fitting history computes.
         """
         branch = self.branches.setdefault(step.branch, StackBranch())
         if step.index != self.decided:
             self.decided = step.index
-            self.change = branch.change(lead) if self.policy.rule.needs_signal else branch.health()
-            if self.change is not None and self.change != self.change:  # NaN: forget what was computed
-                self.branches = {step.branch: StackBranch()}
-                branch, self.change = self.branches[step.branch], None
-            self.skipping = self.rule.skip(step, self.change)
-        return self.skipping and branch.fits(lead)
+            self.change, poisoned = self._read(branch, lead)
+            for number in poisoned:  # a NaN or Inf was computed: forget it and compute afresh
+                del self.branches[number]
+            branch = self.branches.setdefault(step.branch, StackBranch())
+            self.skipping = self.rule.skip(step, self.change) and not poisoned
+        return self.skipping and branch.fits(shapes)
+
+    def _read(self, branch: StackBranch, lead: list[Tensor]) -> tuple[float | None, list[int]]:
+        """The signal and the branches that hold something not finite, in one host synchronisation."""
+        signal = branch.change(lead) if self.policy.rule.needs_signal else None
+        unread = [(number, other) for number, other in self.branches.items() if other.finite is not None]
+        flags = [] if signal is None else [signal]
+        flags += [other.finite.float() for _, other in unread if other.finite is not None]
+        if not flags:
+            return None, []
+        values = torch.stack(flags).tolist()
+        for _, other in unread:
+            other.finite = None
+        change = None if signal is None else values.pop(0)
+        return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy]
 
     def estimate(self, step: Step, site: int) -> list[Tensor]:
         """Residuals that stand in for stack number `site`."""
         return [forecast.estimate(step.time) for forecast in self.branches[step.branch].sites[site]]
 
-    def observe_lead(self, step: Step, lead: list[Tensor]) -> None:
+    def observe_lead(self, step: Step, lead: list[Tensor], shapes: list[torch.Size]) -> None:
         """The step is computed: its lead residuals become the reference."""
-        self.branches[step.branch].reference = lead
+        branch = self.branches[step.branch]
+        if branch.entry != shapes:
+            branch.sites.clear()
+        branch.reference, branch.entry = lead, shapes
 
     def observe(self, step: Step, site: int, residuals: list[Tensor]) -> None:
         """Stack number `site` was computed with these residuals."""
@@ -96,27 +113,20 @@ class StackBranch:
 
     def __init__(self) -> None:
         self.reference: list[Tensor] = []
+        self.entry: list[torch.Size] = []
         self.sites: dict[int, list[ForecastState]] = {}
         self.shapes: dict[int, list[torch.Size]] = {}
         self.finite: Tensor | None = None
 
-    def fits(self, lead: list[Tensor]) -> bool:
-        """True when there is a history of this very shape."""
-        same = [a.shape for a in lead] == [b.shape for b in self.reference]
-        return bool(self.sites) and same and all(f.ready for s in self.sites.values() for f in s)
+    def fits(self, shapes: list[torch.Size]) -> bool:
+        """True when there is a history of these very shapes."""
+        return bool(self.sites) and shapes == self.entry and all(f.ready for s in self.sites.values() for f in s)
 
-    def change(self, lead: list[Tensor]) -> float | None:
-        """Relative L1 change of the first stream's lead residual; NaN when anything is not finite."""
+    def change(self, lead: list[Tensor]) -> Tensor | None:
+        """Relative L1 change of the first stream's lead residual, a 0-d tensor; None without a reference."""
         if not self.reference or self.reference[0].shape != lead[0].shape:
             return None
-        moved = relative_l1(lead[0], self.reference[0])
-        if self.finite is not None:
-            moved = torch.where(self.finite, moved, torch.nan)
-        return float(moved)
-
-    def health(self) -> float | None:
-        """NaN when the last computed residuals are not finite, else None (rules without a signal)."""
-        return float("nan") if self.finite is not None and not bool(self.finite) else None
+        return relative_l1(lead[0], self.reference[0])
 
     def tensors(self) -> list[Tensor]:
         return self.reference + [t for site in self.sites.values() for f in site for t in f.tensors()]

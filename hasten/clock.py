@@ -100,6 +100,7 @@ class Clock:
         self._first_index = 0
         self._pending = False
         self._thread = 0
+        self._clue = "unknown"
         self._branches = _Branches()
 
     # --- following the scheduler -----------------------------------------------------------------
@@ -127,6 +128,8 @@ class Clock:
         if self._index is None or threading.get_ident() != self._thread:
             return
         output = kwargs.get("model_output", args[0] if args else None)
+        if kwargs.get("eta"):  # a stochastic DDIM step: the output enters with another factor
+            self.weights = [None] * len(self.times)
         for call in self.on_tick:
             call(output)  # type: ignore[arg-type]
         self._branches.end_step(self._index == self._first_index)
@@ -159,12 +162,34 @@ class Clock:
             return None
         if self._pending:
             self._begin(timestep)
-        if self._index is None:
+        if self._index is None or not self._ours(timestep):
             return None
         branch, trusted = self._branches.enter(site, context, conditioning, self._index == self._first_index)
         i = self._index
         self.step = Step(i - self._first_index, len(self.times) - self._first_index, self.times[i], branch, self.weights[i])
         return self.step, trusted
+
+    def _ours(self, timestep: Any) -> bool:
+        """False for a call at another time than the loop's: somebody else's loop shares this network.
+
+        Where the pipeline hands on a view of `scheduler.timesteps`, its address tells. Otherwise the value does,
+        but reading it costs a synchronisation, so on an accelerator such calls are believed. A foreign loop that was
+        told by value could meet the very same time later, so nothing more of this run is followed then.
+        """
+        if not isinstance(timestep, Tensor) or not isinstance(self.scheduler.timesteps, Tensor) or self._index is None:
+            return True
+        nodes = self.scheduler.timesteps
+        if self._index == self._first_index and self._clue == "unknown":
+            self._clue = _clue(timestep, nodes, self._index)
+        if self._clue == "address":
+            return bool(timestep.data_ptr() == nodes.data_ptr() + self._index * nodes.element_size())
+        if self._clue == "unknown" or timestep.device.type != "cpu":
+            return True
+        value, expected = float(timestep.flatten()[0]), CLUES[self._clue](float(nodes[self._index]))
+        if abs(value - expected) > 1e-2 * max(abs(expected), 1e-3):
+            self._index, self.step = None, None
+            return False
+        return True
 
     def _begin(self, timestep: Any) -> None:
         self._pending = False
@@ -172,9 +197,29 @@ class Clock:
         self.weights = solver_weights(self.scheduler)
         self._index = self._first_index = _starting_index(self.scheduler, timestep, len(self.times))
         self._branches = _Branches()
+        self._clue = "unknown"
         self.run += 1
         for call in self.on_run:
             call()
+
+
+CLUES: dict[str, Callable[[float], float]] = {
+    "timestep": lambda t: t,
+    "share": lambda t: t / 1000,
+    "rest": lambda t: 1 - t / 1000,
+}
+"""What pipelines pass to their network in place of the scheduler's timestep t."""
+
+
+def _clue(timestep: Tensor, nodes: Tensor, index: int) -> str:
+    """How the first call's time relates to the scheduler's: by address, by one of `CLUES`, or "unknown"."""
+    if timestep.dtype == nodes.dtype and timestep.device == nodes.device:
+        if timestep.data_ptr() == nodes.data_ptr() + index * nodes.element_size():
+            return "address"
+    if timestep.device.type != "cpu" or not timestep.numel():
+        return "unknown"
+    value, node = float(timestep.flatten()[0]), float(nodes[index])
+    return next((name for name, of in CLUES.items() if abs(value - of(node)) <= 1e-2 * max(abs(of(node)), 1e-3)), "unknown")
 
 
 class _Follower:
@@ -244,9 +289,14 @@ def solver_weights(scheduler: Any) -> list[float | None]:
         return [sigmas[i + 1] - sigmas[i] for i in range(num)]
     clipped = config.get("clip_sample") or config.get("thresholding")
     if name == "DDIMScheduler" and prediction == "epsilon" and not clipped:
-        levels = [_level(scheduler.alphas_cumprod, float(t)) for t in scheduler.timesteps]
-        ratio = [math.sqrt((1 - a) / a) for a in [*levels, float(scheduler.final_alpha_cumprod)]]
-        return [ratio[i + 1] - ratio[i] for i in range(num)]
+        # DDIM steps to t - T // n, which is the next timestep only with "leading" spacing.
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        now = [_level(scheduler.alphas_cumprod, float(t)) for t in scheduler.timesteps]
+        after = [
+            float(scheduler.alphas_cumprod[int(t) - stride] if t >= stride else scheduler.final_alpha_cumprod)
+            for t in scheduler.timesteps.tolist()
+        ]
+        return [math.sqrt((1 - b) / b) - math.sqrt((1 - a) / a) for a, b in zip(now, after, strict=True)]
     return [None] * num
 
 

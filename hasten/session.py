@@ -7,6 +7,33 @@ from contextlib import ExitStack
 from typing import Any
 
 _ABSENT = object()
+_SHADOWS = "_hasten_shadows"
+
+
+class _Shadow:
+    """What stood in an owner's `__dict__` before an attribute was shadowed."""
+
+    __slots__ = ("before",)
+
+    def __init__(self, before: Any) -> None:
+        self.before = before
+
+
+def _put_back(owner: Any, name: str, shadow: _Shadow) -> None:
+    shadows = owner.__dict__[_SHADOWS]
+    stack: list[_Shadow] = shadows[name]
+    position = stack.index(shadow)
+    if position < len(stack) - 1:
+        stack[position + 1].before = shadow.before
+    elif shadow.before is _ABSENT:
+        owner.__dict__.pop(name, None)
+    else:
+        object.__setattr__(owner, name, shadow.before)
+    del stack[position]
+    if not stack:
+        del shadows[name]
+    if not shadows:
+        del owner.__dict__[_SHADOWS]
 
 
 class Attachment:
@@ -21,18 +48,15 @@ class Attachment:
 
     def replace(self, owner: Any, name: str, new: Any) -> Any:
         """Shadow `owner.name` with `new` until `restore`; returns what it was."""
-        before = owner.__dict__.get(name, _ABSENT)
         old = getattr(owner, name)
+        shadow = _Shadow(owner.__dict__.get(name, _ABSENT))
+        # The order in which attachments shadow one attribute is kept on the owner itself, so that they may be
+        # undone in any order: an upper one then restores what a lower one had found.
+        stack: list[_Shadow] = owner.__dict__.setdefault(_SHADOWS, {}).setdefault(name, [])
+        stack.append(shadow)
         # object.__setattr__ goes past nn.Module's registration, which would refuse or rename.
         object.__setattr__(owner, name, new)
-
-        def put_back() -> None:
-            if before is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                object.__setattr__(owner, name, before)
-
-        self._undo.callback(put_back)
+        self._undo.callback(_put_back, owner, name, shadow)
         return old
 
     def on_restore(self, call: Callable[[], Any]) -> None:

@@ -62,6 +62,8 @@ class Session:
         models = denoisers(host)
         if recipe.attention is not None or recipe.runtime is not None:
             raise UsageError(f"Recipe {recipe.name!r} sets an axis that has no seam yet; drop attention and runtime.")
+        if isinstance(host, nn.Module) and recipe.sampler is not None:
+            raise UsageError(f"Recipe {recipe.name!r} swaps the solver, and a bare denoiser has none; swap it in your loop.")
         if isinstance(host, nn.Module) and scheduler is None:
             raise ModelError("A bare denoiser has no loop to follow: pass scheduler=, the one whose step() you call.")
         try:
@@ -139,6 +141,8 @@ class Session:
     def account(self) -> None:
         """Count the bytes held; above the cap, drop them and say so."""
         held = sum(gate.num_bytes() for gate in self.gates)
+        if self.guidance is not None:
+            held += sum(tensor.numel() * tensor.element_size() for tensor in self.guidance.state.tensors())
         self.trace.hold(held)
         cap = self.limits.max_cache_bytes
         if cap is not None and held > cap:

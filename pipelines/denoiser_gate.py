@@ -106,7 +106,10 @@ class DenoiserGate:
         session.follow_scheduler()
         context = getattr(self._context, "name", None)
         entered = session.clock.enter(self.site, call.conditioning, context, call.timestep)
-        if entered is None or torch.is_grad_enabled():
+        if entered is None:
+            return self._inner(*args, **kwargs)
+        if torch.is_grad_enabled():
+            session.note(f"{self.site}: gradients are enabled, so every call is computed. Use torch.no_grad().")
             return self._inner(*args, **kwargs)
         step, trusted = entered
         x = call.sample
@@ -176,8 +179,8 @@ class DenoiserGate:
         """Run the network, its blocks gated when a stack policy is on. share: how much of the batch `call` is."""
         if self.stack is None or self.gates is None:
             return self._timed(step, lambda: self._inner(*call.args, **call.kwargs), share=share)
-        if not self.gates.stacks:
-            return self._learn(step, call)
+        if not self.gates.stacks and not self._learn(call):
+            return self._compute(step, call, share)
         events: list[Event] = []
         result = self._timed(step, lambda: self._walk(step, call, self.stack, events), share=share, events=events)  # type: ignore[arg-type]
         if not self._proved:
@@ -209,21 +212,24 @@ class DenoiserGate:
             self.session.trace.add(timed)
         return result
 
-    def _learn(self, step: Step, call: Call) -> Any:
-        """The first call: watch how the blocks are chained."""
+    def _learn(self, call: Call) -> bool:
+        """The first call of all: evaluate once more, to watch how the blocks are chained. False when refused.
+
+        The result is thrown away, so that the first run of a session decides exactly like the later ones.
+        """
         gates = self.gates
         assert gates is not None
-        why = "first call: structure discovery"
-        result = self._timed(step, lambda: gates.watch(lambda: self._inner(*call.args, **call.kwargs)), why)
+        gates.watch(lambda: self._inner(*call.args, **call.kwargs))
         if not gates.stacks:
             self._fall_back("; ".join(gates.refused.values()))
-            return result
+            return False
         gates.restrict()
+        self.session.note(f"{self.site}: one extra evaluation was spent on discovering its structure.", warn=False)
         for reason in gates.refused.values():
             self.session.note(f"{self.site}: {reason}; these blocks are always computed.", warn=False)
         self.session.trace.structure.pop(self.site, None)
         self.session.trace.structure.update({f"{self.site}.{stack.name}": stack.num for stack in gates.stacks})
-        return result
+        return True
 
     def _prove(self, step: Step, call: Call, computed: Any) -> None:
         """Skip all blocks on the very input that was just computed: nothing may be lost, or blocks are refused."""
@@ -247,7 +253,7 @@ class DenoiserGate:
         """Blocks cannot be skipped on this network: say why, and cache the whole network instead."""
         assert isinstance(self.reuse, StackReuse)
         policy = self.reuse
-        rule = Drift(limit=policy.rule.limit) if isinstance(policy.rule, Drift) else policy.rule
+        rule = policy.rule.model_copy(update={"accumulate": True}) if isinstance(policy.rule, Drift) else policy.rule
         self.session.note(f"{self.site}: block caching is refused ({reason}); the whole network is cached instead.")
         if self.gates is not None:
             self.gates.detach()
@@ -281,7 +287,7 @@ class Proof(StackState):
         super().__init__(filled.policy)
         self.branches = filled.branches
 
-    def decide(self, step: Step, lead: list[Tensor]) -> bool:
+    def decide(self, step: Step, lead: list[Tensor], shapes: list[torch.Size]) -> bool:
         return True
 
 

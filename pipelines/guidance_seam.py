@@ -20,13 +20,14 @@ from hasten.step import Step
 class Roles:
     """Which output is conditional. cond, uncond: branch numbers (or halves of the batch, when batched).
 
-    scale: s in u + s (c - u). cond_first: whether the conditional call comes before the other.
+    scale: s in u + s (c - u). rows: batch size of a call. cond_first: whether the conditional call comes first.
     """
 
     cond: int
     uncond: int
     scale: float
     batched: bool
+    rows: int
 
     @property
     def cond_first(self) -> bool:
@@ -53,7 +54,7 @@ class GuidanceSeam:
         roles = self.roles
         if roles is None or self.refused:
             return False
-        concerned = roles.batched and num_rows % 2 == 0 or (not roles.batched and step.branch == roles.uncond)
+        concerned = num_rows == roles.rows if roles.batched else step.branch == roles.uncond
         return concerned and not self.state.needs(step)
 
     def answer(self, step: Step) -> Tensor | None:
@@ -104,7 +105,7 @@ class GuidanceSeam:
         self._raw, self._returned, self._placeholder = {}, {}, None
         if step is None or self.refused or not isinstance(combined, Tensor):
             return
-        if self.roles is None:
+        if returned and self._must_measure(returned):
             self._measure(returned, combined)
         if self.roles is None:
             return
@@ -113,6 +114,16 @@ class GuidanceSeam:
         if c is not None and u is not None:
             self._last_uncond = u
             self.state.observe(step, c, u)
+
+    def _must_measure(self, outputs: dict[int, Tensor]) -> bool:
+        """The roles are unknown, another network took over (Wan 2.2's second expert), or the scale may have moved."""
+        roles = self.roles
+        if roles is None:
+            return True
+        if roles.batched:
+            return False
+        others = not set(outputs) <= {roles.cond, roles.uncond}
+        return others or (not roles.cond_first and len(outputs) == 2)
 
     def _measure(self, outputs: dict[int, Tensor], combined: Tensor) -> None:
         batched = len(outputs) == 1
@@ -134,10 +145,16 @@ class GuidanceSeam:
                 f" residual {residual:.2g}); guidance rescaling and similar tricks are not taken apart"
             )
             return
+        before, rows = self.roles, next(iter(outputs.values())).shape[0]
         if scale > 1:
-            self.roles = Roles(cond=second, uncond=first, scale=scale, batched=batched)
+            self.roles = Roles(second, first, scale, batched, rows)
         else:
-            self.roles = Roles(cond=first, uncond=second, scale=1 - scale, batched=batched)
+            self.roles = Roles(first, second, 1 - scale, batched, rows)
+        if before is None or self.roles.cond_first or before.uncond != self.roles.uncond:
+            return
+        if abs(self.roles.scale / before.scale - 1) > _tolerance(a.dtype):
+            # u was answered before c was known, which needs the scale of a step that is still to come.
+            self.refused = f"its scale changes during the run ({before.scale:.3g}, then {self.roles.scale:.3g})"
 
 
 def _halves(both: Tensor) -> dict[int, Tensor]:

@@ -112,7 +112,7 @@ class Output:
         elif isinstance(value, dict):  # diffusers' BaseOutput is an ordered dict
             self._keys = [key for key, inner in value.items() if isinstance(inner, Tensor)]
             self.tensors = [value[key] for key in self._keys]
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | list):
             self._keys = [i for i, inner in enumerate(value) if isinstance(inner, Tensor)]
             self.tensors = [value[i] for i in self._keys]
         else:
@@ -121,6 +121,8 @@ class Output:
     def rebuild(self, tensors: Iterable[Tensor]) -> Any:
         """The same kind of return value with `tensors` in place of its own."""
         new = list(tensors)
+        if not self._keys and not isinstance(self._template, Tensor):
+            return self._template
         if isinstance(self._template, Tensor):
             return new[0]
         if isinstance(self._template, dict):
@@ -128,7 +130,8 @@ class Output:
         values = list(self._template)
         for key, tensor in zip(self._keys, new, strict=True):
             values[key] = tensor
-        return tuple(values)
+        kind = type(self._template)
+        return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
 def is_whole_compiled(module: nn.Module) -> bool:

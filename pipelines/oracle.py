@@ -22,6 +22,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Listed, Spread
 from hasten.clock import Clock
 from hasten.errors import RefusedError
+from hasten.forecast import Hold, Polynomial
 from hasten.session import Attachment
 from hasten.step import Step
 
@@ -78,6 +79,11 @@ def response(policy: NetworkReuse, times: list[float], weights: list[float], com
 
     Runs the policy's real state on unit vectors, so it cannot disagree with what runs on a model.
     """
+    if policy.of != "output" or not isinstance(policy.forecast, Hold | Polynomial):
+        raise RefusedError(
+            f"A {policy.forecast.kind} forecast of the {policy.of} is not linear in the outputs, so a recorded run cannot"
+            " judge it. Use hold or polynomial forecasts of the output."
+        )
     num = len(times)
     state = policy.start(times)
     total = torch.zeros(num, dtype=torch.float64)
@@ -116,6 +122,7 @@ def search(policy: NetworkReuse, recordings: list[Recording], num: int, *, start
         for ends in range(5)
         for skew in (0.6, 0.8, 1.0, 1.25, 1.5)
     }
+    family.add(frozenset(round(k * total / num) for k in range(num)))
     ranked = sorted((cost(member), sorted(member)) for member in family if len(member) == num)
     found = [_descend(frozenset(indices), value, cost, total, rounds) for value, indices in ranked[:starts]]
     return set(min(found, key=lambda pair: pair[1])[0])

@@ -7,7 +7,7 @@ untouched, and `forward` meets the gates instead. Outside an active step a gate 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,27 @@ class Gate:
         return getattr(self.block, name)
 
 
+class GateList(nn.Module):
+    """What a network's forward meets in place of its block list: gates by index, the blocks themselves by name.
+
+    A module that shares the list's children, so that code which walks dotted names (peft) finds the blocks.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, gates: list[Gate]) -> None:
+        super().__init__()
+        self._modules = blocks._modules
+        self.gates = gates
+
+    def __iter__(self) -> Iterator[Gate]:
+        return iter(self.gates)
+
+    def __len__(self) -> int:
+        return len(self.gates)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.gates[index]
+
+
 class StackGates:
     """All block gates of one network.
 
@@ -58,7 +79,7 @@ class StackGates:
         for name, blocks in candidates(self.model).items():
             if names is None or name in names:
                 gates = [Gate(block, i, self._runner(name)) for i, block in enumerate(blocks)]
-                self._attachment.replace(self.model, name, gates)
+                self._attachment.replace(self.model, name, GateList(getattr(self.model, name), gates))
 
     def detach(self) -> None:
         """Give the network its own lists back."""
@@ -161,9 +182,9 @@ class Walk:
         """The skippable part of a stack begins with `entry`."""
         if decide:
             lead = [e - s for e, s in zip(entry, self.start, strict=True)] if self.lead else []
-            self.skipping = self.state.decide(self.step, lead)
+            self.skipping = self.state.decide(self.step, lead, [e.shape for e in entry])
             if not self.skipping:
-                self.state.observe_lead(self.step, lead)
+                self.state.observe_lead(self.step, lead, [e.shape for e in entry])
         self.path = self.before = entry
 
     def _follow(self, now: list[Tensor], *, first: bool) -> None:

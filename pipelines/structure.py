@@ -133,8 +133,8 @@ class Watcher:
             self.reason = f"{self.seen} of its {self.num} blocks ran"
         slots = {**self.by_shape, **self.by_identity}
         missing = [index for index in self.sizes if index not in slots]
-        if missing and not self.reason:
-            self.reason = f"output {missing[0]} of a block is not an input of the next one"
+        if not self.reason and (missing or len(set(slots.values())) < len(slots)):
+            self.reason = "a block returns something that is not an input of the next one"
         if self.reason:
             return f"{self.name}: {self.reason}"
         order = sorted(self.sizes, key=lambda index: -self.sizes[index])

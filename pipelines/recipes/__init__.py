@@ -61,6 +61,8 @@ def recipe(which: str | Path | Recipe) -> Recipe:
     """
     if isinstance(which, Recipe):
         return which
+    if not isinstance(which, str | Path):
+        raise RecipeError(f"A recipe is a name, a .yaml path or a Recipe, got {which!r}. See `hasten recipes`.")
     if isinstance(which, Path) or which.endswith((".yaml", ".yml")) or "/" in which:
         return read(Path(which))
     first, *others = [_named(name) for name in which.split("+")]

@@ -22,9 +22,9 @@ def at(index: int, branch: int = 0, total: int = 20) -> Step:
 
 def compute(state: StackState, step: Step, lead: Tensor, residual: Tensor) -> bool:
     """One pass of a single-stream network; True when its blocks were skipped."""
-    if state.decide(step, [lead]):
+    if state.decide(step, [lead], [lead.shape]):
         return True
-    state.observe_lead(step, [lead])
+    state.observe_lead(step, [lead], [lead.shape])
     state.observe(step, 0, [residual])
     return False
 
@@ -47,11 +47,11 @@ def test_the_reference_is_the_last_computed_step() -> None:
 def test_estimate_is_the_forecast_of_each_stack_and_stream() -> None:
     state, run = StackReuse(rule=Every(interval=3, warmup=2), forecast=Polynomial(order=1)).start(), steps(20)
     for step in run[:2]:
-        assert not state.decide(step, [seeded(0, 4)])
-        state.observe_lead(step, [seeded(0, 4)])
+        assert not state.decide(step, [seeded(0, 4)], [torch.Size([4])])
+        state.observe_lead(step, [seeded(0, 4)], [torch.Size([4])])
         for site in (0, 1):
             state.observe(step, site, [seeded(site, 4) * step.time, seeded(site + 5, 2) + step.time])
-    assert state.decide(run[2], [seeded(0, 4)])
+    assert state.decide(run[2], [seeded(0, 4)], [torch.Size([4])])
     for site in (0, 1):
         first, second = state.estimate(run[2], site)
         torch.testing.assert_close(first, seeded(site, 4) * run[2].time)

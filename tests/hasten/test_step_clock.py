@@ -143,7 +143,6 @@ def test_weights_are_what_the_solver_does(name: str, num: int) -> None:
     assert weights == pytest.approx(influence(solver(name, num)), rel=2e-3, abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the previous timestep of DDIM is not always the next in the list")
 def test_weights_of_ddim_with_trailing_steps() -> None:
     assert solver_weights(solver("ddim trailing", 7)) == pytest.approx(influence(solver("ddim trailing", 7)), rel=2e-3)
 

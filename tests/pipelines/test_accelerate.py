@@ -126,7 +126,6 @@ class TestRestore:
                 assert torch.equal(host(**changes), alone)
 
 
-@pytest.mark.xfail(strict=True, reason="the call that discovers the structure leaves no history behind")
 def test_first_run_of_block_reuse_equals_the_second() -> None:
     host = Host("wan")
     with hasten.accelerate(host.pipe, BLOCKS):

@@ -79,7 +79,11 @@ def test_reference_features_are_near_themselves() -> None:
 
 def test_prompts_are_parsed() -> None:
     assert parse_prompt("A seven moving LEFT, slowly") == {"digit": 7, "direction": "left", "speed": "slowly"}
-    assert parse_prompt("the digit 3 is quickly going up") == {"digit": 3, "direction": "up", "speed": "quickly"}
+    assert parse_prompt("the digit 3 is quickly going up") == {
+        "digit": 3,
+        "direction": "up",
+        "speed": "quickly",
+    }
     assert parse_prompt("a thick nine at the top left") == {"digit": 9}
     assert all(parse_prompt(f"a {word}")["digit"] == i for i, word in enumerate(DIGITS))
     with pytest.raises(UsageError, match="names no digit"):

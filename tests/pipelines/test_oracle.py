@@ -85,12 +85,10 @@ def test_schedule_survives_as_a_rule(total: int) -> None:
 
 
 @pytest.mark.parametrize("num", [1, 2])
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the starting family has at least three computed steps")
 def test_search_for_very_few_steps(num: int) -> None:
     assert len(search(NetworkReuse(rule=as_rule({0}, 12)), [recording()], num)) == num
 
 
-@pytest.mark.xfail(strict=True, reason="unit vectors choose another order than real outputs, and a residual has an input")
 @pytest.mark.parametrize("changes", [{"forecast": LeaveOneOut()}, {"of": "residual"}])
 def test_policies_that_are_not_linear_are_refused(changes: dict[str, Any]) -> None:
     made = recording()

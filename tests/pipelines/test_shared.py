@@ -57,7 +57,6 @@ def test_both_accelerated_with_different_recipes() -> None:
         assert torch.equal(generate(pipe), one)
 
 
-@pytest.mark.xfail(strict=True, reason="calls of another loop with the same prompt are taken for the followed loop's")
 @pytest.mark.parametrize("prompt", ["two cat", "a seven"])
 def test_other_pipeline_called_in_the_middle(prompt: str) -> None:
     pipe = small_wan()
@@ -77,7 +76,6 @@ def test_other_pipeline_called_in_the_middle(prompt: str) -> None:
     assert torch.equal(found[0], plain) and torch.equal(disturbed, alone)
 
 
-@pytest.mark.xfail(strict=True, reason="a broken-off run stays open until the next set_timesteps")
 def test_other_pipeline_after_an_aborted_run() -> None:
     pipe = small_wan()
     other = sibling(pipe)
@@ -103,7 +101,6 @@ def test_pipeline_that_shares_network_and_scheduler() -> None:
         assert torch.equal(generate(other), plain)
 
 
-@pytest.mark.xfail(strict=True, reason="the session closed last puts the other one's gate back")
 def test_sessions_closed_in_the_order_of_opening() -> None:
     pipe = small_wan()
     plain = generate(pipe)

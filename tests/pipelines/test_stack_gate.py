@@ -53,7 +53,7 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
         "hidden_states": seeded(0, 1, 16, 4),
         "encoder_hidden_states": seeded(1, 1, 7, 32),
         "pooled_projections": seeded(2, 1, 32),
-        "timestep": torch.tensor([1.0]),
+        "timestep": torch.tensor([0.7]),
         "img_ids": seeded(3, 16, 3),
         "txt_ids": seeded(4, 7, 3),
     }
@@ -116,7 +116,6 @@ def test_vace_is_exact_or_refused(lead: int) -> None:
         torch.testing.assert_close(out, outputs[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the hint of each VACE block is used on its own: its list is no chain to skip")
 def test_vace_keeps_its_main_blocks_skippable() -> None:
     model, call = vace()
     _, run = constant_loop(model, blocks(), lambda _: call)
@@ -189,15 +188,12 @@ def poison(pipe: Any, call_number: int) -> dict[str, Any]:
     return {**WAN_CALL, "num_inference_steps": 10, "output_type": "latent", "callback_on_step_end": mend}
 
 
-SECOND_BRANCH = pytest.mark.xfail(strict=True, reason="only the branch that decides is checked for NaN")
-
-
 @pytest.mark.parametrize(
     ("kind", "call_number"),
     [
         *[("network", number) for number in (5, 6, 7, 8)],
         *[("blocks", number) for number in (6, 8)],
-        *[pytest.param("blocks", number, marks=SECOND_BRANCH) for number in (5, 7, 9)],
+        *[pytest.param("blocks", number) for number in (5, 7, 9)],
     ],
 )
 def test_not_a_number_does_not_come_back_from_history(kind: str, call_number: int) -> None:
@@ -215,7 +211,6 @@ def test_not_a_number_does_not_come_back_from_history(kind: str, call_number: in
     assert sum(broken) == 1, "the one that was computed wrong, and no stand-in made of it"
 
 
-@pytest.mark.xfail(strict=True, reason="without lead blocks no shape is compared: half a batch gets a whole one's residual")
 def test_half_a_batch_meets_no_history_of_a_whole_one() -> None:
     pipe = small_pixart()
     both = blocks(lead=0) | Recipe(guidance=GuidanceInterval(low=0.5, high=1.0))
@@ -230,7 +225,6 @@ def first_half(run: Session) -> int:
     return next(i for i, time in enumerate(run.trace.runs[0].times) if time < 0.5)
 
 
-@pytest.mark.xfail(strict=True, reason="peft walks the registered names and meets the list of gates", raises=AttributeError)
 def test_lora_loaded_inside_the_session() -> None:
     from peft import LoraConfig
 
