@@ -3,7 +3,7 @@
     python docs/make_tables.py            rewrite them
     python docs/make_tables.py --check    exit 1 when one differs from what it should be
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models.
 """
 
 from __future__ import annotations
@@ -164,7 +164,33 @@ def recipes_table() -> str:
     return table(["recipe", "paper", "parts", "measured on"], rows, left=4)
 
 
-TABLES: dict[str, Callable[[], str]] = {"recipes": recipes_table, "results": results_table}
+# --- models ---------------------------------------------------------------------------------------
+
+MODEL_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "n": ("samples", str),
+    "seconds": ("seconds", lambda value: f"{value:.1f}"),
+    "digit_accuracy": ("right digit", _percent),
+    "direction_accuracy": ("right direction", _percent),
+    "speed_accuracy": ("right speed", _percent),
+    "frechet": ("Frechet", lambda value: f"{value:.0f}"),
+    "frechet_of_as_many_real": ("of real clips", lambda value: f"{value:.0f}"),
+    "recall": ("recall", _percent),
+    "recall_of_as_many_real": ("of real clips", _percent),
+}
+
+
+def models_table() -> str:
+    """What the judge reads in plain runs of the bundled models, from every `tiny_models.json`."""
+    rows = []
+    for file, document in documents("tiny_models"):
+        for row in document["rows"]:
+            cells = [form(row[key]) if row.get(key) is not None else "" for key, (_, form) in MODEL_COLUMNS.items()]
+            rows.append([f"`{row['model']}`", file.parent.name, *cells])
+    headings = ["model", "measured on", *(heading for heading, _ in MODEL_COLUMNS.values())]
+    return table(headings, rows, left=2) if rows else f"{NOT_YET.capitalize()}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"recipes": recipes_table, "results": results_table, "models": models_table}
 
 
 # --- files ----------------------------------------------------------------------------------------
