@@ -233,7 +233,7 @@ def _row(
     if plain.shots is shots:  # the reference row: similarity to itself says nothing
         row["psnr_median"] = row["psnr_worst"] = row["ssim_median"] = row["latent_error"] = None
         row["nfe"], row["computed_fraction"] = float(plain.nfe), 1.0
-    return row | _judged([s.frames for s in shots], samples)
+    return row | _judged([s.frames for s in shots], samples[: len(shots)])
 
 
 def _judged(videos: list[Frames], samples: Sequence[Sample]) -> dict[str, Any]:
