@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,15 @@ MNIST = Path(__file__).resolve().parents[3] / "shared" / "real" / "mnist"
 BUNDLED = Path(judging.__file__).parent / "bundled" / "judge" / "judge.json"
 
 needs_judge = pytest.mark.skipif(not BUNDLED.is_file(), reason="the judge's weights are not in this checkout")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small models gain nothing from threads, and lose a lot where the machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @needs_judge

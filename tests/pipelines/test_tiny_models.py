@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ DIFFUSERS = [name for name in ("tiny-image", "tiny-video") if name in tiny_model
 CLASSES = {"tiny-video": "WanPipeline", "tiny-image": "PixArtSigmaPipeline"}
 
 needs_bundle = pytest.mark.skipif(not DIFFUSERS, reason="the bundled weights are not in this checkout")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small models gain nothing from threads, and lose a lot where the machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_unknown_name_tells_the_nearest_and_the_available() -> None:
