@@ -213,9 +213,9 @@ CLUES: dict[str, Callable[[float], float]] = {
 
 def _clue(timestep: Tensor, nodes: Tensor, index: int) -> str:
     """How the first call's time relates to the scheduler's: by address, by one of `CLUES`, or "unknown"."""
-    if timestep.dtype == nodes.dtype and timestep.device == nodes.device:
-        if timestep.data_ptr() == nodes.data_ptr() + index * nodes.element_size():
-            return "address"
+    alike = timestep.dtype == nodes.dtype and timestep.device == nodes.device
+    if alike and timestep.data_ptr() == nodes.data_ptr() + index * nodes.element_size():
+        return "address"
     if timestep.device.type != "cpu" or not timestep.numel():
         return "unknown"
     value, node = float(timestep.flatten()[0]), float(nodes[index])

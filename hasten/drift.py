@@ -97,7 +97,8 @@ def relative_l1(new: Tensor, old: Tensor) -> Tensor:
 def cosine_distance(new: Tensor, old: Tensor) -> Tensor:
     """1 - cos(new, old) over all elements, as a 0-d float32 tensor."""
     a, b = new.float().flatten(), old.float().flatten()
-    return 1.0 - torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-12)
+    similarity: Tensor = torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-12)
+    return 1.0 - similarity
 
 
 def kl_divergence(new: Tensor, old: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ class DenoiserGate:
         try:
             skipped = Output(self._walk(step, call, proof, [])).tensors
             loss = max(map(_distance, Output(computed).tensors, skipped), default=float("inf"))
-        except Exception as error:  # any failure of a skipped pass is a reason not to skip, never the user's problem
+        except Exception as error:  # noqa: BLE001 - any failure of a skipped pass is a reason not to skip
             self._fall_back(f"a pass without its blocks fails: {type(error).__name__}: {error}")
             return
         tolerance = SKIP_TOLERANCE if Output(computed).tensors[0].dtype == torch.float32 else SKIP_TOLERANCE_HALF

@@ -280,9 +280,8 @@ def _pad(images: NDArray[np.uint8], padding: tuple[int, int] | None) -> NDArray[
 def _encode_mp4(images: NDArray[np.uint8], aside: Path, fps: float, crf: int, facts: Any) -> None:
     _, height, width, _ = images.shape
     try:
-        with imageio.imopen(
-            aside, "w", plugin="pyav", extension=".mp4", container="mp4", options=FASTSTART
-        ) as file:
+        opened: Any = imageio.imopen  # its stubs do not know that the plugin hands `options` on to PyAV
+        with opened(aside, "w", plugin="pyav", extension=".mp4", container="mp4", options=FASTSTART) as file:
             if facts is not None:
                 file.container_metadata["comment"] = _to_json(facts)
             file.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")

@@ -44,7 +44,7 @@ class GateList(nn.Module):
 
     def __init__(self, blocks: nn.ModuleList, gates: list[Gate]) -> None:
         super().__init__()
-        self._modules = blocks._modules
+        vars(self)["_modules"] = blocks._modules
         self.gates = gates
 
     def __iter__(self) -> Iterator[Gate]:
