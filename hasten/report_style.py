@@ -46,7 +46,7 @@ video,img{width:100%;background:#000;border-radius:6px}
 button{margin-top:10px;padding:9px 16px;border:1px solid var(--line);border-radius:6px;background:var(--panel);
 color:var(--fg);font:inherit;cursor:pointer}
 table{border-collapse:collapse}th,td{text-align:left;padding:5px 16px 5px 0;border-bottom:1px solid var(--line);
-vertical-align:top}td{overflow-wrap:anywhere}th{font-weight:600}.facts th{color:var(--dim);font-weight:400;white-space:nowrap}
+vertical-align:top}td{white-space:nowrap}.facts td{white-space:normal;overflow-wrap:anywhere}th{font-weight:600}.facts th{color:var(--dim);font-weight:400;white-space:nowrap}
 pre{background:var(--panel);border-radius:8px;padding:12px 14px;overflow-x:auto;margin:0}
 """
 
