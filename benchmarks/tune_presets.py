@@ -1,7 +1,6 @@
 """How the numbers in `balanced` and `fast` were chosen: a closed-loop search on tuning prompts.
 
-Seeds are never those of `hasten bench recipes`; of the prompts one, "a two moving left, quickly", is a test prompt
-too (1 of 16). Replace it before the next tuning.
+Prompts and seeds are never those of `hasten bench recipes` (a test holds that).
 
     python benchmarks/tune_presets.py --model tiny-video --computed 12 8
 

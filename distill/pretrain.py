@@ -20,12 +20,10 @@ from tqdm.auto import tqdm
 from hasten.distill import moving_digits, tiny
 from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig
 from hasten.distill.pretrain_loop import Loop, Task, Weights, split_parameters, step_seed
+from hasten.distill.pretrain_objective import Objective
 from hasten.distill.pretrain_state import replace_folder
+from hasten.distill.tiny_growth import grown_weights
 from hasten.errors import ResumeError, UsageError
-
-MAX_WEIGHT = 10.0
-"""Noise prediction is weighted by 1 / alpha_bar up to this, as if the velocity were predicted: plain noise
-prediction spends itself on the nearly clean images and learns the shapes late."""
 
 _MAY_CHANGE = ("denoiser.steps", "call.")
 
@@ -189,26 +187,63 @@ class _Run:
     def denoiser(
         self, vae: Any, text_encoder: Any, stored: dict[str, Tensor], resume: bool, stop_after: int | None
     ) -> Path:
-        """Train the transformer, export the averaged weights; returns the pipeline's folder."""
-        config, c = self.config, self.config.denoiser
-        shape = stored["latents"].shape
+        """Train the transformer (a shallow one first, where asked for), export the averaged weights; the folder."""
+        c = self.config.denoiser
+        objective = Objective(self.config, stored, text_encoder, self.device)
+        parts = (vae, text_encoder, stored["latents"].shape)
+        first, begin = None, 0
+        if c.shallow is not None:
+            flat = c.model_copy(
+                update={"layers": c.shallow.layers, "steps": c.shallow.steps, "shallow": None}
+            )
+            stop = None if stop_after is None else min(stop_after, flat.steps)
+            weights = self._train(flat, "shallow", objective, parts, None, 0, resume, stop)
+            if stop is not None and stop < flat.steps:
+                return self.out / "latest"
+            first, begin = grown_weights(weights, flat.layers, c.layers), flat.steps
+            stop_after = None if stop_after is None else stop_after - begin
+        if stop_after is None or stop_after > 0:
+            self._train(c, "denoiser", objective, parts, first, begin, resume, stop_after)
+        return self.out / ("pipeline" if stop_after is None or stop_after >= c.steps else "latest")
+
+    def _train(
+        self,
+        c: DenoiserConfig,
+        name: str,
+        objective: Objective,
+        parts: tuple[Any, Any, tuple[int, ...]],
+        first: Weights | None,
+        begin: int,
+        resume: bool,
+        stop_after: int | None,
+    ) -> Weights:
+        """One training, from the weights `first` or fresh; `begin` batches were seen before it."""
+        vae, text_encoder, shape = parts
+        config = self.config
+
+        def build() -> Any:
+            return tiny.build_denoiser(config.kind, c, shape[1], config.text.dim, shape[-1])
+
         torch.manual_seed(step_seed(config.seed, "denoiser", -1))
-        model = tiny.build_denoiser(config.kind, c, shape[1], config.text.dim, shape[-1]).to(self.device)
-        objective = _Objective(
-            config, self.loop.accelerator.prepare(model), stored, text_encoder, self.device
-        )
+        model = build().to(self.device)
+        if first is not None:
+            model.load_state_dict(first)
+        forward = self.loop.accelerator.prepare(model)
 
         def export(weights: Weights, step: int, folder: Path = self.out / "latest") -> None:
-            twin = tiny.build_denoiser(config.kind, c, shape[1], config.text.dim, shape[-1]).eval()
+            twin = build().eval()
             twin.load_state_dict(weights)
             pipe = tiny.assemble(config, vae=vae, denoiser=twin, text_encoder=text_encoder)
-            replace_folder(folder, lambda part: _save(pipe, part, config, step))
+            replace_folder(folder, lambda part: _save(pipe, part, config, begin + step))
+
+        def loss(step: int) -> Tensor:
+            return objective(forward, begin + step)
 
         task = Task(
-            "denoiser",
+            name,
             model,
             optimizers(model, c),
-            objective,
+            loss,
             c.steps,
             c.warmup,
             c.cooldown,
@@ -218,10 +253,9 @@ class _Run:
             export,
         )
         weights = self.loop.run(task, resume, stop_after)
-        finished = stop_after is None or stop_after >= c.steps
-        if finished:
+        if name == "denoiser" and (stop_after is None or stop_after >= c.steps):
             export(weights, c.steps, self.out / "pipeline")
-        return self.out / ("pipeline" if finished else "latest")
+        return weights
 
 
 def _save(pipe: Any, folder: Path, config: PretrainConfig, step: int) -> None:
@@ -236,58 +270,3 @@ def optimizers(model: nn.Module, c: DenoiserConfig) -> list[torch.optim.Optimize
         torch.optim.Muon(inner, lr=c.muon_lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-class _Objective:
-    """The denoiser's loss at a step: flow matching for video, noise prediction for images."""
-
-    def __init__(
-        self, config: PretrainConfig, forward: Any, stored: dict[str, Tensor], text_encoder: Any, device: Any
-    ) -> None:
-        self.config, self.forward, self.device = config, forward, device
-        self.latents = stored["latents"]
-        unique, self.prompt_row = torch.unique(stored["ids"], dim=0, return_inverse=True)
-        empty = tiny.tokenize(tiny.build_tokenizer(), [""], config.text.length).input_ids
-        self.text, self.mask = tiny.encode_ids(text_encoder, torch.cat([unique, empty]), config.kind)
-        self.alphas = None
-        if config.kind == "image":
-            self.alphas = tiny.build_scheduler("image", config.denoiser.shift).alphas_cumprod
-
-    def __call__(self, step: int) -> Tensor:
-        """Mean squared error of one batch; its rows share out the noise levels evenly."""
-        c = self.config.denoiser
-        g = torch.Generator().manual_seed(step_seed(self.config.seed, "denoiser", step))
-        pick = torch.randint(len(self.latents), (c.batch,), generator=g)
-        x0 = self.latents[pick].float()
-        drop = torch.rand(c.batch, generator=g) < c.drop_prompt
-        row = torch.where(drop, len(self.text) - 1, self.prompt_row[pick])
-        noise = torch.randn(x0.shape, generator=g)
-        level = (torch.arange(c.batch) + torch.rand(c.batch, generator=g)) / c.batch
-        text, mask = self.text[row].to(self.device), self.mask[row].to(self.device)
-        if self.alphas is None:
-            noisy, target, t = (x.to(self.device) for x in flow(x0, noise, level, c.shift))
-            weight = torch.ones((), device=self.device)
-            predicted = self.forward(noisy, t, text, return_dict=False)[0]
-        else:
-            t = (level * 1000).long().clamp(0, 999)
-            a = self.alphas[t].view(-1, 1, 1, 1)
-            weight = (1 / a).clamp(max=MAX_WEIGHT).to(self.device)
-            noisy, target = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(self.device), noise.to(self.device)
-            predicted = self.forward(
-                noisy,
-                text,
-                timestep=t.to(self.device),
-                encoder_attention_mask=mask,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-                return_dict=False,
-            )[0]
-        error: Tensor = predicted.float() - target
-        return (weight * error.square()).mean()
-
-
-def flow(x0: Tensor, noise: Tensor, level: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, the velocity noise - x0 and the time 1000 sigma, sigma shifted as at sampling; level in (0, 1)."""
-    u = level.clamp(1e-4, 1 - 1e-4)
-    sigma = shift * u / (1 + (shift - 1) * u)
-    s = sigma.view(-1, *([1] * (x0.ndim - 1)))
-    return (1 - s) * x0 + s * noise, noise - x0, 1000 * sigma

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from hasten.errors import UsageError, nearest
 
@@ -54,12 +62,20 @@ class LatentsConfig(_Strict):
     batch: PositiveInt = 32
 
 
+class ShallowConfig(_Strict):
+    """A shallower transformer that is trained first, and from which the denoiser is then grown."""
+
+    layers: PositiveInt
+    steps: PositiveInt
+
+
 class DenoiserConfig(_Strict):
     """The transformer and its training."""
 
     heads: PositiveInt = 2
     head_dim: PositiveInt = 64
     layers: PositiveInt = 8
+    shallow: ShallowConfig | None = None
     ffn: PositiveInt = 512
     patch: PositiveInt = 1
     shift: PositiveFloat = 3.0
@@ -74,6 +90,15 @@ class DenoiserConfig(_Strict):
     drop_prompt: float = Field(default=0.1, ge=0, le=1)
     clip: PositiveFloat = 1.0
     precision: Literal["no", "bf16"] = "bf16"
+
+    @model_validator(mode="after")
+    def _grows(self) -> DenoiserConfig:
+        if self.shallow is not None and self.shallow.layers >= self.layers:
+            raise ValueError(
+                f"shallow.layers must be below layers ({self.layers}), got {self.shallow.layers}: the denoiser grows"
+                " from it"
+            )
+        return self
 
 
 class PretrainConfig(_Strict):
@@ -137,8 +162,13 @@ def _explain(item: Any) -> str:
         return f"'{path}': {item['msg']}, got {item['input']!r}"
     model: Any = PretrainConfig
     for part in item["loc"][:-1]:
-        model = model.model_fields[str(part)].annotation
+        model = _section(model.model_fields[str(part)].annotation)
     allowed = list(model.model_fields)
     return (
         f"unknown key '{path}'; allowed here: {', '.join(allowed)}.{nearest(str(item['loc'][-1]), allowed)}"
     )
+
+
+def _section(annotation: Any) -> Any:
+    """The model class of a section, also of one that may be absent (`Section | None`)."""
+    return next((a for a in get_args(annotation) if a is not type(None)), annotation)

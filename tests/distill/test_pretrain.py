@@ -29,10 +29,12 @@ from hasten.distill.moving_digits import (
 from hasten.distill.pretrain import pretrain
 from hasten.distill.pretrain_config import load_config, parse_config
 from hasten.distill.pretrain_loop import learning_rate, step_seed
-from hasten.distill.tiny import build_tokenizer, vocabulary
+from hasten.distill.tiny import build_denoiser, build_tokenizer, vocabulary
 from hasten.distill.tiny_attention import BmmAttention
+from hasten.distill.tiny_growth import grown_weights
 from hasten.errors import ResumeError, UsageError
 
+PREFIX = {"video": "blocks.", "image": "transformer_blocks."}
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "real" / "mnist"
 
 
@@ -139,6 +141,13 @@ def test_unknown_key_names_the_nearest() -> None:
         parse_config({"name": "x", "kind": "video", "sed": 1})
 
 
+def test_a_shallow_start_must_be_shallower() -> None:
+    with pytest.raises(UsageError, match=r"shallow\.layers must be below layers \(2\), got 2"):
+        load_config("smoke-video", {"denoiser.shallow": {"layers": 2, "steps": 1}})
+    with pytest.raises(UsageError, match=r"unknown key 'denoiser\.shallow\.layer'.*'layers'"):
+        load_config("smoke-video", {"denoiser.shallow": {"layer": 1, "steps": 1}})
+
+
 def test_wrong_value_and_missing_file_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"denoiser\.batch.*got -1"):
         load_config("smoke-video", {"denoiser.batch": -1})
@@ -220,6 +229,45 @@ def test_interrupted_training_continues_bit_identically(trained: tuple[str, Path
         for folder in (whole, tmp_path)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_a_grown_denoiser_begins_as_the_function_it_was_grown_from(kind: str) -> None:
+    config = load_config(f"smoke-{kind}").denoiser.model_copy(update={"layers": 2})
+    torch.manual_seed(0)
+    shallow = build_denoiser(kind, config, 4, 8, 4).eval()
+    for parameter in shallow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    deep = build_denoiser(kind, config.model_copy(update={"layers": 5}), 4, 8, 4).eval()
+    weights = grown_weights(shallow.state_dict(), 2, 5)
+    deep.load_state_dict(weights)
+    if kind == "video":
+        call = {"hidden_states": torch.randn(1, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 8)}
+    else:
+        call = {"hidden_states": torch.randn(1, 4, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 8)}
+        call["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    call |= {"timestep": torch.tensor([500]), "return_dict": False}
+    torch.testing.assert_close(deep(**call)[0], shallow(**call)[0], rtol=1e-5, atol=1e-5)
+    assert float(shallow(**call)[0].abs().max()) > 0.01, "an all-zero output would be equal too"
+    copied = [bool(weights[f"{PREFIX[kind]}{i}.attn1.to_out.0.weight"].any()) for i in range(5)]
+    assert copied == [True, False, False, True, False], "the added blocks are spread and silent"
+
+
+def test_growing_resumes_in_either_phase(tmp_path: Path) -> None:
+    overrides = {"denoiser.layers": 2, "denoiser.shallow": {"layers": 1, "steps": 2}, "denoiser.steps": 2}
+    config = load_config("smoke-image", overrides)
+
+    def train(out: Path, **settings: Any) -> Path:
+        return pretrain(config, out=out, data="sklearn", progress=False, **settings)
+
+    assert train(tmp_path / "whole") == tmp_path / "whole" / "pipeline"
+    for stop in (1, 3):
+        assert train(tmp_path / "parts", stop_after=stop, resume=stop > 1) == tmp_path / "parts" / "latest"
+    train(tmp_path / "parts", resume=True)
+    name = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert json.loads((tmp_path / "parts" / "pipeline" / "training.json").read_text())["step"] == 4
 
 
 def test_resume_refuses_an_incomplete_checkpoint_or_another_configuration(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Descriptions of diffusers' transformer classes, by name and family."""
