@@ -26,14 +26,21 @@ from hasten.samplers.guidance import HeldGuidance
 
 TUNING = {
     "tiny-video": [
-        Sample("a two moving left, quickly", 100),
+        Sample("a two moving left, slowly", 100),
         Sample("a five moving up, slowly", 101),
         Sample("a eight moving down, quickly", 102),
         Sample("a zero moving right, slowly", 103),
         Sample("a six moving up, quickly", 104),
         Sample("a one moving down, slowly", 105),
     ],
-    "tiny-image": [Sample(f"a {word}", 100 + i) for i, word in enumerate(["two", "five", "eight", "zero", "six", "one"])],
+    "tiny-image": [
+        Sample("a two at the top right", 100),
+        Sample("a five at the top left", 101),
+        Sample("a eight at the bottom right", 102),
+        Sample("a zero at the top right", 103),
+        Sample("a six at the bottom left", 104),
+        Sample("a one at the top left", 105),
+    ],
 }
 
 Setting = tuple[Forecast, int, Spread, Guidance | None]
