@@ -24,7 +24,8 @@ class Small:
     resolution, size 1 another one that the class accepts. timestep(t): the argument for `Step.time`-like t in (0, 1].
     sample_name, timestep_name: what forward calls them. flow: velocity (flow matching) or noise prediction.
     injections(seed, size): extra keyword arguments that add something between blocks (ControlNet residuals, VACE
-    hints, IP-Adapter embeddings), by name of the kind; empty where the class takes none.
+    hints, IP-Adapter embeddings), by name of the kind; empty where the class takes none. takes: what forward is
+    handed in place of the sample, for classes that take a list of images.
     heterogeneous: why a stack can never be skipped here, if it is known; only documentation.
     """
 
@@ -36,6 +37,7 @@ class Small:
     sample_name: str = "hidden_states"
     timestep_name: str = "timestep"
     flow: bool = True
+    takes: Callable[[Tensor], Any] = lambda x: x
     injections: dict[str, Callable[[int, int], Inputs]] = field(default_factory=dict)
     heterogeneous: str = ""
 
@@ -53,7 +55,7 @@ class Small:
 
     def call(self, model: nn.Module, x: Tensor, t: float, conditioning: Inputs) -> Any:
         """One evaluation; returns what forward returns with `return_dict=False` where that exists."""
-        arguments = {self.sample_name: x, self.timestep_name: self.timestep(t), **conditioning}
+        arguments = {self.sample_name: self.takes(x), self.timestep_name: self.timestep(t), **conditioning}
         return model(**arguments)
 
 
