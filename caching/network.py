@@ -62,7 +62,7 @@ class NetworkState:
         if step.index == self.decided:
             return self.skipping
         self.decided, self.leader = step.index, step.branch
-        signal = self.signal.measure(x) if self.policy.rule.needs_signal else None
+        signal = self.signal.measure(step, x) if self.policy.rule.needs_signal else None
         self.change, self.poisoned = self._read(signal)
         for branch in self.poisoned:  # a NaN or Inf was computed: forget it and compute afresh
             del self.branches[branch]
@@ -94,18 +94,20 @@ class NetworkState:
         branch = self.branches.get(step.branch)
         if branch is None or not branch.fits(x) or len(branch.forecasts) != len(outputs):
             branch = self.branches[step.branch] = BranchHistory(self.policy, x, outputs)
-        if step.branch == self.leader:
-            self.signal.observe(x, outputs[0])
+        if step.branch == self.leader and self.policy.rule.needs_signal:
+            self.signal.observe(step, x, outputs[0])
         return branch.observe(step, x, outputs)
 
     def num_bytes(self) -> int:
         """Bytes of all tensors held for later steps."""
-        held = {t.data_ptr(): t.numel() * t.element_size() for b in self.branches.values() for t in b.tensors()}
+        tensors = [t for b in self.branches.values() for t in b.tensors()] + self.signal.tensors()
+        held = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         return sum(held.values())
 
     def forget(self) -> None:
         """Drop everything held."""
         self.branches.clear()
+        self.signal = self.policy.signal.start()
 
 
 class BranchHistory:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.level import Level, solver_levels
 from hasten.session import Attachment
 from hasten.step import Step
 
@@ -94,6 +95,7 @@ class Clock:
         self.on_end: list[Callable[[], None]] = []
         self.times: list[float] = []
         self.weights: list[float | None] = []
+        self.levels: list[Level | None] = []
         self.scheduler: Any = None
         self._attachment = Attachment()
         self._index: int | None = None
@@ -166,7 +168,8 @@ class Clock:
             return None
         branch, trusted = self._branches.enter(site, context, conditioning, self._index == self._first_index)
         i = self._index
-        self.step = Step(i - self._first_index, len(self.times) - self._first_index, self.times[i], branch, self.weights[i])
+        total = len(self.times) - self._first_index
+        self.step = Step(i - self._first_index, total, self.times[i], branch, self.weights[i], self.levels[i])
         return self.step, trusted
 
     def _ours(self, timestep: Any) -> bool:
@@ -195,6 +198,7 @@ class Clock:
         self._pending = False
         self.times = solver_times(self.scheduler)
         self.weights = solver_weights(self.scheduler)
+        self.levels = solver_levels(self.scheduler, self.times, flow=_is_flow(self.scheduler))
         self._index = self._first_index = _starting_index(self.scheduler, timestep, len(self.times))
         self._branches = _Branches()
         self._clue = "unknown"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hasten.level import Level
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -17,6 +19,7 @@ class Step:
         is "cond" is measured by the guidance seam, never assumed.
     weight: factor with which this output enters the latents (the solver's step length) when the solver
         is first-order and linear in it, else None.
+    level: how noisy the input is and what the output says about the data, where the solver says so.
     """
 
     index: int
@@ -24,6 +27,7 @@ class Step:
     time: float
     branch: int = 0
     weight: float | None = None
+    level: Level | None = None
 
     @property
     def last(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hasten.caching.network import NetworkReuse, NetworkState
 from hasten.caching.rules import Every
 from hasten.caching.signals import OutputChange, Signal
 from hasten.forecast import Forecast, Hold, Polynomial
+from hasten.level import Level
 from hasten.step import Step
 from tests.contract import PartContract, parts, seeded, steps
 
@@ -27,17 +29,41 @@ class TestEverySignal(PartContract):
         return request.param
 
     def test_unknown_at_first_zero_when_nothing_moves(self, part: Signal) -> None:
-        state, x = part.start(), seeded(0, 1, 4, 4)
-        assert state.measure(x) is None
-        state.observe(x, seeded(1, 1, 4, 4))
-        for number in (2, 3):
-            state.measure(seeded(number, 1, 4, 4))
-            state.observe(seeded(number, 1, 4, 4), seeded(number + 5, 1, 4, 4))
-        last = state.measure(seeded(3, 1, 4, 4))
-        assert last is not None and float(last) < 1e-9
-        moved = state.measure(seeded(4, 1, 4, 4))
-        assert moved is not None and float(moved) > 0
-        assert state.measure(seeded(4, 2, 4, 4)) is None, "another shape is no small change"
+        state, x, run = part.start(), seeded(0, 1, 4, 4), leveled(8)
+        assert state.measure(run[0], x) is None
+        state.observe(run[0], x, seeded(1, 1, 4, 4))
+        for number in (1, 2, 3):
+            state.measure(run[number], seeded(number + 1, 1, 4, 4))
+            state.observe(run[number], seeded(number + 1, 1, 4, 4), seeded(number + 5, 1, 4, 4))
+        last = state.measure(run[3], seeded(4, 1, 4, 4))
+        moved = state.measure(run[4], seeded(5, 1, 4, 4))
+        assert moved is not None and moved.ndim == 0 and bool(torch.isfinite(moved))
+        if part.signed:
+            assert last is None and -1 <= float(moved) <= 1
+        else:
+            assert last is not None and float(last) < 1e-6 < float(moved)
+        assert state.measure(run[5], seeded(4, 2, 4, 4)) is None, "another shape is no small change"
+
+    def test_what_is_held_is_bounded_and_counted(self, part: Signal) -> None:
+        state = part.start()
+        for step in leveled(20):
+            state.measure(step, seeded(step.index, 1, 4, 4))
+            state.observe(step, seeded(step.index, 1, 4, 4), seeded(step.index + 50, 1, 4, 4))
+        assert 1 <= len(state.tensors()) <= 6 and all(tensor.numel() == 16 for tensor in state.tensors())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_number_in_every_precision_and_shape(self, part: Signal, dtype: torch.dtype) -> None:
+        for shape in ((2, 4, 4, 4), (1, 4, 3, 4, 6), (2, 6, 4)):
+            state, found = part.start(), None
+            for step in leveled(6):
+                found = state.measure(step, seeded(step.index, *shape, dtype=dtype))
+                state.observe(step, seeded(step.index, *shape, dtype=dtype), seeded(step.index + 50, *shape, dtype=dtype))
+            assert found is not None and bool(torch.isfinite(found))
+
+
+def leveled(total: int) -> list[Step]:
+    """Steps of a flow that say how noisy they are."""
+    return [replace(step, level=Level(1 - step.time, step.time, (1.0, -step.time))) for step in steps(total)]
 
 
 def solve(policy: NetworkReuse, field: Field, start: Tensor, total: int = 30) -> tuple[Tensor, NetworkState]:
@@ -155,22 +181,22 @@ def test_the_hosts_tensor_is_not_kept() -> None:
 def test_easycache_signal_against_a_hand_computation() -> None:
     """k = |y1 - y0| / |x1 - x0| = 6 / 2; then k |x2 - x1| / |y1| = 3 * 1 / 8 and k |x3 - x2| / |y1| = 3 * 0.5 / 8."""
     x = [torch.full((1, 2), value) for value in (0.0, 2.0, 3.0, 2.5)]
-    state = OutputChange().start()
+    state, run = OutputChange().start(), steps(4)
     for i, y in enumerate((2.0, 8.0)):
-        assert state.measure(x[i]) is None
-        state.observe(x[i], torch.full((1, 2), y))
-    found = [state.measure(x[2]), state.measure(x[3])]
+        assert state.measure(run[i], x[i]) is None
+        state.observe(run[i], x[i], torch.full((1, 2), y))
+    found = [state.measure(run[2], x[2]), state.measure(run[3], x[3])]
     assert [float(value) for value in found if value is not None] == pytest.approx([3 / 8, 1.5 / 8])
 
 
 def test_signal_survives_a_host_that_updates_in_place() -> None:
     """k = 6 / 1, then a change of 3 in the input: 6 * 3 / 8."""
-    x, state = torch.zeros(1, 4), OutputChange().start()
+    x, state, step = torch.zeros(1, 4), OutputChange().start(), steps(4)[1]
     for value, move in ((2.0, 1.0), (8.0, 3.0)):
-        state.measure(x)
+        state.measure(step, x)
         y = torch.full((1, 4), value)
-        state.observe(x, y)
+        state.observe(step, x, y)
         y.zero_()
         x.add_(move)
-    change = state.measure(x)
+    change = state.measure(step, x)
     assert change is not None and float(change) == pytest.approx(2.25)
