@@ -63,7 +63,7 @@ def _card(config: PretrainConfig, folder: Path, steps: int, source: str) -> dict
         "config": config.name,
         "settings": config.model_dump(mode="json", exclude={"name", "kind", "call"}),
         "seed": config.seed,
-        "steps": {"vae": config.vae.steps, "denoiser": steps},
+        "steps": {"vae": config.vae.steps if config.vae.weights is None else 0, "denoiser": steps},
         "torch": torch.__version__,
         "sha256": {str(file.relative_to(folder).as_posix()): sha256(file) for file in weights},
     }

@@ -2,7 +2,8 @@
 
 Batches are pure functions of (seed, phase, step), so an interrupted run continues bit-exactly on the CPU from its
 last checkpoint. The matrices inside the blocks are trained with Muon (https://kellerjordan.github.io/posts/muon/),
-the rest with AdamW. Video: flow matching (https://arxiv.org/abs/2210.02747), images: noise prediction.
+the rest with AdamW. Video and joint attention: flow matching (https://arxiv.org/abs/2210.02747), other images: noise
+prediction.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hasten.distill import moving_digits, tiny
+from hasten.distill import moving_digits, tiny, tiny_flux
 from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig
 from hasten.distill.pretrain_loop import Loop, Task, Weights, split_parameters, step_seed
 from hasten.distill.pretrain_objective import Objective
 from hasten.distill.pretrain_state import replace_folder
 from hasten.distill.tiny_growth import grown_weights
 from hasten.errors import ResumeError, UsageError
+from hasten.pipelines import tiny_models
 
 _MAY_CHANGE = ("denoiser.steps", "call.")
 
@@ -58,7 +60,10 @@ def pretrain(
     _claim(config, out, data, resume)
     run = _Run(config, out, digits, Loop(accelerator, out, checkpoint_seconds, progress))
     torch.manual_seed(config.seed)
-    text_encoder = tiny.build_text_encoder(config.kind, config.text)
+    if config.family == "flux":
+        text_encoder: Any = tiny_flux.build_text_encoders(config.text)
+    else:
+        text_encoder = tiny.build_text_encoder(config.kind, config.text)
     vae = run.autoencoder(resume)
     return run.denoiser(vae, text_encoder, run.latents(vae), resume, stop_after)
 
@@ -114,16 +119,23 @@ class _Run:
 
     # -- phase 1 ----------------------------------------------------------------------------------------------
     def autoencoder(self, resume: bool) -> Any:
-        """The trained autoencoder whose latents have unit variance; from disk where already done."""
+        """The autoencoder whose latents have unit variance, trained or bundled; from disk where already done."""
         folder, c = self.out / "vae", self.config.vae
         vae = tiny.build_vae(self.config.kind, c)
         if not folder.exists():
-            vae.to(self.device)
-            adam = torch.optim.AdamW(vae.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=0.0)
-            task = Task("vae", vae, [adam], lambda step: self._vae_loss(vae, step), c.steps, c.warmup, 0.6)
-            self.loop.run(task, resume)
-            vae.eval().cpu()
-            self._normalise(vae)
+            if c.weights is not None:
+                vae = type(vae).from_pretrained(tiny_models.path(c.weights) / "vae")
+            else:
+                vae.to(self.device)
+                adam = torch.optim.AdamW(vae.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=0.0)
+                task = Task(
+                    "vae", vae, [adam], lambda step: self._vae_loss(vae, step), c.steps, c.warmup, 0.6
+                )
+                self.loop.run(task, resume)
+                vae.eval().cpu()
+                self._normalise(vae)
+            if self.config.family == "flux":
+                vae.register_to_config(shift_factor=0.0)  # FluxPipeline adds it to what it decodes
             replace_folder(folder, lambda part: vae.save_pretrained(part))
         return type(vae).from_pretrained(folder).eval().requires_grad_(False)
 

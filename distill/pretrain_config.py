@@ -43,8 +43,9 @@ class TextConfig(_Strict):
 
 
 class VaeConfig(_Strict):
-    """The autoencoder and its training."""
+    """The autoencoder and its training; or `weights`, the bundled model whose autoencoder is taken as it is."""
 
+    weights: str | None = None
     base_dim: PositiveInt = 16
     latents: PositiveInt = 8
     steps: PositiveInt = 1000
@@ -53,6 +54,16 @@ class VaeConfig(_Strict):
     lr: PositiveFloat = 2e-3
     warmup: int = Field(default=50, ge=0)
     kl: float = Field(default=1e-4, ge=0)
+
+    @model_validator(mode="after")
+    def _taken_or_trained(self) -> VaeConfig:
+        unused = sorted(self.model_fields_set - {"weights"})
+        if self.weights is not None and unused:
+            raise ValueError(
+                f"vae.weights takes the autoencoder of {self.weights} as it is, so {', '.join(unused)} would do"
+                " nothing: drop them, or drop weights"
+            )
+        return self
 
 
 class LatentsConfig(_Strict):
@@ -69,6 +80,16 @@ class ShallowConfig(_Strict):
     steps: PositiveInt
 
 
+class JointConfig(_Strict):
+    """Joint attention over image and text (Flux): `denoiser.layers` double-stream blocks, then `single` others.
+
+    rope: how many of a head's dimensions turn with the index, the row and the column of a token.
+    """
+
+    single: PositiveInt
+    rope: tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
 class DenoiserConfig(_Strict):
     """The transformer and its training."""
 
@@ -76,6 +97,7 @@ class DenoiserConfig(_Strict):
     head_dim: PositiveInt = 64
     layers: PositiveInt = 8
     shallow: ShallowConfig | None = None
+    joint: JointConfig | None = None
     ffn: PositiveInt = 512
     patch: PositiveInt = 1
     shift: PositiveFloat = 3.0
@@ -100,6 +122,24 @@ class DenoiserConfig(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_flux(self) -> DenoiserConfig:
+        if self.joint is None:
+            return self
+        if sum(self.joint.rope) != self.head_dim or any(axis % 2 for axis in self.joint.rope):
+            raise ValueError(
+                f"joint.rope must be three even numbers with sum head_dim ({self.head_dim}), got {self.joint.rope}"
+            )
+        if self.patch != 2:
+            raise ValueError(
+                f"with joint, patch must be 2, as FluxPipeline packs the latents, got {self.patch}"
+            )
+        if "ffn" in self.model_fields_set or self.shallow is not None:
+            raise ValueError(
+                "with joint, drop ffn (Flux blocks have 4 x width) and shallow (not made for two lists)"
+            )
+        return self
+
 
 class PretrainConfig(_Strict):
     """One tiny model: what it is, what it learns from and how long."""
@@ -113,6 +153,19 @@ class PretrainConfig(_Strict):
     latents: LatentsConfig = LatentsConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     call: dict[str, int | float | bool | str] = Field(default_factory=dict)
+
+    @property
+    def family(self) -> Literal["wan", "pixart", "flux"]:
+        """Which pipeline it becomes: WanPipeline, PixArtSigmaPipeline or FluxPipeline."""
+        if self.kind == "video":
+            return "wan"
+        return "pixart" if self.denoiser.joint is None else "flux"
+
+    @model_validator(mode="after")
+    def _is_a_pipeline(self) -> PretrainConfig:
+        if self.kind == "video" and (self.denoiser.joint is not None or self.vae.weights is not None):
+            raise ValueError("denoiser.joint and vae.weights are for kind: image; drop them for video")
+        return self
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> PretrainConfig:

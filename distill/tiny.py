@@ -1,7 +1,8 @@
 """Builds the bundled tiny models: text encoder, tokenizer, autoencoder and denoiser of a diffusers pipeline.
 
 Everything is an unmodified diffusers or transformers class, only small: `WanPipeline` for video
-(https://arxiv.org/abs/2503.20314) and `PixArtSigmaPipeline` for images (https://arxiv.org/abs/2403.04692).
+(https://arxiv.org/abs/2503.20314) and `PixArtSigmaPipeline` for images (https://arxiv.org/abs/2403.04692); what
+`FluxPipeline` has of its own is in `tiny_flux`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def build_tokenizer() -> Any:
-    """A fast word-level tokenizer: lower case, punctuation apart, `</s>` at the end, padded with `<pad>`."""
+def build_tokenizer(length: int = 64) -> Any:
+    """A fast word-level tokenizer: lower case, punctuation apart, `</s>` at the end, padded with `<pad>`.
+
+    length: the longest prompt in tokens, for pipelines that pad to it.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +63,7 @@ def build_tokenizer() -> Any:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=64,
+        model_max_length=length,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -161,6 +165,10 @@ def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: in
             num_layers=config.layers,
             rope_max_seq_len=64,
         )
+    elif config.joint is not None:
+        from hasten.distill import tiny_flux
+
+        model = tiny_flux.build_transformer(config, latents, text_dim)
     else:
         width = config.heads * config.head_dim
         model = _diffusers.PixArtTransformer2DModel(
@@ -180,6 +188,9 @@ def build_denoiser(kind: str, config: DenoiserConfig, latents: int, text_dim: in
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "blocks" in name:
             nn.init.xavier_uniform_(module.weight)
+            if "norm" in name:
+                # Flux's modulations: blocks begin as the identity (https://arxiv.org/abs/2212.09748)
+                nn.init.zeros_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     nn.init.zeros_(model.proj_out.weight)
@@ -227,6 +238,10 @@ def encode_ids(encoder: Any, ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def assemble(config: PretrainConfig, *, vae: Any, denoiser: Any, text_encoder: Any) -> Any:
     """The pipeline made of the parts, ready to be called or saved."""
+    if config.family == "flux":
+        from hasten.distill import tiny_flux
+
+        return tiny_flux.assemble(config, vae=vae, denoiser=denoiser, text_encoder=text_encoder)
     parts = {
         "tokenizer": build_tokenizer(),
         "text_encoder": text_encoder,
