@@ -10,8 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from hasten.caching.signals import OutputChange, Signal, SignalState
+from hasten.caching.target import Of, from_target, to_target
 from hasten.drift import Drift, Rule
 from hasten.forecast import Forecast, ForecastState, Hold, combine, lagrange
+from hasten.level import Level
 from hasten.recipe import ReusePolicy
 from hasten.step import Step
 
@@ -22,7 +24,9 @@ class NetworkReuse(ReusePolicy):
     rule: which steps may be skipped; decided once per step, by the first branch, for all branches.
     signal: what an adaptive rule watches. forecast: what stands in.
     of: "output" forecasts the output y; "residual" forecasts y - x and adds the present input x, which
-    is EasyCache's transformation (only where y and x have one shape).
+    is EasyCache's transformation; "data" forecasts the clean data that x and y imply, which is what multistep
+    solvers (DPM-Solver++, UniPC) work on. Without an estimate of the data (`Step.level`) such a step is computed.
+    axis: coordinate of the forecasts, `Step.time` or lambda = log(alpha / sigma) (`Level.log_snr`).
     correct: 0, or the degree of the correction. After each gap the forecasts used in it are compared with the
     polynomial that the newly computed value makes possible, and the difference is put right in that step. Costs
     no evaluation; acts only where the solver is first-order and linear (`Step.weight`), and says so elsewhere.
@@ -32,12 +36,29 @@ class NetworkReuse(ReusePolicy):
     rule: Rule = Drift()
     signal: Signal = OutputChange()
     forecast: Forecast = Hold()
-    of: Literal["output", "residual"] = "output"
+    of: Of = "output"
+    axis: Literal["time", "log_snr"] = "time"
     correct: int = Field(0, ge=0, le=3)
 
     def start(self, times: Sequence[float] = ()) -> NetworkState:
         """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
         return NetworkState(self, times)
+
+    def remarks(
+        self, times: Sequence[float], weights: Sequence[float | None], levels: Sequence[Level | None]
+    ) -> list[str]:
+        """What cannot be done on a run with this solver, one sentence each, to be told to the user once."""
+        found = [self.forecast.refusal(times)]
+        if self.correct and all(weight is None for weight in weights):
+            found.append("the solver is not linear and first-order in the network's output, so forecasts are not corrected.")
+        if self.of == "data" and all(level is None or level.data is None for level in levels):
+            found.append(
+                "the solver does not say what the network's output implies about the data, so every step is"
+                " computed. Use of: output."
+            )
+        if self.axis == "log_snr" and all(level is None for level in levels):
+            found.append("the solver has no noise levels, so forecasts are made in Step.time instead of log-SNR.")
+        return [sentence for sentence in found if sentence]
 
 
 class NetworkState:
@@ -116,9 +137,10 @@ class BranchHistory:
     def __init__(self, policy: NetworkReuse, x: Tensor, outputs: list[Tensor]) -> None:
         self.policy = policy
         self.forecasts: list[ForecastState] = [policy.forecast.start() for _ in outputs]
+        self.dtypes = [y.dtype for y in outputs]
         self.key = (x.shape, x.dtype, x.device)
         self.finite: Tensor | None = None
-        self.corrector: Corrector | None = Corrector(policy.correct) if policy.correct and policy.of == "output" else None
+        self.corrector: Corrector | None = Corrector(policy.correct) if policy.correct else None
 
     def fits(self, x: Tensor) -> bool:
         """False once resolution, batch, dtype or device have changed."""
@@ -127,29 +149,36 @@ class BranchHistory:
     def estimate(self, step: Step, x: Tensor) -> list[Tensor] | None:
         if not all(forecast.ready for forecast in self.forecasts):
             return None
-        values = [forecast.estimate(step.time) for forecast in self.forecasts]
+        at, found = self._coordinate(step), []
+        for forecast, dtype in zip(self.forecasts, self.dtypes, strict=True):
+            y = from_target(self.policy.of, step, x, forecast.estimate(at), dtype)
+            if y is None:
+                return None
+            found.append(y)
         if self.corrector is not None:
-            self.corrector.skipped(step, values[0])
-        return [self._from_target(value, x) for value in values]
+            self.corrector.skipped(step, found[0])
+        return found
 
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         self.finite = torch.stack([torch.isfinite(y).all() for y in outputs]).all()
-        kept = [self._to_target(y, x) for y in outputs]
-        for forecast, y in zip(self.forecasts, kept, strict=True):
-            forecast.store(step.time, y)
-        corrected = self.corrector.computed(step, kept[0]) if self.corrector is not None else None
+        targets = [to_target(self.policy.of, step, x, y) for y in outputs]
+        for forecast, target in zip(self.forecasts, targets, strict=True):
+            if target is not None:
+                forecast.store(self._coordinate(step), target)
+        if self.corrector is None:
+            return outputs
+        first = targets[0] if self.policy.of == "output" else None
+        own = outputs[0].clone() if first is None else first  # an output that is its own target is held once
+        corrected = self.corrector.computed(step, own)
         return outputs if corrected is None else [corrected, *outputs[1:]]
 
     def tensors(self) -> list[Tensor]:
         held = [tensor for forecast in self.forecasts for tensor in forecast.tensors()]
         return held + (self.corrector.tensors() if self.corrector else [])
 
-    def _to_target(self, y: Tensor, x: Tensor) -> Tensor:
-        # A copy, because the host owns what it got and may change it in place.
-        return y - x if self.policy.of == "residual" and y.shape == x.shape else y.clone()
-
-    def _from_target(self, value: Tensor, x: Tensor) -> Tensor:
-        return value + x if self.policy.of == "residual" and value.shape == x.shape else value
+    def _coordinate(self, step: Step) -> float:
+        by_noise = self.policy.axis == "log_snr" and step.level is not None
+        return step.level.log_snr if by_noise and step.level is not None else step.time
 
 
 class Corrector:

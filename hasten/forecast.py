@@ -6,6 +6,7 @@ a host number, so the weights cost nothing on the device; an estimate is one wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -37,6 +38,10 @@ class Forecast(Part):
 
     def start(self) -> ForecastState:
         raise NotImplementedError(f"{type(self).__name__} has no start().")
+
+    def refusal(self, times: Sequence[float]) -> str:
+        """Why this forecast does not fit a run with these times, one sentence for the user; "" when it does."""
+        return ""
 
 
 class Hold(Forecast):

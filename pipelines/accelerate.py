@@ -163,10 +163,9 @@ class Session:
         for gate in self.gates:
             gate.begin_run()
         self.guidance = GuidanceSeam(self.recipe.guidance.start()) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
-        corrects = isinstance(self.recipe.reuse, NetworkReuse) and self.recipe.reuse.correct
-        if corrects and all(weight is None for weight in self.clock.weights):
-            name = type(self.clock.scheduler).__name__
-            self.note(f"{name} is not linear and first-order in the network's output, so forecasts are not corrected.")
+        if isinstance(self.recipe.reuse, NetworkReuse):
+            for sentence in self.recipe.reuse.remarks(times, self.clock.weights, self.clock.levels):
+                self.note(f"{type(self.clock.scheduler).__name__}: {sentence}")
 
     def _tick(self, combined: Any) -> None:
         if self.guidance is not None:
