@@ -1,4 +1,4 @@
-"""Reuse of the blocks behind the first few: the first blocks decide, the rest stands in."""
+"""Reuse of blocks inside the network: a span of them is left out, and what they added stands in."""
 
 from __future__ import annotations
 
@@ -6,30 +6,60 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from hasten.drift import Drift, Rule, relative_l1
+from hasten.caching.spans import AllBlocks, Itinerary, Piece, Span
+from hasten.caching.stack_signals import Evidence, LeadChange, StackSignal, StackSignalState
+from hasten.caching.tokens import Tokens
+from hasten.drift import Drift, Rule
 from hasten.forecast import Forecast, ForecastState, Hold
 from hasten.recipe import ReusePolicy
 from hasten.step import Step
 
+Key = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+"""What streams look like; a history fits only streams that look the same."""
+
 
 class StackReuse(ReusePolicy):
-    """Run the first `lead` blocks; skip the others when their residual has hardly moved.
+    """Leave out a span of blocks while a signal says that what they add has hardly moved.
 
-    First-block caching (ParaAttention; FnB0 of DBCache) with any rule and any forecast. What is kept is
-    R = (last output) - (input behind the lead + everything the model injected on the way), so that
-    injections of the present step (ControlNet, VACE, IP-Adapter) still apply on a skipped one.
+    What is kept, for each piece of the span, is R = (its output) - (its input + everything the model injected on the
+    way), so that injections of the present step (ControlNet, VACE, IP-Adapter) still apply on a skipped one.
 
-    lead: blocks that always run; 0 only with rules that need no signal. rule: decided per branch (the
-    lead blocks of each branch have run anyway). forecast: what stands in for R.
+    lead, back: blocks at both ends that always run (F_n and B_n of DBCache; first-block caching is lead 1, back 0). lead
+    0 needs a rule without a signal, or a signal other than `lead_change`. span: which of the others may be left out at a
+    step. signal, rule: decided once per step, by the first branch. forecast: what stands in for R.
+    tokens: which tokens run nevertheless; None for none. Acts on stacks of one stream, and says so elsewhere.
     """
 
     kind: ClassVar[str] = "stack"
     lead: int = Field(1, ge=0)
+    back: int = Field(0, ge=0)
+    span: Span = AllBlocks()
+    signal: StackSignal = LeadChange()
     rule: Rule = Drift(limit=0.08, accumulate=False)
     forecast: Forecast = Hold()
+    tokens: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _has_what_it_watches(self) -> StackReuse:
+        if self.lead == 0 and self.rule.needs_signal and self.signal.needs_lead:
+            raise ValueError(
+                f"signal {self.signal.kind!r} watches the leading blocks, and lead = 0 leaves none;"
+                " use lead = 1, another signal, or a rule without one"
+            )
+        return self
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know before the first step."""
+        found = [self.span.remark, self.signal.remark if self.rule.needs_signal else ""]
+        return [remark for remark in found if remark]
+
+    def itinerary(self, sizes: tuple[int, ...], total: int) -> Itinerary:
+        """Which blocks may be left out when. sizes: blocks of each list. total: steps of the run."""
+        return Itinerary(self.span, sizes, total, self.lead, self.back)
 
     def start(self, times: Sequence[float] = ()) -> StackState:
         """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
@@ -37,66 +67,117 @@ class StackReuse(ReusePolicy):
 
 
 class StackState:
-    """State of `StackReuse` for one run: a decision per step, a history per branch."""
+    """State of `StackReuse` for one run: a decision per step, a history per branch and piece.
+
+    change: what the latest decision was based on.
+    """
 
     def __init__(self, policy: StackReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
-        self.branches: dict[int, StackBranch] = {}
         self.rule = policy.rule.start(times)
+        self.branches: dict[int, StackBranch] = {}
         self.decided = -1
         self.skipping = False
         self.change: float | None = None
+        self._sizes: tuple[int, ...] = ()
+        self._total = -1
+        self._itinerary: Itinerary | None = None
 
-    def decide(self, step: Step, lead: list[Tensor], shapes: list[torch.Size]) -> bool:
-        """May the blocks behind the lead be skipped? lead: residuals of the lead blocks; shapes: of all streams there.
+    # --- where ------------------------------------------------------------------------------------
 
-        The first branch of a step decides for all; a branch without a fitting history computes.
+    def lay_out(self, sizes: tuple[int, ...]) -> None:
+        """The network has these numbers of blocks in its lists. Told before the first decision."""
+        self._sizes, self._itinerary = sizes, None
+
+    def itinerary(self, step: Step) -> Itinerary:
+        if self._itinerary is None or step.total != self._total:
+            self._total = step.total
+            self._itinerary = self.policy.itinerary(self._sizes, step.total)
+        return self._itinerary
+
+    def pieces(self, step: Step) -> tuple[Piece, ...]:
+        """What may be left out at `step`."""
+        return self.itinerary(step).at(step)
+
+    def wanted(self, step: Step) -> tuple[Piece, ...]:
+        """What has to be learned when `step` is computed."""
+        return self.itinerary(step).later(step)
+
+    # --- whether ----------------------------------------------------------------------------------
+
+    def decide(self, step: Step, seen: Evidence) -> bool:
+        """May the blocks of `pieces(step)` be left out? The first branch of a step decides for all.
+
+        A branch without a fitting history computes.
         """
-        branch = self.branches.setdefault(step.branch, StackBranch())
+        branch = self._branch(step, seen)
         if step.index != self.decided:
             self.decided = step.index
-            self.change, poisoned = self._read(branch, lead)
+            self.change, poisoned = self._read(step, branch, seen)
             for number in poisoned:  # a NaN or Inf was computed: forget it and compute afresh
                 del self.branches[number]
-            branch = self.branches.setdefault(step.branch, StackBranch())
+            branch = self._branch(step, seen)
             self.skipping = self.rule.skip(step, self.change) and not poisoned
-        return self.skipping and branch.fits(shapes)
+        skips = self.skipping and branch.knows(self.pieces(step))
+        if not skips and self.policy.rule.needs_signal:
+            branch.signal.computed(step, seen)
+        return skips
 
-    def _read(self, branch: StackBranch, lead: list[Tensor]) -> tuple[float | None, list[int]]:
-        """The signal and the branches that hold something not finite, in one host synchronisation."""
-        signal = branch.change(lead) if self.policy.rule.needs_signal else None
+    def _branch(self, step: Step, seen: Evidence) -> StackBranch:
+        """This branch's history, a new one where the streams look otherwise than before."""
+        key = key_of(seen.streams)
+        branch = self.branches.get(step.branch)
+        if branch is None or branch.key != key:
+            branch = self.branches[step.branch] = StackBranch(self.policy, key)
+        return branch
+
+    def _read(self, step: Step, branch: StackBranch, seen: Evidence) -> tuple[float | None, list[int]]:
+        """The signal and the branches that hold something not finite, in one host synchronisation at most."""
+        signal = branch.signal.measure(step, seen) if self.policy.rule.needs_signal else None
         unread = [(number, other) for number, other in self.branches.items() if other.finite is not None]
-        flags = [] if signal is None else [signal]
+        flags = [signal.float()] if isinstance(signal, Tensor) else []
         flags += [other.finite.float() for _, other in unread if other.finite is not None]
-        if not flags:
-            return None, []
-        values = torch.stack(flags).tolist()
+        values = torch.stack(flags).tolist() if flags else []
         for _, other in unread:
             other.finite = None
-        change = None if signal is None else values.pop(0)
+        change = values.pop(0) if isinstance(signal, Tensor) else signal
         return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy]
 
-    def estimate(self, step: Step, site: int) -> list[Tensor]:
-        """Residuals that stand in for stack number `site`."""
-        return [forecast.estimate(step.time) for forecast in self.branches[step.branch].sites[site]]
+    # --- what stands in ---------------------------------------------------------------------------
 
-    def observe_lead(self, step: Step, lead: list[Tensor], shapes: list[torch.Size]) -> None:
-        """The step is computed: its lead residuals become the reference."""
-        branch = self.branches[step.branch]
-        if branch.entry != shapes:
-            branch.sites.clear()
-        branch.reference, branch.entry = lead, shapes
+    def fits(self, step: Step, piece: Piece, entry: list[Tensor]) -> bool:
+        """Is there a history of `piece` for streams that look like `entry`?"""
+        history = self.branches[step.branch].histories.get(piece)
+        return history is not None and history.key == key_of(entry)
 
-    def observe(self, step: Step, site: int, residuals: list[Tensor]) -> None:
-        """Stack number `site` was computed with these residuals."""
+    def estimate(self, step: Step, piece: Piece) -> list[Tensor]:
+        """What stands in for the residuals of `piece`, one per stream."""
+        return [forecast.estimate(step.time) for forecast in self.branches[step.branch].histories[piece].forecasts]
+
+    def pick(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
+        """Indices of the tokens that run through `piece` on this skipped step; None for none."""
+        reference = self.branches[step.branch].histories[piece].entry
+        if self.policy.tokens is None or reference is None:
+            return None
+        count = self.policy.tokens.count(step, entry.shape[1])
+        return self.policy.tokens.pick(count, entry, reference) if count else None
+
+    def observe(self, step: Step, piece: Piece, residuals: list[Tensor], entry: Tensor | None = None) -> None:
+        """`piece` was computed with these residuals. entry: its longest stream, kept where tokens are chosen by it."""
         branch = self.branches[step.branch]
-        held = branch.sites.get(site)
-        if held is None or branch.shapes.get(site) != [r.shape for r in residuals]:
-            held = branch.sites[site] = [self.policy.forecast.start() for _ in residuals]
-            branch.shapes[site] = [r.shape for r in residuals]
-        for forecast, residual in zip(held, residuals, strict=True):
+        wanted = self.wanted(step)
+        for stale in [held for held in branch.histories if held not in wanted]:
+            del branch.histories[stale]
+        history = branch.histories.get(piece)
+        if history is None or history.key != key_of(residuals):
+            history = branch.histories[piece] = PieceHistory(self.policy, residuals)
+        for forecast, residual in zip(history.forecasts, residuals, strict=True):
             forecast.store(step.time, residual)
-        branch.finite = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
+        history.entry = entry if self.policy.tokens is not None else None
+        if self.policy.rule.needs_signal:
+            branch.signal.learned(step, piece, residuals[0])
+        healthy = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
+        branch.finite = healthy if branch.finite is None else branch.finite & healthy
 
     def num_bytes(self) -> int:
         """Bytes of all tensors held for later steps."""
@@ -109,24 +190,35 @@ class StackState:
 
 
 class StackBranch:
-    """What one branch has computed: reference residuals of the lead, and a forecast per stack and stream."""
+    """What one branch has seen and computed, for streams that look like `key`."""
 
-    def __init__(self) -> None:
-        self.reference: list[Tensor] = []
-        self.entry: list[torch.Size] = []
-        self.sites: dict[int, list[ForecastState]] = {}
-        self.shapes: dict[int, list[torch.Size]] = {}
+    def __init__(self, policy: StackReuse, key: Key) -> None:
+        self.key = key
+        self.signal: StackSignalState = policy.signal.start()
+        self.histories: dict[Piece, PieceHistory] = {}
         self.finite: Tensor | None = None
 
-    def fits(self, shapes: list[torch.Size]) -> bool:
-        """True when there is a history of these very shapes."""
-        return bool(self.sites) and shapes == self.entry and all(f.ready for s in self.sites.values() for f in s)
-
-    def change(self, lead: list[Tensor]) -> Tensor | None:
-        """Relative L1 change of the first stream's lead residual, a 0-d tensor; None without a reference."""
-        if not self.reference or self.reference[0].shape != lead[0].shape:
-            return None
-        return relative_l1(lead[0], self.reference[0])
+    def knows(self, pieces: tuple[Piece, ...]) -> bool:
+        """True when all of `pieces`, at least one, have a history."""
+        return bool(pieces) and all(piece in self.histories for piece in pieces)
 
     def tensors(self) -> list[Tensor]:
-        return self.reference + [t for site in self.sites.values() for f in site for t in f.tensors()]
+        return self.signal.tensors() + [t for history in self.histories.values() for t in history.tensors()]
+
+
+class PieceHistory:
+    """A forecast of each stream's residual over one piece."""
+
+    def __init__(self, policy: StackReuse, residuals: list[Tensor]) -> None:
+        self.key = key_of(residuals)
+        self.forecasts: list[ForecastState] = [policy.forecast.start() for _ in residuals]
+        self.entry: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        held = [tensor for forecast in self.forecasts for tensor in forecast.tensors()]
+        return held if self.entry is None else [*held, self.entry]
+
+
+def key_of(streams: list[Tensor]) -> Key:
+    """Shape, dtype and device of each stream."""
+    return tuple((stream.shape, stream.dtype, stream.device) for stream in streams)

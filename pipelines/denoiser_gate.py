@@ -200,7 +200,8 @@ class DenoiserGate:
         found = events or [self.event(step, "compute", signal=self.seam.change, why=why)]
         for position, event in enumerate(found):
             # One measured time for the whole call: it stands on the first event, the others have none.
-            timed = dataclasses.replace(event, seconds=seconds if position == 0 else None, share=share)
+            seen = seconds if position == 0 else None
+            timed = dataclasses.replace(event, seconds=seen, share=share * event.share)
             self.session.trace.add(timed)
         return result
 
@@ -216,11 +217,12 @@ class DenoiserGate:
         blocks: tuple[int, int] | None = None,
         signal: float | None = None,
         why: str = "",
+        share: float = 1.0,
     ) -> Event:
         """An event of this network (or of `site` inside it) at `step`."""
         rule = getattr(self.reuse, "rule", None)
         threshold = rule.threshold_value if rule is not None and signal is not None else None
         run = self.session.clock.run
         return Event(
-            run, step.index, step.branch, site or self.site, action, blocks, signal, threshold, why=why
+            run, step.index, step.branch, site or self.site, action, blocks, signal, threshold, why=why, share=share
         )

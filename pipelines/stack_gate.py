@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from hasten.caching.stack import StackState
 from hasten.pipelines.structure import BlockCall, Stack, Watcher, candidates
 from hasten.session import Attachment
-from hasten.step import Step
 
-Record = Callable[[str, tuple[int, int], str, bool], None]
-"""(list name, blocks, action, is it a decision) -> None; how the gates report what they did."""
+
+class Walker(Protocol):
+    """Decides over every block of one pass through the network."""
+
+    def block(self, name: str, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Block `index` of list `name` is called; returns what stands for its output."""
 
 
 class Gate:
@@ -60,12 +62,12 @@ class GateList(nn.Module):
 class StackGates:
     """All block gates of one network.
 
-    stacks: the lists that can be skipped, in the order in which they run; empty until `learn` has
+    stacks: the lists that can be skipped, in the order in which they run; empty until `watch` has
     watched one forward. refused: list name -> reason.
     """
 
-    def __init__(self, model: nn.Module, lead: int) -> None:
-        self.model, self.lead = model, lead
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.stacks: list[Stack] = []
         self.refused: dict[str, str] = {}
         self._attachment = Attachment()
@@ -100,9 +102,6 @@ class StackGates:
         self.refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
         if not found:
             self.refused["blocks"] = "no list of blocks ran inside this network"
-        elif self.stacks and self.stacks[0].num <= self.lead:
-            self.refused[self.stacks[0].name] = f"{self.stacks[0].num} blocks, all of them leading"
-            self.stacks = []
         return result
 
     def restrict(self) -> None:
@@ -112,9 +111,14 @@ class StackGates:
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def run(self, forward: Callable[[], Any], step: Step, state: StackState, record: Record) -> Any:
-        """Run `forward` with the gates deciding by `state`."""
-        self._active.walk = Walk(self, step, state, record)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of blocks of each list."""
+        return tuple(stack.num for stack in self.stacks)
+
+    def run(self, forward: Callable[[], Any], walk: Walker) -> Any:
+        """Run `forward`, every block of `stacks` being handed to `walk`."""
+        self._active.walk = walk
         try:
             return forward()
         finally:
@@ -135,72 +139,3 @@ class StackGates:
             return out
 
         return run
-
-
-class Walk:
-    """One pass through all stacks of a network at one step: compute and learn, or skip and stand in.
-
-    Legend, per stream: entry, where the skippable part began; path, the value that would come out if every
-    skippable block were the identity, which is the entry plus all that the network adds between blocks.
-    """
-
-    def __init__(self, gates: StackGates, step: Step, state: StackState, record: Record) -> None:
-        self.lead, self.step, self.state, self.record = gates.lead, step, state, record
-        self.stacks = {stack.name: (site, stack) for site, stack in enumerate(gates.stacks)}
-        self.skipping = False
-        self.start: list[Tensor] = []
-        self.path: list[Tensor] = []
-        self.before: list[Tensor] = []
-
-    def block(self, name: str, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name not in self.stacks:
-            return block(*args, **kwargs)
-        site, stack = self.stacks[name]
-        lead = self.lead if site == 0 else 0
-        now = stack.inputs(args, kwargs)
-        if index == 0:
-            self.start = now
-            if lead == 0:
-                self._enter(site, stack, now, decide=site == 0)
-        if index < lead:
-            out = block(*args, **kwargs)
-            if index == lead - 1:
-                self._enter(site, stack, stack.outputs(out), decide=True)
-            return out
-        self._follow(now, first=index == 0)
-        if self.skipping:
-            return self._stand_in(site, stack, index, now)
-        out = block(*args, **kwargs)
-        self.before = stack.outputs(out)
-        if index == stack.num - 1:
-            residuals = [o - p for o, p in zip(self.before, self.path, strict=True)]
-            self.state.observe(self.step, site, residuals)
-            self.record(stack.name, (0, stack.num), "compute", site == 0)
-        return out
-
-    def _enter(self, site: int, stack: Stack, entry: list[Tensor], *, decide: bool) -> None:
-        """The skippable part of a stack begins with `entry`."""
-        if decide:
-            lead = [e - s for e, s in zip(entry, self.start, strict=True)] if self.lead else []
-            self.skipping = self.state.decide(self.step, lead, [e.shape for e in entry])
-            if not self.skipping:
-                self.state.observe_lead(self.step, lead, [e.shape for e in entry])
-        self.path = self.before = entry
-
-    def _follow(self, now: list[Tensor], *, first: bool) -> None:
-        """Take what was added between the last block and this one into the path."""
-        if first:
-            return
-        self.path = [
-            p if n is b else p + (n - b) for p, n, b in zip(self.path, now, self.before, strict=True)
-        ]
-
-    def _stand_in(self, site: int, stack: Stack, index: int, now: list[Tensor]) -> Any:
-        self.before = now
-        if index < stack.num - 1:
-            return stack.pack(now)
-        lead = self.lead if site == 0 else 0
-        if lead:
-            self.record(stack.name, (0, lead), "compute", False)
-        self.record(stack.name, (lead, stack.num), "stand_in", site == 0)
-        return stack.pack([n + r for n, r in zip(now, self.state.estimate(self.step, site), strict=True)])

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from hasten.caching.network import NetworkReuse
+from hasten.caching.spans import Piece
 from hasten.caching.stack import StackReuse, StackState
+from hasten.caching.stack_signals import Evidence
 from hasten.drift import Drift
 from hasten.pipelines.host import Call, Output, is_whole_compiled
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_gate import StackGates
+from hasten.pipelines.stack_walk import Walk
+from hasten.pipelines.token_rows import not_token_wise, shuffled
 from hasten.step import Step
 from hasten.trace import Action, Event
 
@@ -32,30 +36,30 @@ class StackSeam(ReuseSeam):
         self.policy = policy
         self.state: StackState | None = None
         self.gates: StackGates | None = None
-        self._proved = False
+        self._proved: set[tuple[Piece, ...]] = set()
+        self._tokens_proved = policy.tokens is None
         if is_whole_compiled(gate.model):
             self._refuse("the whole network is one compiled function; compile its blocks instead")
         else:
-            self.gates = StackGates(gate.model, policy.lead)
+            self.gates = StackGates(gate.model)
             self.gates.attach()
 
     def begin_run(self, times: Sequence[float]) -> None:
         self.state = self.policy.start(times)
+        if self.gates is not None:
+            self.state.lay_out(self.gates.sizes)
 
     def compute(self, step: Step, call: Call, share: float) -> Any:
         """Run the network with its blocks gated."""
         if self.state is None or self.gates is None:
             return super().compute(step, call, share)
-        if not self.gates.stacks and not self._learn(call):
+        if not self.gates.stacks and not self._learn(step, call):
             return self.gate.seam.compute(step, call, share)
         events: list[Event] = []
         state = self.state
-        result = self.gate.timed(
-            step, lambda: self._walk(step, call, state, events), share=share, events=events
-        )
+        result = self.gate.timed(step, lambda: self._walk(step, call, state, events), share=share, events=events)
         self.change = state.change
-        if not self._proved:
-            self._prove(step, call, result)
+        self._prove(step, call, result)
         return result
 
     def num_bytes(self) -> int:
@@ -73,62 +77,109 @@ class StackSeam(ReuseSeam):
     def _walk(self, step: Step, call: Call, state: StackState, events: list[Event]) -> Any:
         assert self.gates is not None
 
-        def record(name: str, blocks: tuple[int, int], action: str, deciding: bool) -> None:
+        def record(name: str, blocks: tuple[int, int], action: str, deciding: bool, share: float) -> None:
             kind: Action = "compute" if action == "compute" else self.gate.stand_in_action()
             signal = state.change if deciding else None
-            events.append(self.gate.event(step, kind, f"{self.gate.site}.{name}", blocks, signal))
+            why = "" if share == 1.0 else "a part of the tokens"
+            events.append(self.gate.event(step, kind, f"{self.gate.site}.{name}", blocks, signal, why, share))
 
-        return self.gates.run(lambda: self.gate.inner(*call.args, **call.kwargs), step, state, record)
+        walk = Walk(self.gates.stacks, step, state, record)
+        return self.gates.run(lambda: self.gate.inner(*call.args, **call.kwargs), walk)
 
-    def _learn(self, call: Call) -> bool:
+    def _learn(self, step: Step, call: Call) -> bool:
         """The first call of all: evaluate once more, to watch how the blocks are chained. False when refused.
 
         The result is thrown away, so that the first run of a session decides exactly like the later ones.
         """
         gates, gate = self.gates, self.gate
-        assert gates is not None
+        assert gates is not None and self.state is not None
         gates.watch(lambda: gate.inner(*call.args, **call.kwargs))
-        if not gates.stacks:
-            self._refuse("; ".join(gates.refused.values()))
+        reason = self._nothing_left(step) if gates.stacks else "; ".join(gates.refused.values())
+        if reason:
+            self._refuse(reason)
             return False
         gates.restrict()
-        gate.session.note(
-            f"{gate.site}: one extra evaluation was spent on discovering its structure.", warn=False
-        )
+        gate.session.note(f"{gate.site}: one extra evaluation was spent on discovering its structure.", warn=False)
         for reason in gates.refused.values():
             gate.session.note(f"{gate.site}: {reason}; these blocks are always computed.", warn=False)
+        for remark in self.policy.remarks:
+            gate.session.note(f"{gate.site}: {remark}.", warn=False)
         gate.session.trace.structure.pop(gate.site, None)
-        gate.session.trace.structure.update(
-            {f"{gate.site}.{stack.name}": stack.num for stack in gates.stacks}
-        )
+        gate.session.trace.structure.update({f"{gate.site}.{stack.name}": stack.num for stack in gates.stacks})
+        self.state.lay_out(gates.sizes)
         return True
 
+    def _nothing_left(self, step: Step) -> str:
+        """Why the policy leaves nothing out on a network of this depth; empty when it does."""
+        assert self.gates is not None
+        sizes, policy = self.gates.sizes, self.policy
+        blocks = f"{' + '.join(map(str, sizes))} blocks"
+        if policy.lead >= sizes[0]:
+            return f"{self.gates.stacks[0].name}: {blocks}, and all of the first list are leading (lead = {policy.lead})"
+        if not policy.itinerary(sizes, step.total).distinct():
+            span = f"span {policy.span.kind!r}, lead = {policy.lead}, back = {policy.back}"
+            return f"{blocks}, and {span} leaves none of them out at any step"
+        return ""
+
+    # --- prove ------------------------------------------------------------------------------------
+
     def _prove(self, step: Step, call: Call, computed: Any) -> None:
-        """Skip all blocks on the very input that was just computed: nothing may be lost, or blocks are refused."""
-        assert self.state is not None
-        proof = Proof(self.state)
+        """Leave out, on the very input that was just computed, what will be left out: nothing may be lost.
+
+        Every set of pieces of the run is tried once in a session, at the first computed call that has learned it.
+        """
+        state = self.state
+        if state is None or step.branch not in state.branches:
+            return
+        for pieces in state.itinerary(step).distinct():
+            if pieces in self._proved or not state.branches[step.branch].knows(pieces):
+                continue
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in Output(computed).tensors):
+                return  # nothing can be compared; a step computed so is not reused either
+            loss = self._loss(call, step, computed, Proof(state, pieces))
+            if loss:
+                self._refuse(loss)
+                return
+            self._proved.add(pieces)
+            if not self._tokens_proved:
+                self._prove_tokens(step, call, computed, pieces)
+
+    def _prove_tokens(self, step: Step, call: Call, computed: Any, pieces: tuple[Piece, ...]) -> None:
+        """All tokens in another order must come out as before, in that order; else no token is run apart."""
+        assert self.gates is not None and self.state is not None
+        blocks = [block for stack in self.gates.stacks for block in getattr(self.gate.model, stack.name).children()]
+        entries = [history.entry for history in self.state.branches[step.branch].histories.values()]
+        reason = not_token_wise(self.gates.stacks, [e for e in entries if e is not None], blocks)
+        reason = reason or self._loss(call, step, computed, Proof(self.state, pieces, reorder=True))
+        self._tokens_proved = True
+        if reason:
+            self.gate.session.note(
+                f"{self.gate.site}: tokens cannot be run apart ({reason}); whole blocks are left out instead."
+            )
+            self.policy = self.policy.model_copy(update={"tokens": None})
+            self.state.policy = self.policy
+
+    def _loss(self, call: Call, step: Step, computed: Any, proof: Proof) -> str:
+        """Why the pass that `proof` prescribes is not as good as the computed one; empty when it is."""
         try:
             skipped = Output(self._walk(step, call, proof, [])).tensors
             loss = max(map(_distance, Output(computed).tensors, skipped), default=float("inf"))
         except Exception as error:  # noqa: BLE001 - any failure of a skipped pass is a reason not to skip
-            self._refuse(f"a pass without its blocks fails: {type(error).__name__}: {error}")
-            return
-        tolerance = (
-            SKIP_TOLERANCE if Output(computed).tensors[0].dtype == torch.float32 else SKIP_TOLERANCE_HALF
+            return f"a pass without its blocks fails: {type(error).__name__}: {error}"
+        half = Output(computed).tensors[0].dtype != torch.float32
+        if loss <= (SKIP_TOLERANCE_HALF if half else SKIP_TOLERANCE):
+            return ""
+        if proof.reorder:
+            return f"another order of its tokens changes the output by {loss:.1e}, so they are not all that it goes by"
+        return (
+            f"skipping its blocks changes the output by {loss:.1e} on identical input, so something other than"
+            " an addition happens between them"
         )
-        if not loss <= tolerance:
-            self._refuse(
-                f"skipping its blocks changes the output by {loss:.1e} on identical input, so something other than"
-                " an addition happens between them"
-            )
-        self._proved = True
 
     def _refuse(self, reason: str) -> None:
         """Blocks cannot be skipped on this network: cache the whole network instead."""
         rule = self.policy.rule
-        if isinstance(
-            rule, Drift
-        ):  # a whole network's change is predicted per step, so it has to be added up
+        if isinstance(rule, Drift):  # a whole network's change is predicted per step, so it has to be added up
             rule = rule.model_copy(update={"accumulate": True})
         self.gate.fall_back(
             NetworkReuse(rule=rule, forecast=self.policy.forecast), f"block caching is refused ({reason})"
@@ -136,14 +187,26 @@ class StackSeam(ReuseSeam):
 
 
 class Proof(StackState):
-    """A look at a state that was just filled, under which everything is skipped; changes nothing."""
+    """A look at a state that was just filled, under which `pieces` are left out; changes nothing.
 
-    def __init__(self, filled: StackState) -> None:
+    reorder: run all tokens of the pieces, in another order.
+    """
+
+    def __init__(self, filled: StackState, pieces: tuple[Piece, ...], *, reorder: bool = False) -> None:
         super().__init__(filled.policy)
-        self.branches = filled.branches
+        self.branches, self.reorder, self._pieces = filled.branches, reorder, pieces
 
-    def decide(self, step: Step, lead: list[Tensor], shapes: list[torch.Size]) -> bool:
+    def pieces(self, step: Step) -> tuple[Piece, ...]:
+        return self._pieces
+
+    def decide(self, step: Step, seen: Evidence) -> bool:
         return True
+
+    def pick(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
+        return shuffled(entry.shape[1], entry.device) if self.reorder else None
+
+    def observe(self, step: Step, piece: Piece, residuals: list[Tensor], entry: Tensor | None = None) -> None:
+        return None
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

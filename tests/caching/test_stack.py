@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from hasten.caching.rules import Every
+from hasten.caching.spans import Chosen, Piece, RearThenFront
 from hasten.caching.stack import StackReuse, StackState
+from hasten.caching.stack_signals import Evidence
+from hasten.caching.tokens import MovedTokens
 from hasten.drift import Drift
 from hasten.forecast import Hold, Polynomial
 from hasten.step import Step
@@ -20,17 +23,29 @@ def at(index: int, branch: int = 0, total: int = 20) -> Step:
     return Step(index, total, 1 - index / total, branch)
 
 
+def started(policy: StackReuse, *sizes: int) -> StackState:
+    """A state that knows of lists of `sizes` blocks; one list of four by default."""
+    state = policy.start()
+    state.lay_out(sizes or (4,))
+    return state
+
+
 def compute(state: StackState, step: Step, lead: Tensor, residual: Tensor) -> bool:
-    """One pass of a single-stream network; True when its blocks were skipped."""
-    if state.decide(step, [lead], [lead.shape]):
+    """One pass of a network; True when its blocks were skipped. The stream looks like the lead's residual."""
+    if state.decide(step, Evidence([lead], [lead], lead)):
         return True
-    state.observe_lead(step, [lead], [lead.shape])
-    state.observe(step, 0, [residual])
+    for piece in state.wanted(step):
+        state.observe(step, piece, [residual], lead)
     return False
 
 
+def estimate(state: StackState, step: Step) -> Tensor:
+    (piece,) = state.pieces(step)
+    return state.estimate(step, piece)[0]
+
+
 def test_skips_while_the_lead_stands_still() -> None:
-    state = StackReuse(rule=Drift(limit=0.1, accumulate=False, warmup=0.0)).start()
+    state = started(StackReuse(rule=Drift(limit=0.1, accumulate=False, warmup=0.0)))
     leads = [seeded(0, 4) * scale for scale in (1.0, 1.05, 1.08, 1.2, 1.25, 2.0)]
     assert [compute(state, at(i), lead, lead) for i, lead in enumerate(leads)] == [
         False, True, True, False, True, False,
@@ -39,59 +54,96 @@ def test_skips_while_the_lead_stands_still() -> None:
 
 def test_the_reference_is_the_last_computed_step() -> None:
     """Many small moves add up against a reference that does not creep along."""
-    state = StackReuse(rule=Drift(limit=0.1, accumulate=False, warmup=0.0)).start()
+    state = started(StackReuse(rule=Drift(limit=0.1, accumulate=False, warmup=0.0)))
     skipped = [compute(state, at(i), seeded(0, 4) * 1.03**i, seeded(1, 4)) for i in range(9)]
     assert skipped == [False, True, True, True, False, True, True, True, False]
 
 
-def test_estimate_is_the_forecast_of_each_stack_and_stream() -> None:
-    state, run = StackReuse(rule=Every(interval=3, warmup=2), forecast=Polynomial(order=1)).start(), steps(20)
+def test_estimate_is_the_forecast_of_each_piece_and_stream() -> None:
+    policy, run = StackReuse(rule=Every(interval=3, warmup=2), forecast=Polynomial(order=1)), steps(20)
+    state, seen = started(policy, 3, 2), Evidence([seeded(0, 4)], [seeded(0, 4)])
     for step in run[:2]:
-        assert not state.decide(step, [seeded(0, 4)], [torch.Size([4])])
-        state.observe_lead(step, [seeded(0, 4)], [torch.Size([4])])
-        for site in (0, 1):
-            state.observe(step, site, [seeded(site, 4) * step.time, seeded(site + 5, 2) + step.time])
-    assert state.decide(run[2], [seeded(0, 4)], [torch.Size([4])])
-    for site in (0, 1):
-        first, second = state.estimate(run[2], site)
-        torch.testing.assert_close(first, seeded(site, 4) * run[2].time)
-        torch.testing.assert_close(second, seeded(site + 5, 2) + run[2].time)
+        assert not state.decide(step, seen)
+        assert state.wanted(step) == (Piece(0, 1, 3), Piece(1, 0, 2))
+        for piece in state.wanted(step):
+            state.observe(step, piece, [seeded(piece.site, 4) * step.time, seeded(piece.site + 5, 2) + step.time])
+    assert state.decide(run[2], seen)
+    for piece in state.pieces(run[2]):
+        first, second = state.estimate(run[2], piece)
+        torch.testing.assert_close(first, seeded(piece.site, 4) * run[2].time)
+        torch.testing.assert_close(second, seeded(piece.site + 5, 2) + run[2].time)
+
+
+def test_a_span_that_moves_has_a_history_on_both_sides() -> None:
+    policy = StackReuse(lead=0, span=RearThenFront(share=0.5, switch=0.5), rule=Every(interval=2))
+    state, used = started(policy), []
+    for index in range(20):
+        value = torch.full((4,), float(index))
+        if compute(state, at(index), seeded(0, 4), value):
+            used += state.pieces(at(index))
+            assert torch.equal(estimate(state, at(index)), value - 1), "the newest computed residual"
+    assert used == [Piece(0, 2, 4)] * 5 + [Piece(0, 0, 2)] * 5
+    assert list(state.branches[0].histories) == [Piece(0, 0, 2)], "what no later step leaves out is dropped"
+
+
+def test_a_span_that_is_empty_at_a_step_computes() -> None:
+    state = started(StackReuse(lead=0, span=Chosen(blocks=(9,)), rule=Every(interval=2)))
+    assert not any(compute(state, at(i), seeded(0, 4), seeded(1, 4)) for i in range(8))
+    assert state.num_bytes() == 0
+
+
+def test_tokens_are_those_that_moved() -> None:
+    policy = StackReuse(lead=0, rule=Every(interval=2), tokens=MovedTokens(early=0.5, late=0.5))
+    state, entry = started(policy), seeded(0, 2, 6, 3)
+    assert not compute(state, at(0), entry, seeded(1, 2, 6, 3))
+    now = entry.clone()
+    now[:, [1, 4, 5]] += 1.0
+    assert state.decide(at(1), Evidence([now], [], now))
+    (piece,) = state.pieces(at(1))
+    picked = state.pick(at(1), piece, now)
+    assert picked is not None and picked.tolist() == [1, 4, 5]
+
+
+def test_a_signal_of_the_lead_needs_a_lead() -> None:
+    with pytest.raises(ValueError, match="lead = 0 leaves none"):
+        StackReuse(lead=0)
 
 
 def test_one_decision_per_step_and_own_history_per_branch() -> None:
-    state = StackReuse(rule=Every(interval=2)).start()
+    state = started(StackReuse(rule=Every(interval=2)))
     for branch in (0, 1):
         assert not compute(state, at(0, branch), seeded(0, 4), seeded(branch, 4))
     for branch in (0, 1):
         assert compute(state, at(1, branch), seeded(0, 4), seeded(9, 4))
-        assert torch.equal(state.estimate(at(1, branch), 0)[0], seeded(branch, 4))
+        assert torch.equal(estimate(state, at(1, branch)), seeded(branch, 4))
     assert not compute(state, at(1, 2), seeded(0, 4), seeded(2, 4)), "a branch without history computes"
 
 
 @pytest.mark.parametrize("rule", [Every(interval=2), Drift(limit=9.0, accumulate=False, warmup=0.0)])
 @pytest.mark.parametrize("where", ["lead", "residual"])
 def test_not_a_number_is_not_reused(rule: Every | Drift, where: str) -> None:
-    state, bad = StackReuse(rule=rule).start(), torch.full((4,), math.nan)
+    state, bad = started(StackReuse(rule=rule)), torch.full((4,), math.nan)
     lead, residual = (bad, seeded(1, 4)) if where == "lead" else (seeded(0, 4), bad)
     if where == "lead" and isinstance(rule, Every):
         pytest.skip("a rule without a signal does not look at the lead; its residual is then NaN too")
     assert not compute(state, at(0), lead, residual)
     assert not compute(state, at(1), seeded(0, 4), seeded(2, 4))
     assert compute(state, at(3), seeded(0, 4), seeded(3, 4))
-    assert torch.equal(state.estimate(at(3), 0)[0], seeded(2, 4))
+    assert torch.equal(estimate(state, at(3)), seeded(2, 4))
 
 
 def test_another_shape_computes() -> None:
-    state = StackReuse(rule=Every(interval=2)).start()
+    state = started(StackReuse(rule=Every(interval=2)))
     assert not compute(state, at(0), seeded(0, 4), seeded(1, 4))
     assert not compute(state, at(1), seeded(0, 8), seeded(1, 8))
     assert compute(state, at(3), seeded(0, 8), seeded(1, 8))
 
 
-def test_bytes_are_those_of_the_lead_and_the_residuals() -> None:
-    state = StackReuse(rule=Every(interval=2), forecast=Hold()).start()
+@pytest.mark.parametrize(("rule", "lead"), [(Drift(accumulate=False), 4), (Every(interval=2), 0)])
+def test_bytes_are_those_of_the_residuals_and_of_a_lead_that_is_watched(rule: Drift | Every, lead: int) -> None:
+    state = started(StackReuse(rule=rule, forecast=Hold()))
     for branch in (0, 1):
         compute(state, at(0, branch), seeded(0, 4).clone(), seeded(branch, 16))
-    assert state.num_bytes() == 2 * (4 + 16) * 4
+    assert state.num_bytes() == 2 * (lead + 16) * 4
     state.forget()
     assert state.num_bytes() == 0
