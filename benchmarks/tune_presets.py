@@ -19,7 +19,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Spread
 from hasten.forecast import Forecast, Hold, Polynomial
 from hasten.pipelines.candidates import fewer_steps, ours
-from hasten.pipelines.measure import Sample, Shot, shoot
+from hasten.pipelines.shots import Sample, Shot, shoot
 from hasten.pipelines.tiny_models import call_defaults, load
 from hasten.recipe import Guidance, Recipe
 from hasten.samplers.guidance import HeldGuidance

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from hasten.caching.residuals import Residuals
 from hasten.caching.signals import OutputChange, Signal, SignalState
 from hasten.caching.target import Of, from_target, to_target
-from hasten.drift import Drift, Rule
+from hasten.drift import AccountState, Drift, Rule
 from hasten.forecast import Forecast, ForecastState, Hold, combine, lagrange
+from hasten.forecast_affine import ChannelTable
 from hasten.level import Level
 from hasten.recipe import ReusePolicy
 from hasten.step import Step
@@ -30,6 +32,7 @@ class NetworkReuse(ReusePolicy):
     correct: 0, or the degree of the correction. After each gap the forecasts used in it are compared with the
     polynomial that the newly computed value makes possible, and the difference is put right in that step. Costs
     no evaluation; acts only where the solver is first-order and linear (`Step.weight`), and says so elsewhere.
+    repair: scale and shift per channel of what is computed, for networks whose error is known (quantised weights).
     """
 
     kind: ClassVar[str] = "network"
@@ -39,6 +42,7 @@ class NetworkReuse(ReusePolicy):
     of: Of = "output"
     axis: Literal["time", "log_snr"] = "time"
     correct: int = Field(0, ge=0, le=3)
+    repair: ChannelTable | None = None
 
     def start(self, times: Sequence[float] = ()) -> NetworkState:
         """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
@@ -77,6 +81,8 @@ class NetworkState:
         self.skipping = False
         self.change: float | None = None
         self.poisoned: list[int] = []
+        self.residuals = Residuals() if policy.rule.needs_errors else None
+        self.account = cast(AccountState, self.rule) if policy.rule.needs_errors else None
 
     def decide(self, step: Step, x: Tensor) -> bool:
         """May `step` be skipped? The first branch of the step decides, the others follow."""
@@ -95,12 +101,15 @@ class NetworkState:
         unread = [(number, branch.finite) for number, branch in self.branches.items() if branch.finite is not None]
         flags = [signal] if signal is not None else []
         flags += [finite for _, finite in unread if finite is not None]
+        flags += self.residuals.pending() if self.residuals is not None else []
         if not flags:
             return None, []
         values = torch.stack([flag.float() for flag in flags]).tolist()
         for number, _ in unread:
             self.branches[number].finite = None
         change = values.pop(0) if signal is not None else None
+        self._learn(values[len(unread) :])
+        del values[len(unread) :]
         return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy]
 
     def answer(self, step: Step, x: Tensor) -> list[Tensor] | None:
@@ -117,7 +126,29 @@ class NetworkState:
             branch = self.branches[step.branch] = BranchHistory(self.policy, x, outputs)
         if step.branch == self.leader and self.policy.rule.needs_signal:
             self.signal.observe(step, x, outputs[0])
+        if self.residuals is not None:
+            self.residuals.computed(step, outputs[0], branch.expected(step, x))
         return branch.observe(step, x, outputs)
+
+    def _learn(self, values: list[float]) -> None:
+        """Tell the rule how far the latest computed step's forecast would have been off."""
+        told = self.residuals.read(values) if self.residuals is not None else None
+        if told is not None and self.account is not None:
+            self.account.learn(*told)
+
+    def combined(self, value: Tensor) -> None:
+        """The solver receives `value`, the branches' combination, at the step that was decided last."""
+        if self.residuals is not None and not self.skipping:
+            self.residuals.combined(value)
+
+    @property
+    def estimated_error(self) -> float | None:
+        """Relative error of the final latents that the rule believes to have caused; None where it keeps no account."""
+        if self.residuals is None or self.account is None:
+            return None
+        if pending := self.residuals.pending():
+            self._learn(torch.stack([tensor.float() for tensor in pending]).tolist())
+        return self.account.estimate
 
     def num_bytes(self) -> int:
         """Bytes of all tensors held for later steps."""
@@ -140,6 +171,7 @@ class BranchHistory:
         self.dtypes = [y.dtype for y in outputs]
         self.key = (x.shape, x.dtype, x.device)
         self.finite: Tensor | None = None
+        self.repair = policy.repair.start() if policy.repair is not None else None
         self.corrector: Corrector | None = Corrector(policy.correct) if policy.correct else None
 
     def fits(self, x: Tensor) -> bool:
@@ -159,7 +191,15 @@ class BranchHistory:
             self.corrector.skipped(step, found[0])
         return found
 
+    def expected(self, step: Step, x: Tensor) -> Tensor | None:
+        """What a forecast of the first output would say, had the step been skipped; None without a history."""
+        if not self.forecasts[0].ready:
+            return None
+        return from_target(self.policy.of, step, x, self.forecasts[0].estimate(self._coordinate(step)), self.dtypes[0])
+
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        if self.repair is not None:
+            outputs = [self.repair.apply(step.time, outputs[0]), *outputs[1:]]
         self.finite = torch.stack([torch.isfinite(y).all() for y in outputs]).all()
         targets = [to_target(self.policy.of, step, x, y) for y in outputs]
         for forecast, target in zip(self.forecasts, targets, strict=True):

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hasten.budget import Budget
     from hasten.errors import (
         HastenError,
         LimitError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Budget": "hasten.budget",
     "Event": "hasten.trace",
     "HastenError": "hasten.errors",
     "LimitError": "hasten.errors",
@@ -63,6 +65,7 @@ _HOME = {
 """Public name -> the module that defines it."""
 
 __all__ = [
+    "Budget",
     "Event",
     "HastenError",
     "LimitError",

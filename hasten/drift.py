@@ -25,13 +25,27 @@ class RuleState(Protocol):
         """True when `step` may be skipped. Called for each step in order, whatever was decided before."""
 
 
+class AccountState(RuleState, Protocol):
+    """Running state of a rule with `needs_errors`."""
+
+    def learn(self, step: Step, error: float | None) -> None:
+        """`step` was computed; its forecast would have been off by `error` (rms in what the solver receives)."""
+
+    @property
+    def estimate(self) -> float:
+        """Relative error of the final latents that the skips so far are estimated to cause."""
+
+
 class Rule(Part):
     """Family of rules.
 
     needs_signal: whether `skip` looks at `change`; the seam measures nothing otherwise.
+    needs_errors: whether the state is an `AccountState`, told at each computed step how far its forecast would have
+    been off.
     """
 
     needs_signal: ClassVar[bool] = False
+    needs_errors: ClassVar[bool] = False
 
     @property
     def threshold_value(self) -> float | None:

@@ -125,6 +125,12 @@ class Report:
         return rows
 
     @property
+    def estimated_error(self) -> dict[int, float]:
+        """Run index -> relative error of the final latents that skipping is estimated to have caused; empty where no
+        budget kept an account."""
+        return {run.index: run.estimated_error for run in self.runs if run.estimated_error is not None}
+
+    @property
     def seconds(self) -> dict[int, float]:
         """Run index -> wall seconds of that run."""
         return {run.index: run.seconds for run in self.runs}
@@ -193,6 +199,9 @@ class Report:
             f"  seconds     {', '.join(f'{value:.3g}' for value in self.seconds.values()) or 'none'}",
             f"  cache held  {readable_bytes(self.bytes_held)} at most",
         ]
+        if self.estimated_error:
+            spent = ", ".join(f"{value:.2g}" for value in self.estimated_error.values())
+            lines.append(f"  latents     estimated to be off by {spent} of their size, from the forecasts' measured errors")
         for title, facts in (("hardware", self.hardware), ("versions", self.versions)):
             if facts:
                 lines.append(f"  {title:<11} {', '.join(f'{key} {value}' for key, value in facts.items())}")
@@ -230,6 +239,7 @@ class Report:
             "blocks": self.totals,
             "seconds": self.seconds,
             "bytes_held": self.bytes_held,
+            "estimated_error": self.estimated_error,
             "warnings": self.warnings,
             "notes": self.notes,
             "hardware": self.hardware,

@@ -38,13 +38,18 @@ class Event:
 
 @dataclass(slots=True)
 class Run:
-    """One pass of the host's loop. `steps` is the planned number of evaluations per branch."""
+    """One pass of the host's loop. `steps` is the planned number of evaluations per branch.
+
+    estimated_error: relative error of the final latents that skipping is estimated to have caused, where a budget
+    kept an account.
+    """
 
     index: int
     steps: int
     times: list[float] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = False
+    estimated_error: float | None = None
 
 
 @dataclass(slots=True)

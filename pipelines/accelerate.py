@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
+from hasten.budget import Budget
 from hasten.caching.network import NetworkReuse
 from hasten.clock import Clock
 from hasten.errors import ModelError, UsageError
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def accelerate(
-    host: Any, recipe: str | Path | Recipe, *, scheduler: Any = None, limits: Limits | None = None
+    host: Any, recipe: str | Path | Recipe | Budget, *, scheduler: Any = None, limits: Limits | None = None
 ) -> Session:
     """Make `host` generate faster while the returned session is open.
 
     host: any diffusers pipeline, unmodified; or a bare denoiser (then `scheduler` is required).
-    recipe: a recipe's name, a `Recipe`, or the path of a YAML file. limits: `max_cache_bytes` caps what
+    recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`. limits: `max_cache_bytes` caps what
     caches may hold. Only this instance is touched, and closing the session (leaving `with`, an exception,
     `close()`) restores it: the next output is bit-identical to one from before.
 
@@ -168,6 +169,8 @@ class Session:
                 self.note(f"{type(self.clock.scheduler).__name__}: {sentence}")
 
     def _tick(self, combined: Any) -> None:
+        for gate in self.gates:
+            gate.seam.combined(combined)
         if self.guidance is not None:
             self.guidance.tick(combined)
             if self.guidance.refused:
@@ -177,6 +180,8 @@ class Session:
     def _run_ends(self) -> None:
         run = self.trace.runs[-1]
         run.seconds, run.finished = time.perf_counter() - self._began, True
+        estimates = [gate.seam.estimated_error for gate in self.gates]
+        run.estimated_error = max((found for found in estimates if found is not None), default=None)
         for gate in self.gates:
             gate.forget()
         self._say_if_inert(run.index)

@@ -36,6 +36,14 @@ class NetworkSeam(ReuseSeam):
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         return outputs if self.state is None else self.state.observe(step, x, outputs)
 
+    def combined(self, value: Tensor) -> None:
+        if self.state is not None:
+            self.state.combined(value)
+
+    @property
+    def estimated_error(self) -> float | None:
+        return None if self.state is None else self.state.estimated_error
+
     def num_bytes(self) -> int:
         return 0 if self.state is None else self.state.num_bytes()
 

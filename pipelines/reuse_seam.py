@@ -43,6 +43,14 @@ class ReuseSeam:
         """The network's outputs are known; returns what the host gets."""
         return outputs
 
+    def combined(self, value: Tensor) -> None:
+        """The solver receives `value`, what the host made of all branches of this step."""
+
+    @property
+    def estimated_error(self) -> float | None:
+        """Relative error of the final latents that skipping is estimated to have caused; None where nobody measured."""
+        return None
+
     def num_bytes(self) -> int:
         """Bytes held for later steps."""
         return 0

@@ -11,11 +11,12 @@ import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
+from hasten.budget import Budget
 from hasten.errors import RecipeError, nearest
-from hasten.pipelines.recipes import diffusion
+from hasten.pipelines.recipes import blocks, diffusion, network
 from hasten.recipe import Recipe, read
 
-MODULES = (diffusion,)
+MODULES = (diffusion, blocks, network)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,18 @@ def names() -> list[str]:
     return [entry.name for entry in catalogue()]
 
 
-def recipe(which: str | Path | Recipe) -> Recipe:
-    """The recipe called `which`, or read from a YAML file, or `which` itself if it is one.
+def recipe(which: str | Path | Recipe | Budget) -> Recipe:
+    """The recipe called `which`, or read from a YAML file, or `which` itself if it is one; `auto` within a `Budget`.
 
     Names may be joined: `"easycache+adaptive-guidance"` is the two recipes' axes together.
     Raises `RecipeError` for an unknown name (naming the nearest) and for an unreadable file.
     """
     if isinstance(which, Recipe):
         return which
+    if isinstance(which, Budget):
+        return diffusion.auto(which.tolerance).model_copy(update={"name": "auto"})
     if not isinstance(which, str | Path):
-        raise RecipeError(f"A recipe is a name, a .yaml path or a Recipe, got {which!r}. See `hasten recipes`.")
+        raise RecipeError(f"A recipe is a name, a .yaml path, a Recipe or a Budget, got {which!r}. See `hasten recipes`.")
     if isinstance(which, Path) or which.endswith((".yaml", ".yml")) or "/" in which:
         return read(Path(which))
     first, *others = [_named(name) for name in which.split("+")]

@@ -8,6 +8,7 @@ from hasten.caching.signals import OutputChange
 from hasten.caching.stack import StackReuse
 from hasten.drift import Drift
 from hasten.forecast import Hold, LeaveOneOut, Polynomial
+from hasten.ledger import Ledger
 from hasten.recipe import Recipe
 from hasten.samplers.guidance import AdaptiveGuidance, AffineGuidance, GuidanceInterval, HeldGuidance
 from hasten.samplers.solver import Solver
@@ -43,6 +44,17 @@ def fast() -> Recipe:
             correct=2,
         ),
         models=("any denoiser with an Euler or DDIM solver",),
+    )
+
+
+def auto(tolerance: float = 0.05) -> Recipe:
+    """No threshold: skip as long as the measured errors of the forecasts stay within a tolerance.
+
+    tolerance: relative error of the final latents. `hasten.Budget(psnr=35)` in place of a recipe chooses it by PSNR.
+    """
+    return Recipe(
+        reuse=NetworkReuse(rule=Ledger(tolerance=tolerance), forecast=Polynomial(order=1), correct=2),
+        models=("any denoiser",),
     )
 
 

@@ -1,0 +1,122 @@
+"""The ledger spends its tolerance, never more than it measured, and adapts to what it is told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hasten.budget import COARSEST, FINEST, Budget
+from hasten.ledger import Ledger, LedgerState
+from hasten.level import Level
+from hasten.step import Step
+
+
+def flow(total: int, shift: float = 3.0) -> list[Step]:
+    """The steps of an Euler run on a flow with the given shift."""
+    u = [1 - i / total for i in range(total + 1)]
+    sigma = [shift * v / (1 + (shift - 1) * v) for v in u]
+    return [
+        Step(i, total, sigma[i], 0, sigma[i + 1] - sigma[i], Level(1 - sigma[i], sigma[i], (1.0, -sigma[i])))
+        for i in range(total)
+    ]
+
+
+def run(rule: Ledger, steps: list[Step], roughness: float) -> tuple[list[int], LedgerState]:
+    """Indices that were computed when a forecast over a distance h (angle) is off by roughness * h."""
+    state, computed = rule.start([step.time for step in steps]), []
+    node: float | None = None
+    for step in steps:
+        assert step.level is not None
+        if state.skip(step, None):
+            continue
+        computed.append(step.index)
+        state.learn(step, None if node is None else roughness * abs(step.level.angle - node))
+        node = step.level.angle
+    return computed, state
+
+
+def test_a_smaller_tolerance_computes_more() -> None:
+    steps = flow(50)
+    counts = [len(run(Ledger(tolerance=t), steps, 2.0)[0]) for t in (0.005, 0.02, 0.08, 0.3)]
+    assert counts == sorted(counts, reverse=True) and counts[0] > 2 * counts[-1]
+
+
+def test_a_rougher_model_computes_more() -> None:
+    counts = [len(run(Ledger(), flow(50), roughness)[0]) for roughness in (0.1, 1.0, 10.0)]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_steps_stand_where_the_model_is_rough() -> None:
+    steps = flow(50)
+    state, computed = Ledger(tolerance=0.05).start([s.time for s in steps]), []
+    node = None
+    for step in steps:
+        assert step.level is not None
+        if not state.skip(step, None):
+            computed.append(step.index)
+            rough = 20.0 if 15 <= step.index < 35 else 0.5
+            state.learn(step, None if node is None else rough * abs(step.level.angle - node))
+            node = step.level.angle
+    inside = [i for i in computed if 20 <= i < 35]
+    before = [i for i in computed if 0 < i < 15]
+    assert len(inside) >= 2 * len(before), computed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tolerance=st.floats(0.002, 0.5),
+    roughness=st.floats(0.01, 30.0),
+    total=st.integers(1, 80),
+    longest=st.floats(0.05, 1.0),
+)
+def test_ledger_invariants(tolerance: float, roughness: float, total: int, longest: float) -> None:
+    computed, state = run(Ledger(tolerance=tolerance, longest=longest), flow(total), roughness)
+    assert computed[0] == 0, "the first step has nothing to stand in for it"
+    gaps = [b - a - 1 for a, b in zip(computed, [*computed[1:], total], strict=True)]
+    assert max(gaps) <= max(1, round(longest * total))
+    assert all(b <= 2 * a + 2 for a, b in zip([0, *gaps], gaps, strict=False) if a), gaps
+    # With a roughness that does not change, predictions are exact: only the opening, made before anything is
+    # measured, and the small change that is always there (LEAST) can go beyond the tolerance.
+    opening = math.pi / 2 * roughness * 0.3 * 2
+    assert state.estimate <= tolerance * 1.5 + opening
+
+
+def test_without_a_measured_error_nothing_but_the_opening_is_skipped() -> None:
+    steps = flow(20)
+    state = Ledger().start([step.time for step in steps])
+    skipped = [step.index for step in steps if _skip_untold(state, step)]
+    assert skipped == [1]
+
+
+def _skip_untold(state: LedgerState, step: Step) -> bool:
+    skips = state.skip(step, None)
+    if not skips:
+        state.learn(step, None)
+    return skips
+
+
+def test_an_error_that_is_not_finite_is_not_believed() -> None:
+    steps = flow(20)
+    state = Ledger().start([step.time for step in steps])
+    for step in steps[:3]:
+        if not state.skip(step, None):
+            state.learn(step, float("nan") if step.index else None)
+    assert state.rho is None and math.isfinite(state.estimate)
+
+
+def test_budget_is_one_tolerance_in_three_words() -> None:
+    assert Budget(latent_error=0.02).tolerance == 0.02
+    assert Budget(psnr=32).tolerance == pytest.approx(0.1)
+    assert Budget(quality=0).tolerance == pytest.approx(COARSEST)
+    assert Budget(quality=1).tolerance == pytest.approx(FINEST)
+    assert Budget(psnr=40).tolerance < Budget(psnr=30).tolerance
+
+
+@pytest.mark.parametrize("wrong", [{}, {"psnr": 30, "quality": 0.5}, {"psnr": 3}, {"latent_error": 0}, {"quality": 2}])
+def test_budget_refuses_none_several_and_nonsense(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Budget(**wrong)
