@@ -4,7 +4,7 @@ runs over `Part.members()`, so a method that is added later is tested without be
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import hasten.pipelines.recipes  # noqa: F401  imports every part that a recipe may name
-from hasten.drift import Rule
+from hasten.drift import AccountState, Rule
 from hasten.errors import RecipeError
 from hasten.forecast import Forecast
 from hasten.part import Part, parse
@@ -131,6 +131,16 @@ class ForecastContract(PartContract):
         assert all(tensor.numel() == 100 for tensor in held)
 
 
+def decide(rule: Rule, changes: list[float | None]) -> list[bool]:
+    """What a rule decides on a run; one that needs errors is told the change as the error of each computed step."""
+    state, decisions = rule.start(), []
+    for step, change in zip(steps(len(changes)), changes, strict=True):
+        decisions.append(state.skip(step, change))
+        if rule.needs_errors and not decisions[-1]:
+            cast(AccountState, state).learn(step, change if step.index else None)
+    return decisions
+
+
 class RuleContract(PartContract):
     family = Rule
 
@@ -146,23 +156,16 @@ class RuleContract(PartContract):
         assert not any(state.skip(step, change) for step in steps(40))
 
     def test_it_skips_something_when_nothing_moves(self, part: Rule) -> None:
-        state = part.start()
-        decisions = [state.skip(step, 0.0) for step in steps(50)]
+        decisions = decide(part, [0.0] * 50)
         assert any(decisions), "a rule that never skips is no rule"
 
     def test_two_runs_decide_alike(self, part: Rule) -> None:
         changes = [None, *(0.01 * (i % 4) for i in range(39))]
 
-        def run() -> list[bool]:
-            state = part.start()
-            return [state.skip(step, change) for step, change in zip(steps(40), changes, strict=True)]
-
-        assert run() == run()
+        assert decide(part, changes) == decide(part, changes)
 
     def test_it_recovers_after_an_unknown_change(self, part: Rule) -> None:
-        state = part.start()
-        changes = [None if i == 20 else 0.0 for i in range(60)]
-        decisions = [state.skip(step, change) for step, change in zip(steps(60), changes, strict=True)]
+        decisions = decide(part, [None if i == 20 else 0.0 for i in range(60)])
         assert any(decisions[21:])
 
 
