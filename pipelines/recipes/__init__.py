@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
 
 from hasten.budget import Budget
 from hasten.errors import RecipeError, nearest
-from hasten.pipelines.recipes import blocks, diffusion, network
+from hasten.pipelines.recipes import blocks, diffusion, modules, network
 from hasten.recipe import Recipe, read
 
-MODULES = (diffusion, blocks, network)
+MODULES = (diffusion, blocks, modules, network)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +37,27 @@ class Entry:
 
 
 @functools.cache
+def _functions() -> dict[str, Callable[..., Recipe]]:
+    """Name -> function, in the order in which they stand in the source."""
+    found: dict[str, Callable[..., Recipe]] = {}
+    for module in MODULES:
+        for name, function in vars(module).items():
+            own = inspect.isfunction(function) and function.__module__ == module.__name__
+            if own and not name.startswith("_") and function.__annotations__.get("return") in (Recipe, "Recipe"):
+                found[name.replace("_", "-")] = function
+    return found
+
+
+@functools.cache
 def catalogue() -> list[Entry]:
     """All recipes, in the order in which they stand in the source."""
     entries = []
-    for module in MODULES:
-        for name, function in vars(module).items():
-            if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
-                continue
-            if function.__annotations__.get("return") not in (Recipe, "Recipe"):
-                continue
-            recipe = function().model_copy(update={"name": name.replace("_", "-")})
-            lines = inspect.getdoc(function) or ""
-            status = "experimental" if "Experimental." in lines else "stable"
-            knobs = tuple(str(p) for p in inspect.signature(function).parameters.values())
-            entries.append(Entry(recipe.name, recipe.paper, lines.splitlines()[0], recipe, status, knobs))
+    for name, function in _functions().items():
+        recipe = function().model_copy(update={"name": name})
+        lines = inspect.getdoc(function) or ""
+        status = "experimental" if "Experimental." in lines else "stable"
+        knobs = tuple(str(p) for p in inspect.signature(function).parameters.values())
+        entries.append(Entry(name, recipe.paper, lines.splitlines()[0], recipe, status, knobs))
     return entries
 
 
@@ -57,13 +69,14 @@ def names() -> list[str]:
 def recipe(which: str | Path | Recipe | Budget) -> Recipe:
     """The recipe called `which`, or read from a YAML file, or `which` itself if it is one; `auto` within a `Budget`.
 
-    Names may be joined: `"easycache+adaptive-guidance"` is the two recipes' axes together.
-    Raises `RecipeError` for an unknown name (naming the nearest) and for an unreadable file.
+    A name may be followed by the function's arguments, `"auto:psnr=35"`, and names may be joined:
+    `"easycache:limit=0.1+adaptive-guidance"` is the two recipes' axes together.
+    Raises `RecipeError` for an unknown name or argument (naming the nearest) and for an unreadable file.
     """
     if isinstance(which, Recipe):
         return which
     if isinstance(which, Budget):
-        return diffusion.auto(which.tolerance).model_copy(update={"name": "auto"})
+        return diffusion.auto(latent_error=which.tolerance).model_copy(update={"name": "auto"})
     if not isinstance(which, str | Path):
         raise RecipeError(f"A recipe is a name, a .yaml path, a Recipe or a Budget, got {which!r}. See `hasten recipes`.")
     if isinstance(which, Path) or which.endswith((".yaml", ".yml")) or "/" in which:
@@ -74,9 +87,40 @@ def recipe(which: str | Path | Recipe | Budget) -> Recipe:
     return first
 
 
-def _named(name: str) -> Recipe:
-    known = {entry.name: entry.recipe for entry in catalogue()}
-    key = name.strip().lower().replace("_", "-")
-    if key not in known:
-        raise RecipeError(f"Unknown recipe {name!r}; allowed: {', '.join(known)}, or a .yaml file.{nearest(key, known)}")
-    return known[key]
+def _named(text: str) -> Recipe:
+    name, _, arguments = text.strip().partition(":")
+    functions, key = _functions(), name.strip().lower().replace("_", "-")
+    if key not in functions:
+        raise RecipeError(
+            f"Unknown recipe {name!r}; allowed: {', '.join(functions)}, or a .yaml file.{nearest(key, functions)}"
+        )
+    given = dict(_argument(text, functions[key], part) for part in arguments.split(",") if part.strip())
+    try:
+        made = functions[key](**given)
+    except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        raise RecipeError(f"{text}: {_reason(error)}. Arguments of {key}: {_knobs(functions[key])}.") from None
+    return made.model_copy(update={"name": text.strip() if given else key})
+
+
+def _argument(text: str, function: Callable[..., Recipe], part: str) -> tuple[str, Any]:
+    """One `knob=value` of a recipe's name; the value is read as YAML, so numbers are numbers."""
+    knob, equals, value = part.partition("=")
+    knob, known = knob.strip(), inspect.signature(function).parameters
+    if not equals or knob not in known:
+        raise RecipeError(f"{text}: {part.strip()!r} is no argument; allowed: {_knobs(function)}.{nearest(knob, known)}")
+    try:
+        return knob, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"{text}: cannot read the value {value!r} of {knob}.") from None
+
+
+def _knobs(function: Callable[..., Recipe]) -> str:
+    return ", ".join(str(p) for p in inspect.signature(function).parameters.values()) or "none"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"])
+        return f"{where}: {first['msg']}".removeprefix(": ").replace("Value error, ", "").rstrip(".")
+    return str(error).rstrip(".")

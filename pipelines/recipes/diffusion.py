@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hasten.budget import Budget
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every, Listed, Spread
 from hasten.caching.signals import OutputChange
@@ -47,13 +48,16 @@ def fast() -> Recipe:
     )
 
 
-def auto(tolerance: float = 0.05) -> Recipe:
-    """No threshold: skip as long as the measured errors of the forecasts stay within a tolerance.
+def auto(latent_error: float | None = None, psnr: float | None = None, quality: float | None = None) -> Recipe:
+    """No threshold: skip as long as the measured errors of the forecasts stay within a budget.
 
-    tolerance: relative error of the final latents. `hasten.Budget(psnr=35)` in place of a recipe chooses it by PSNR.
+    At most one of latent_error (default 0.05), psnr (in dB) and quality (0 to 1), as in `hasten.Budget`, which may be
+    passed in place of a recipe.
     """
+    given = {"latent_error": latent_error, "psnr": psnr, "quality": quality}
+    chosen = {name: value for name, value in given.items() if value is not None} or {"latent_error": 0.05}
     return Recipe(
-        reuse=NetworkReuse(rule=Ledger(tolerance=tolerance), forecast=Polynomial(order=1), correct=2),
+        reuse=NetworkReuse(rule=Ledger(tolerance=Budget(**chosen).tolerance), forecast=Polynomial(order=1), correct=2),
         models=("any denoiser",),
     )
 

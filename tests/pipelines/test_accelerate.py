@@ -68,7 +68,10 @@ def computed(run: Session, number: int = -1) -> set[int]:
     return {event.step for event in run.trace.of_run(index) if event.action == "compute"}
 
 
-@pytest.mark.parametrize("recipe", ["plain", ALTERNATE, BLOCKS, "guidance-interval"], ids=["plain", "network", "blocks", "guidance"])
+RECIPES = {"plain": "plain", "network": ALTERNATE, "blocks": BLOCKS, "guidance": "guidance-interval", "auto": "auto:quality=0.2"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 class TestRestore:
     def test_after_a_run(self, host: Host, recipe: str | Recipe) -> None:
         before = host()
