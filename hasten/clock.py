@@ -256,7 +256,9 @@ def _starting_index(scheduler: Any, timestep: Any, total: int) -> int:
     if isinstance(timestep, Tensor) and timestep.numel() and torch.is_tensor(scheduler.timesteps):
         value = float(timestep.detach().flatten()[0])
         nodes = [float(node) for node in scheduler.timesteps.tolist()]
-        if value in nodes:
+        # What stands for the first node (1000 / 1000) may be the number of a later one: flows end at timestep 1.
+        first = any(math.isclose(value, of(nodes[0]), abs_tol=1e-6) for of in CLUES.values())
+        if value in nodes and not first:
             return nodes.index(value)
     return 0
 

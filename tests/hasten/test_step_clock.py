@@ -171,6 +171,18 @@ def test_image_to_image_starts_in_the_middle(name: str) -> None:
     assert (step.index, step.total) == (5, 6) and len(clock.run_times) == 6 and not clock.running
 
 
+@pytest.mark.parametrize("of", [lambda t: t / 1000, lambda t: 1 - t / 1000])
+def test_scaled_times_start_at_the_beginning(of: Any) -> None:
+    """Flows end at timestep 1: a network that is first given 1000 / 1000 is not at the end of the run."""
+    scheduler, clock = solver("flow euler", 8), Clock()
+    clock.follow(scheduler)
+    scheduler.set_timesteps(8)
+    assert float(scheduler.timesteps[-1]) > 0
+    scheduler.timesteps[-1] = of(1000.0)
+    entered = clock.enter("net", None, None, of(scheduler.timesteps[:1]))
+    assert entered is not None and (entered[0].index, entered[0].total) == (0, 8)
+
+
 def test_calls_of_others_are_not_trusted() -> None:
     scheduler, clock = solver("flow euler"), Clock()
     assert clock.enter("net") is None
