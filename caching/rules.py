@@ -46,6 +46,22 @@ class Every(Schedule):
         return {i for i in range(total) if i < self.warmup or (i - self.warmup + 1) % self.interval == 0}
 
 
+class Window(Schedule):
+    """Between the shares `begin` and `end` of the run compute the steps that `interval` divides; outside, all.
+
+    Pyramid attention broadcast (arXiv 2408.12588) skips between the timesteps 800 and 100 of 1000. Here they are
+    shares of the run, 0 its first step and 1 its end: the same on evenly spaced timesteps.
+    """
+
+    kind: ClassVar[str] = "window"
+    interval: int = Field(2, ge=1)
+    begin: float = Field(0.2, ge=0, le=1)
+    end: float = Field(0.9, ge=0, le=1)
+
+    def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
+        return {i for i in range(total) if i % self.interval == 0 or not self.begin <= i / total < self.end}
+
+
 class Listed(Schedule):
     """Compute exactly these positions, given as shares of the run, 0 the first step and 1 the last.
 

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hasten.caching.deep import DeepReuse
+from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
 from hasten.caching.stack import StackReuse
 from hasten.forecast import Hold
+from hasten.pipelines.deep_seam import DeepSeam
 from hasten.pipelines.host import Call, Layout, Output
+from hasten.pipelines.module_seam import ModuleSeam
 from hasten.pipelines.network_seam import NetworkSeam
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_seam import StackSeam
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 SEAMS: dict[type[ReusePolicy], Callable[[DenoiserGate, Any], ReuseSeam]] = {
     NetworkReuse: NetworkSeam,
     StackReuse: StackSeam,
+    ModuleReuse: ModuleSeam,
+    DeepReuse: DeepSeam,
 }
 """Which seam puts which policy onto a network. A new span is one policy, one seam and one entry here."""
 

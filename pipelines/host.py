@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,17 @@ from hasten.errors import ModelError
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 """Pipeline attributes under which diffusers keeps the networks its loop calls."""
 
-CONDITIONING = ("encoder_hidden_states", "class_labels", "y", "context", "encoder_hidden_states_t5", "pooled_projections")
-"""Arguments by which branches differ, most telling first."""
+CONDITIONING = (
+    "encoder_hidden_states", "encoder_hidden_states_t5", "encodings_and_masks", "text_bth", "cap_feats", "context", "input_ids",
+    "class_labels", "y", "pooled_projections", "prior_token_drop", "token_type",
+)  # fmt: skip
+"""Arguments by which branches differ: two calls are one branch when they agree in all of them."""
+
+SAMPLES = ("hidden_states", "sample", "x", "latents", "decoder_input_tokens")
+"""What forward calls the noisy latents; its first argument where it uses none of these names."""
+
+TIMESTEPS = ("timestep", "timesteps", "t", "decoder_noise_time", "bb_ca_time")
+"""What forward calls the time."""
 
 
 def denoisers(host: Any) -> dict[str, nn.Module]:
@@ -46,8 +55,11 @@ class Layout:
     def of(cls, module: nn.Module) -> Layout:
         original = getattr(module, "_orig_mod", module)  # torch.compile's wrapper hides the signature
         names = tuple(inspect.signature(type(original).forward).parameters)[1:]
-        timestep = next((name for name in ("timestep", "timesteps", "t") if name in names), None)
-        return cls(names, names[0], tuple(name for name in CONDITIONING if name in names), timestep)
+        sample = next((name for name in SAMPLES if name in names), names[0])
+        timestep = next((name for name in TIMESTEPS if name in names), None)
+        return cls(
+            names, sample, tuple(name for name in CONDITIONING if name in names and name != sample), timestep
+        )
 
 
 class Call:
@@ -69,24 +81,50 @@ class Call:
 
     @property
     def sample(self) -> Any:
-        return self.get(self.layout.sample)
+        """The noisy latents; a list of latents of one shape (an entry per image) as one tensor."""
+        value = self.get(self.layout.sample)
+        listed = (
+            isinstance(value, list | tuple) and value and all(isinstance(inner, Tensor) for inner in value)
+        )
+        if listed and all(inner.shape == value[0].shape for inner in value):
+            return torch.stack(list(value))
+        return value
 
     @property
     def timestep(self) -> Any:
         return self.get(self.layout.timestep)
 
     @property
-    def conditioning(self) -> Tensor | None:
-        for name in self.layout.conditioning:
-            value = self.get(name)
-            if isinstance(value, Tensor):
-                return value
-        return None
+    def conditioning(self) -> tuple[Tensor, ...]:
+        """All tensors by which a branch can be known, those inside lists too."""
+        return tuple(tensor for name in self.layout.conditioning for tensor in _tensors(self.get(name)))
+
+    def copy(self) -> Call:
+        """The same call with lists and dicts of its own, because some networks take theirs apart (HunyuanDiT's
+        pops its ControlNet's residuals off the list); the tensors are the same."""
+        return Call(
+            self.layout,
+            tuple(map(_own, self.args)),
+            {name: _own(value) for name, value in self.kwargs.items()},
+        )
+
+    def blinded(self) -> Call:
+        """A copy with NaN in place of the latents, to find out what depends on them."""
+        name, twin = self.layout.sample, self.copy()
+        value = _blind(twin.get(name))
+        if name in twin.kwargs:
+            twin.kwargs[name] = value
+        else:
+            position = self.layout.names.index(name)
+            twin.args = (*twin.args[:position], value, *twin.args[position + 1 :])
+        return twin
 
     def part(self, batch: int, rows: slice) -> Call:
         """The same call on some rows: every tensor whose first dimension is `batch` is sliced."""
         args = tuple(_rows(value, batch, rows) for value in self.args)
-        return Call(self.layout, args, {name: _rows(value, batch, rows) for name, value in self.kwargs.items()})
+        return Call(
+            self.layout, args, {name: _rows(value, batch, rows) for name, value in self.kwargs.items()}
+        )
 
 
 def _rows(value: Any, batch: int, rows: slice) -> Any:
@@ -99,39 +137,68 @@ def _rows(value: Any, batch: int, rows: slice) -> Any:
     return value
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`, depth first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
+def _own(value: Any) -> Any:
+    """Lists and dicts copied, to any depth; everything else as it is."""
+    if type(value) is list:
+        return [_own(inner) for inner in value]
+    if type(value) is dict:
+        return {key: _own(inner) for key, inner in value.items()}
+    return value
+
+
+def _blind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.full_like(value, float("nan")) if value.is_floating_point() else value
+    return [_blind(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 class Output:
     """A denoiser's return value taken apart into tensors, and the way to put other tensors in their place."""
 
-    __slots__ = ("_keys", "_template", "tensors")
+    __slots__ = ("_template", "tensors")
 
     def __init__(self, value: Any) -> None:
         self._template = value
-        self._keys: list[Any] = []
-        if isinstance(value, Tensor):
-            self.tensors = [value]
-        elif isinstance(value, dict):  # diffusers' BaseOutput is an ordered dict
-            self._keys = [key for key, inner in value.items() if isinstance(inner, Tensor)]
-            self.tensors = [value[key] for key in self._keys]
-        elif isinstance(value, tuple | list):
-            self._keys = [i for i, inner in enumerate(value) if isinstance(inner, Tensor)]
-            self.tensors = [value[i] for i in self._keys]
-        else:
-            self.tensors = []
+        self.tensors = list(_tensors(value))
+
+    @property
+    def plain(self) -> bool:
+        """True when it consists of tensors and Nones only, so that all of it can be stood in for."""
+        if isinstance(self._template, Tensor):
+            return True
+        rest = self._template.values() if isinstance(self._template, dict) else self._template
+        return bool(self.tensors) and all(value is None or isinstance(value, Tensor) for value in rest)
+
+    def emptied(self) -> Output:
+        """The same without its tensors, so that keeping it holds no memory."""
+        return Output(self.rebuild([tensor.new_empty(0) for tensor in self.tensors]))
 
     def rebuild(self, tensors: Iterable[Tensor]) -> Any:
         """The same kind of return value with `tensors` in place of its own."""
-        new = list(tensors)
-        if not self._keys and not isinstance(self._template, Tensor):
-            return self._template
-        if isinstance(self._template, Tensor):
-            return new[0]
-        if isinstance(self._template, dict):
-            return type(self._template)(**{**self._template, **dict(zip(self._keys, new, strict=True))})
-        values = list(self._template)
-        for key, tensor in zip(self._keys, new, strict=True):
-            values[key] = tensor
-        kind = type(self._template)
+        return _filled(self._template, iter(tensors))
+
+
+def _filled(template: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(template, Tensor):
+        return next(tensors)
+    if type(template) is dict:
+        return {key: _filled(inner, tensors) for key, inner in template.items()}
+    if isinstance(template, dict):  # diffusers' BaseOutput is an ordered dict
+        return type(template)(**{key: _filled(inner, tensors) for key, inner in template.items()})
+    if isinstance(template, tuple | list):
+        values = [_filled(inner, tensors) for inner in template]
+        kind = type(template)
         return kind(*values) if hasattr(kind, "_fields") else kind(values)
+    return template
 
 
 def is_whole_compiled(module: nn.Module) -> bool:
