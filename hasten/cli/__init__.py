@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli import bench, compare, demo, doctor, generate, recipes, train
+from hasten.cli import bench, compare, demo, doctor, generate, profile, recipes, train
 from hasten.errors import HastenError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -27,6 +27,7 @@ app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
 app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
+app.command("profile")(profile.profile)
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
 
