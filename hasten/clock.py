@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +38,11 @@ class _Branches:
     trusted: set[Hashable] = field(default_factory=set)
     expected: int = 0
 
-    def enter(self, site: str, context: str | None, conditioning: Tensor | None, first_step: bool) -> tuple[int, bool]:
+    def enter(
+        self, site: str, context: str | None, conditioning: Sequence[Tensor], first_step: bool
+    ) -> tuple[int, bool]:
         """(branch number, may it be trusted?) of a call that is about to run."""
-        base: Hashable = (site, context, self._content(conditioning))
+        base: Hashable = (site, context, *map(self._content, conditioning))
         repetition = sum(key[0] == base for key in self.called)  # type: ignore[index]
         key = (base, repetition)
         self.called.append(key)
@@ -59,9 +61,7 @@ class _Branches:
             self.trusted.update(self.called)
         self.called = []
 
-    def _content(self, tensor: Tensor | None) -> Hashable:
-        if tensor is None:
-            return None
+    def _content(self, tensor: Tensor) -> Hashable:
         # Inference tensors count no versions, so a change in place would go unseen: they are read each time.
         version = None if tensor.is_inference() else tensor._version
         address = (tensor.data_ptr(), tuple(tensor.shape), version)
@@ -69,7 +69,9 @@ class _Branches:
             return self.known[address][1]
         # Reading two numbers is a host synchronisation, but only when a new tensor turns up: in nearly
         # all pipelines once per branch and run.
-        wide = tensor.detach().double() if tensor.device.type != "mps" else tensor.detach().float()
+        wide = torch.atleast_1d(
+            tensor.detach().double() if tensor.device.type != "mps" else tensor.detach().float()
+        )
         weights = torch.arange(1, wide.shape[-1] + 1, device=wide.device, dtype=wide.dtype)
         numbers = tuple(torch.stack([wide.sum(), (wide * weights).sum()]).tolist())
         content = (tuple(tensor.shape), str(tensor.device), *numbers)
@@ -154,7 +156,11 @@ class Clock:
         return self._index is not None
 
     def enter(
-        self, site: str, conditioning: Tensor | None = None, context: str | None = None, timestep: Any = None
+        self,
+        site: str,
+        conditioning: Tensor | Sequence[Tensor] | None = None,
+        context: str | None = None,
+        timestep: Any = None,
     ) -> tuple[Step, bool] | None:
         """The step of a denoiser call that is about to run and whether its branch can be trusted.
 
@@ -166,7 +172,14 @@ class Clock:
             self._begin(timestep)
         if self._index is None or not self._ours(timestep):
             return None
-        branch, trusted = self._branches.enter(site, context, conditioning, self._index == self._first_index)
+        known = (
+            ()
+            if conditioning is None
+            else (conditioning,)
+            if isinstance(conditioning, Tensor)
+            else conditioning
+        )
+        branch, trusted = self._branches.enter(site, context, known, self._index == self._first_index)
         i = self._index
         total = len(self.times) - self._first_index
         self.step = Step(i - self._first_index, total, self.times[i], branch, self.weights[i], self.levels[i])
@@ -179,7 +192,11 @@ class Clock:
         but reading it costs a synchronisation, so on an accelerator such calls are believed. A foreign loop that was
         told by value could meet the very same time later, so nothing more of this run is followed then.
         """
-        if not isinstance(timestep, Tensor) or not isinstance(self.scheduler.timesteps, Tensor) or self._index is None:
+        if (
+            not isinstance(timestep, Tensor)
+            or not isinstance(self.scheduler.timesteps, Tensor)
+            or self._index is None
+        ):
             return True
         nodes = self.scheduler.timesteps
         if self._index == self._first_index and self._clue == "unknown":
@@ -223,14 +240,19 @@ def _clue(timestep: Tensor, nodes: Tensor, index: int) -> str:
     if timestep.device.type != "cpu" or not timestep.numel():
         return "unknown"
     value, node = float(timestep.flatten()[0]), float(nodes[index])
-    return next((name for name, of in CLUES.items() if abs(value - of(node)) <= 1e-2 * max(abs(of(node)), 1e-3)), "unknown")
+    return next(
+        (name for name, of in CLUES.items() if abs(value - of(node)) <= 1e-2 * max(abs(of(node)), 1e-3)),
+        "unknown",
+    )
 
 
 class _Follower:
     """A scheduler method that tells the clock after it ran. Deep copies of the scheduler get their own,
     unfollowed method (some pipelines copy the scheduler for a second modality)."""
 
-    def __init__(self, scheduler: Any, name: str, after: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+    def __init__(
+        self, scheduler: Any, name: str, after: Callable[[tuple[Any, ...], dict[str, Any]], None]
+    ) -> None:
         self._method = getattr(scheduler, name)
         self._owner, self._name, self._after = scheduler, name, after
         functools.update_wrapper(self, self._method)  # pipelines inspect the signature for `sigmas=`, `eta=`

@@ -6,13 +6,14 @@ untouched, and `forward` meets the gates instead. Outside an active step a gate 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import nn
 
-from hasten.pipelines.structure import BlockCall, Stack, Watcher, candidates
+from hasten.pipelines.structure import BlockCall, Stack, Watcher, candidates, understand
 from hasten.session import Attachment
 
 
@@ -72,6 +73,7 @@ class StackGates:
         self.refused: dict[str, str] = {}
         self._attachment = Attachment()
         self._watchers: dict[str, Watcher] = {}
+        self._moments = itertools.count()
         self._active = threading.local()
 
     # --- attach and understand --------------------------------------------------------------------
@@ -90,13 +92,13 @@ class StackGates:
 
     def watch(self, forward: Callable[[], Any]) -> Any:
         """Run `forward` once while recording every block call; then `stacks` and `refused` are known."""
-        self._watchers = {}
+        self._watchers, self._moments = {}, itertools.count()
         self._active.watching = True
         try:
             result = forward()
         finally:
             self._active.watching = False
-        found = {name: watcher.stack() for name, watcher in self._watchers.items()}
+        found = understand(self._watchers)
         self._watchers = {}
         self.stacks = [stack for stack in found.values() if isinstance(stack, Stack)]
         self.refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
@@ -135,7 +137,7 @@ class StackGates:
             if getattr(active, "watching", False):
                 if name not in self._watchers:
                     self._watchers[name] = Watcher(name, len(getattr(self.model, name)))
-                self._watchers[name].observe(BlockCall(index, args, kwargs, out))
+                self._watchers[name].observe(BlockCall(index, args, kwargs, out), next(self._moments))
             return out
 
         return run

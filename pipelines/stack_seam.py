@@ -56,10 +56,10 @@ class StackSeam(ReuseSeam):
         if not self.gates.stacks and not self._learn(step, call):
             return self.gate.seam.compute(step, call, share)
         events: list[Event] = []
-        state = self.state
+        state, spare = self.state, call.copy()
         result = self.gate.timed(step, lambda: self._walk(step, call, state, events), share=share, events=events)
         self.change = state.change
-        self._prove(step, call, result)
+        self._prove(step, spare, result)
         return result
 
     def num_bytes(self) -> int:
@@ -93,7 +93,12 @@ class StackSeam(ReuseSeam):
         """
         gates, gate = self.gates, self.gate
         assert gates is not None and self.state is not None
-        gates.watch(lambda: gate.inner(*call.args, **call.kwargs))
+        try:
+            blind = call.blinded()
+            gates.watch(lambda: gate.inner(*blind.args, **blind.kwargs))
+        except Exception:  # noqa: BLE001 - a network that cannot be shown NaN is watched at its work
+            spare = call.copy()
+            gates.watch(lambda: gate.inner(*spare.args, **spare.kwargs))
         reason = self._nothing_left(step) if gates.stacks else "; ".join(gates.refused.values())
         if reason:
             self._refuse(reason)
@@ -162,7 +167,7 @@ class StackSeam(ReuseSeam):
     def _loss(self, call: Call, step: Step, computed: Any, proof: Proof) -> str:
         """Why the pass that `proof` prescribes is not as good as the computed one; empty when it is."""
         try:
-            skipped = Output(self._walk(step, call, proof, [])).tensors
+            skipped = Output(self._walk(step, call.copy(), proof, [])).tensors
             loss = max(map(_distance, Output(computed).tensors, skipped), default=float("inf"))
         except Exception as error:  # noqa: BLE001 - any failure of a skipped pass is a reason not to skip
             return f"a pass without its blocks fails: {type(error).__name__}: {error}"

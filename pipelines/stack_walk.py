@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +28,14 @@ class Walk:
 
     def __init__(self, stacks: list[Stack], step: Step, state: StackState, record: Record) -> None:
         self.step, self.state, self.record = step, state, record
+        self.stacks = stacks
         self.sites = {stack.name: (site, stack) for site, stack in enumerate(stacks)}
         self.pieces: tuple[Piece, ...] = ()
         self.skipping = False
         self.start: list[Tensor] = []
         self.others: list[Tensor] = []
         self.before: dict[int, list[Tensor]] = {}
+        self.versions: dict[int, list[int]] = {}
         self.paths: dict[Piece, list[Tensor]] = {}
         self.entries: dict[Piece, Tensor] = {}
         self.left_out: dict[int, Piece] = {}
@@ -41,7 +44,7 @@ class Walk:
         self._told = False
 
     def block(self, name: str, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name not in self.sites:
+        if name not in self.sites or index >= self.sites[name][1].num:
             return block(*args, **kwargs)
         site, stack = self.sites[name]
         call = BlockCall(index, args, kwargs, None)
@@ -80,11 +83,27 @@ class Walk:
         before = self.before.get(site)
         if before is None:
             return [None] * len(now)
+        if self.versions[site] != [b._version for b in before if not b.is_inference()]:
+            self._changed_in_place(site)
+            return [None] * len(now)
         added = [None if n is b else n - b for n, b in zip(now, before, strict=True)]
         for piece, path in self.paths.items():
             if piece.site == site:
                 self.paths[piece] = [p if a is None else p + a for p, a in zip(path, added, strict=True)]
         return added
+
+    def _changed_in_place(self, site: int) -> None:
+        """The network added to what a block has returned, in that tensor (a ControlNet that was switched on): what it
+        added is lost, so nothing is learned from this list now; from the next pass on its streams are copied."""
+        self.stacks[site] = dataclasses.replace(self.stacks[site], in_place=True)
+        for piece in [piece for piece in self.paths if piece.site == site]:
+            del self.paths[piece], self.entries[piece]
+
+    def _keep(self, site: int, stack: Stack, out: list[Tensor]) -> None:
+        """Remember what the next block is called with, but for what the network adds."""
+        copied = stack.in_place or any(stream.is_inference() for stream in out)
+        self.before[site] = [stream.clone() for stream in out] if copied else out
+        self.versions[site] = [stream._version for stream in self.before[site] if not stream.is_inference()]
 
     def _enter(self, site: int, index: int, now: list[Tensor]) -> None:
         """Pieces that begin here are left out, or followed in order to be learned."""
@@ -101,7 +120,7 @@ class Walk:
 
     def _leave(self, site: int, stack: Stack, index: int, out: list[Tensor]) -> None:
         """A block was computed; pieces that end with it are learned."""
-        self.before[site] = out
+        self._keep(site, stack, out)
         for piece in [p for p in self.paths if (p.site, p.stop) == (site, index + 1)]:
             residuals = [o - p for o, p in zip(out, self.paths.pop(piece), strict=True)]
             self.state.observe(self.step, piece, residuals, self.entries.pop(piece))
@@ -122,7 +141,7 @@ class Walk:
                 out = [rows.put_into(out[0])]
                 del self.rows[site]
             del self.left_out[site]
-        self.before[site] = out
+        self._keep(site, stack, out)
         self._note(site, stack, call.index, "stand_in" if rows is None else "compute", 1.0 if rows is None else rows.share)
         return stack.pack(out)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Slot = int | str
@@ -15,10 +16,12 @@ Slot = int | str
 class Stack:
     """A list of blocks that the network runs in order.
 
-    name: attribute of the network. num: blocks. slots: per stream, where a block takes it; outs: per
+    name: attribute of the network. num: blocks that can be left out, counted from the first; a last block that drops
+    a stream (SD3's) is not one of them. slots: per stream, where a block takes it; outs: per
     stream, its index in the block's return value (None: the return value is the stream itself).
     Streams are ordered by size, largest first. arity: length of the returned tuple.
-    injected: how many times something was added between two blocks.
+    injected: how many times something was added between two blocks. in_place: something is added to what a block
+    has returned, in that very tensor (Chroma's ControlNet), so that it has to be copied in order to be known.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Stack:
     outs: tuple[int | None, ...]
     arity: int
     injected: int
+    in_place: bool = False
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The streams a block was called with."""
@@ -78,6 +82,12 @@ class Watcher:
     def __init__(self, name: str, num: int) -> None:
         self.name, self.num = name, num
         self.seen = 0
+        self.span = (0, 0)
+        self.blind = True
+        self.in_place = False
+        self.ends: set[int] = set()
+        self.versions: dict[int, int | None] = {}
+        self.shapes: list[tuple[dict[int, Any], dict[Slot, Any]]] = []
         self.reason = ""
         self.previous: BlockCall | None = None
         self.by_identity: dict[int, Slot] = {}
@@ -87,8 +97,9 @@ class Watcher:
         self.bare = False
         self.joints: list[dict[int, Slot]] = []
 
-    def observe(self, call: BlockCall) -> None:
-        """Take one block call into account."""
+    def observe(self, call: BlockCall, moment: int = 0) -> None:
+        """Take one block call into account. moment: its place among the calls of all lists."""
+        self.span = (self.span[0] if self.seen else moment, moment)
         if call.index != self.seen:
             self.reason = self.reason or "its blocks run out of order or more than once"
         self.seen += 1
@@ -97,6 +108,11 @@ class Watcher:
         elif not self.reason:
             self._joint(self.previous, call)
         self.previous = call
+        values = {index: call.output(index) for index in self.sizes}
+        self.ends = {index for index, value in values.items() if not isinstance(value, Tensor)}
+        self.versions = {index: _version(value) for index, value in values.items() if isinstance(value, Tensor)}
+        if self.seen == 1:  # one host synchronisation per list, in a pass whose latents were all NaN
+            self.blind = not any(bool(torch.isnan(v).any()) for v in values.values() if isinstance(v, Tensor))
 
     def _first(self, call: BlockCall) -> None:
         self.bare = not isinstance(call.out, tuple | list)
@@ -112,7 +128,14 @@ class Watcher:
 
     def _joint(self, before: BlockCall, now: BlockCall) -> None:
         """Learn from the seam between two blocks."""
+        if self.ends:
+            self.reason = "one of its blocks drops a stream"
+            return
         given, earlier = now.tensors(), before.tensors()
+        self.in_place |= any(_version(before.output(index)) != was for index, was in self.versions.items())
+        self.shapes.append(
+            ({i: before.output(i).shape for i in self.sizes}, {slot: value.shape for slot, value in given.items()})
+        )
         same: dict[int, Slot] = {}
         for index in self.sizes:
             value = before.output(index)
@@ -135,9 +158,40 @@ class Watcher:
         missing = [index for index in self.sizes if index not in slots]
         if not self.reason and (missing or len(set(slots.values())) < len(slots)):
             self.reason = "a block returns something that is not an input of the next one"
+        if not self.reason and any(taken.get(slots[i]) != given[i] for given, taken in self.shapes for i in given):
+            self.reason = "its chain of blocks starts again with another stream"
         if self.reason:
             return f"{self.name}: {self.reason}"
         order = sorted(self.sizes, key=lambda index: -self.sizes[index])
         injected = sum(len(self.sizes) - len(same) for same in self.joints)
         outs: tuple[int | None, ...] = (None,) if self.bare else tuple(order)
-        return Stack(self.name, self.num, tuple(slots[i] for i in order), outs, self.arity, injected)
+        num = self.num - bool(self.ends)
+        return Stack(self.name, num, tuple(slots[i] for i in order), outs, self.arity, injected, self.in_place)
+
+
+def understand(watchers: dict[str, Watcher]) -> dict[str, Stack | str]:
+    """What each list of a network is, in the order in which they began: a stack, or why it cannot be skipped.
+
+    The latents of the watched pass were NaN. A list whose blocks do not show it sees the text alone: it is cheap, and
+    as the first list it would decide by a signal that never moves.
+    """
+    sighted = not all(watcher.blind for watcher in watchers.values())
+    found: dict[str, Stack | str] = {}
+    for name, watcher in watchers.items():
+        found[name] = watcher.stack()
+        around = [o.name for o in watchers.values() if o is not watcher and _within(watcher.span, o.span)]
+        if around:
+            found[name] = f"{name}: its blocks take turns with those of {around[0]}"
+        elif sighted and watcher.blind and isinstance(found[name], Stack):
+            found[name] = f"{name}: its blocks do not see the latents"
+    return found
+
+
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """True when something of `outer` ran both before and behind the start or the end of `inner`."""
+    return outer[0] < inner[0] < outer[1] or outer[0] < inner[1] < outer[1]
+
+
+def _version(value: Tensor) -> int | None:
+    """How often `value` was changed in place; inference tensors do not count."""
+    return None if value.is_inference() else value._version

@@ -72,10 +72,14 @@ def adapter(seed: int, size: int) -> Inputs:
     return {"joint_attention_kwargs": {"ip_hidden_states": [normal(seed, 1, 4, 8)]}}
 
 
-COMMON: dict[str, Any] = dict(
-    in_channels=CHANNELS, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-    joint_attention_dim=WIDTH,
-)  # fmt: skip
+COMMON: dict[str, Any] = {
+    "in_channels": CHANNELS,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+}
 
 
 def flux() -> nn.Module:

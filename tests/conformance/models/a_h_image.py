@@ -102,7 +102,7 @@ register(
             caption_projection_dim=32,
             out_channels=CHANNELS,
             pos_embed_max_size=64,
-        ),  # fmt: skip
+        ),
         text,
         image,
         lambda t: torch.tensor([t]),
@@ -127,7 +127,7 @@ register(
             gist_max_text_len=16,
             axes_dims=(8, 8, 8),
             axes_lens=(64, 32, 32),
-        ),  # fmt: skip
+        ),
         layered_text,
         image,
         lambda t: torch.tensor([t]),
@@ -147,7 +147,7 @@ register(
             condition_dim=4,
             pos_embed_max_size=8,
             sample_size=8,
-        ),  # fmt: skip
+        ),
         sized_text,
         image,
         thousand,
@@ -168,7 +168,7 @@ register(
             condition_dim=4,
             sample_size=8,
             rope_axes_dim=(8, 8),
-        ),  # fmt: skip
+        ),
         sized_text,
         image,
         thousand,
@@ -184,7 +184,7 @@ register(
             num_layers=3,
             sample_size=8,
             num_embeds_ada_norm=16,
-        ),  # fmt: skip
+        ),
         lambda seed, size: {"class_labels": torch.tensor([seed % 16])},
         image,
         thousand,
@@ -203,7 +203,7 @@ register(
             out_channels=CHANNELS,
             text_in_dim=WIDTH,
             rope_axes_dim=(4, 6, 6),
-        ),  # fmt: skip
+        ),
         batch_first_text,
         image,
         thousand,
@@ -222,7 +222,7 @@ register(
             time_embed_dim=8,
             condition_dim=4,
             prior_vq_quantizer_codebook_size=32,
-        ),  # fmt: skip
+        ),
         glyphs_and_prior,
         image,
         thousand,
@@ -246,7 +246,7 @@ register(
             max_resolution=(16, 16),
             llama_layers=[0, 1, 2, 3],
             force_inference_output=True,
-        ),  # fmt: skip
+        ),
         three_texts,
         image,
         thousand,
@@ -270,7 +270,7 @@ register(
             pooled_projection_dim=8,
             text_len=4,
             text_len_t5=4,
-        ),  # fmt: skip
+        ),
         clip_and_t5,
         image,
         thousand,
@@ -294,7 +294,7 @@ register(
             patch_size=(2, 2),
             text_embed_dim=WIDTH,
             rope_axes_dim=(8, 8),
-        ),  # fmt: skip
+        ),
         masked_text,
         image,
         thousand,

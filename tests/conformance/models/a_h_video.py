@@ -41,21 +41,45 @@ def per_frame(t: float) -> Tensor:
     return torch.full((1, FRAMES), 1000 * t)
 
 
-WAN: dict[str, Any] = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS,
-    text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=3,
-)  # fmt: skip
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "text_dim": WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 3,
+}
 
-COGVIDEO: dict[str, Any] = dict(
-    num_attention_heads=2, attention_head_dim=16, in_channels=CHANNELS, out_channels=CHANNELS, time_embed_dim=8,
-    text_embed_dim=WIDTH, num_layers=3, sample_width=8, sample_height=8, sample_frames=5, max_text_seq_length=TEXT,
-)  # fmt: skip
+COGVIDEO: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "time_embed_dim": 8,
+    "text_embed_dim": WIDTH,
+    "num_layers": 3,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 5,
+    "max_text_seq_length": TEXT,
+}
 
-HUNYUAN: dict[str, Any] = dict(
-    in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-    num_single_layers=2, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=WIDTH, pooled_projection_dim=8,
-    rope_axes_dim=(4, 6, 6),
-)  # fmt: skip
+HUNYUAN: dict[str, Any] = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": WIDTH,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+}
 
 
 def sound(seed: int, size: int) -> Tensor:
@@ -146,7 +170,7 @@ register(
             audio_acoustic_hidden_dim=8,
             sliding_window=4,
             encoder_hidden_size=WIDTH,
-        ),  # fmt: skip
+        ),
         sound_conditions,
         sound,
         lambda t: torch.tensor([t]),
@@ -166,7 +190,7 @@ register(
             sample_width=8,
             sample_frames=FRAMES,
             caption_channels=WIDTH,
-        ),  # fmt: skip
+        ),
         text,
         clip,
         thousand,
@@ -233,7 +257,7 @@ register(
             LFE_output_dim=32,
             LFE_ff_mult=2,
             LFE_num_scale=2,
-        ),  # fmt: skip
+        ),
         face,
         frames_first,
         thousand,
@@ -256,7 +280,7 @@ register(
             max_size=(4, 16, 16),
             controlnet_block_every_n=1,
             concat_padding_mask=False,
-        ),  # fmt: skip
+        ),
         text,
         clip,
         lambda t: torch.tensor([t]),
@@ -278,7 +302,7 @@ register(
             mmdit_layers=2,
             time_embed_dim=8,
             text_embed_dim=WIDTH,
-        ),  # fmt: skip
+        ),
         text,
         clip,
         thousand,
@@ -328,7 +352,7 @@ register(
             text_embed_2_dim=12,
             image_embed_dim=8,
             rope_axes_dim=(4, 6, 6),
-        ),  # fmt: skip
+        ),
         two_texts_and_image,
         clip,
         thousand,
