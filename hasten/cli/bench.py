@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hasten.atomic import atomic_write
 from hasten.cli.options import Device, Dtype
 from hasten.cli.output import JsonOption, Output
 from hasten.errors import UsageError
@@ -69,7 +70,8 @@ def recipes(
         from hasten.cli.prompts import collect
         from hasten.pipelines.generate import makes_video
         from hasten.pipelines.loading import open_pipeline
-        from hasten.pipelines.measure import Sample, bench_recipes
+        from hasten.pipelines.measure import bench_recipes
+        from hasten.pipelines.shots import Sample
         from hasten.pipelines.tiny_models import call_defaults
 
         pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
@@ -93,6 +95,88 @@ def recipes(
         )
         output.table(rows)
         output.finish(rows, prompts=texts[:count], seeds=list(range(seeds)))
+
+
+@app.command("cache")
+def cache(
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A bundled model, or a folder with hasten.json.")
+    ] = "tiny-video",
+    prompts: Annotated[
+        int, typer.Option(metavar="N", help="How many of our own prompts.", min=1, max=16)
+    ] = 16,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds per prompt.", min=1)] = 2,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A recipe, or one with changed settings: easycache:reuse.rule.limit=0.1. May be repeated."
+            " [default: all]",
+        ),
+    ] = None,
+    ours: Annotated[str, typer.Option(metavar="NAME", help="The preset that the bars are about.")] = "auto",
+    peers: Annotated[bool, typer.Option(help="Run other libraries too, over their settings.")] = True,
+    oracle: Annotated[bool, typer.Option(help="Search the best schedules too.")] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: JsonOption = None,
+) -> None:
+    """Caches against the plain run, fewer steps, the oracle and the peers; and whether the bars are met."""
+    output = Output("bench cache", json)
+    with output.open():
+        from hasten.pipelines.bars import bars
+        from hasten.pipelines.bench_cache import bench_cache, preset
+        from hasten.pipelines.generate import makes_video
+        from hasten.pipelines.loading import open_pipeline
+        from hasten.pipelines.peers import sweep
+        from hasten.pipelines.recipes import names
+        from hasten.pipelines.shots import Sample
+        from hasten.pipelines.tiny_models import call_defaults
+
+        chosen = dict(preset(text) for text in presets or [name for name in names() if name != "plain"])
+        pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
+        call = call_defaults(pipe)
+        if "num_inference_steps" not in call:
+            raise UsageError(
+                f"hasten bench cache needs a bundled model, got {model}. Use hasten compare for others."
+            )
+        texts = own_prompts(makes_video(pipe))[:prompts]
+        samples = [Sample(text, seed) for text in texts for seed in range(seeds)]
+        others = sweep(pipe, call) if peers else []
+        bench = bench_cache(
+            pipe, call, samples, chosen, model=model, peers=others, with_oracle=oracle, tell=output.note
+        )
+        verdicts = bars(bench.rows, ours, bench.outcomes)
+        output.table(bench.rows)
+        output.say("")
+        output.table(
+            [{"bar": bar.bar, "met": bar.verdict, "detail": bar.detail} for bar in verdicts],
+            {"bar": f"bar, for {ours}", "met": "met", "detail": "numbers"},
+        )
+        if json not in (None, "-"):
+            assert json is not None
+            curve = Path(json).with_suffix(".svg")
+            atomic_write(curve, _drawn(model, bench.rows))
+            output.say(f"The curves are drawn in {curve}.")
+        output.finish(
+            bench.rows,
+            prompts=texts,
+            seeds=list(range(seeds)),
+            call=call,
+            bars=[bar.to_dict() for bar in verdicts],
+            outcomes=bench.outcomes,
+        )
+
+
+def _drawn(model: str, rows: list[dict[str, Any]]) -> str:
+    """Speed-up against PSNR: our presets as one thick line each, then peers and controls."""
+    from hasten.pipelines.bars import curves
+    from hasten.report_curve import draw_curves
+
+    drawn = [row for row in rows if row.get("control") != "other_seed" and row["recipe"] != "plain"]
+    found = {name: [(p.speedup, p.psnr) for p in curve] for name, curve in curves(drawn).items()}
+    mine = list(curves(row for row in drawn if not row.get("control")))
+    return draw_curves(f"{model}: speed-up against similarity to the plain run", found, mine)
 
 
 def own_prompts(video: bool) -> list[str]:

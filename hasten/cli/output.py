@@ -49,6 +49,7 @@ COLUMNS = {
     "reads": "judge reads",
     "bytes_held": "caches held",
     "n": "runs",
+    "note": "note",
 }
 """Row key -> heading, in the order tables show them. Keys are fixed in the design; headings are not."""
 

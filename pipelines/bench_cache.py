@@ -1,0 +1,268 @@
+"""One table per model for caches: every preset, every peer at every setting, both controls and the oracle.
+
+Same process, same weights, and per sample the same noise. A candidate is first probed on one sample, untimed: what it
+computes and holds is counted, and whether it crashes, refuses or leaves the pipeline changed shows. Those that can
+run then take turns on every sample, next to plain runs of the same sample, so that speed-ups are ratios of
+neighbours. `bars` says what the table answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hasten import metrics
+from hasten.caching.network import NetworkReuse
+from hasten.caching.rules import Listed
+from hasten.errors import RefusedError, UsageError
+from hasten.forecast import Hold, Polynomial
+from hasten.pipelines.bars import SETTING, oracle_name
+from hasten.pipelines.candidates import Candidate, fewer_steps, ours
+from hasten.pipelines.foreign import because
+from hasten.pipelines.oracle import Recording, as_rule, record, search
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.shots import Column, Sample, Shot, other_seed, row_of, shoot
+from hasten.pipelines.work import Work, watch
+from hasten.recipe import Recipe
+
+Tell = Callable[[str], None]
+Row = dict[str, Any]
+
+SOLVERS = ("euler", "unipc", "dpm++")
+SHARES = (0.1, 0.14, 0.18, 0.24, 0.32, 0.45, 0.65)
+"""Shares of the plain run's steps that the fewer-steps control is measured at."""
+
+NEIGHBOURS = 12
+"""Timed runs after which the plain run is timed again."""
+
+POOL = (
+    NetworkReuse(rule=Listed(at=(0.0,)), forecast=Hold()),
+    NetworkReuse(rule=Listed(at=(0.0,)), forecast=Polynomial(order=1), correct=1),
+    NetworkReuse(rule=Listed(at=(0.0,)), forecast=Polynomial(order=2), correct=2),
+)
+"""Policies whose best schedule is searched on a recorded run; the oracle is the one that is best when really run."""
+
+
+@dataclass(slots=True)
+class Bench:
+    """rows: with the keys of the design. outcomes: recipe -> one entry per sample (psnr is None where identical)."""
+
+    rows: list[Row] = field(default_factory=list)
+    outcomes: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
+
+
+def preset(text: str) -> tuple[str, Recipe]:
+    """("easycache @ reuse.rule.limit=0.1", recipe) of "easycache:reuse.rule.limit=0.1"; settings join by commas.
+
+    Raises `RecipeError` for an unknown recipe or key, `UsageError` for a setting without a value.
+    """
+    import yaml
+
+    name, _, settings = text.partition(":")
+    found = find_recipe(name)
+    if not settings:
+        return name, found
+    parts = [part.strip() for part in settings.split(",")]
+    if not all("=" in part for part in parts):
+        raise UsageError(
+            f"Preset {text!r}: write NAME:KEY=VALUE,KEY=VALUE, for example easycache:reuse.rule.limit=0.1."
+        )
+    changes = {part.partition("=")[0]: yaml.safe_load(part.partition("=")[2]) for part in parts}
+    return f"{name}{SETTING}{', '.join(parts)}", found.replace(changes, "--preset")
+
+
+def bench_cache(
+    pipe: Any,
+    call: dict[str, Any],
+    samples: Sequence[Sample],
+    presets: Mapping[str, Recipe],
+    *,
+    model: str = "",
+    peers: Sequence[Candidate] = (),
+    with_oracle: bool = True,
+    tell: Tell = lambda _: None,
+) -> Bench:
+    """Measure `presets` on `samples` against the plain run, fewer steps, the oracle and `peers` (`peers.sweep`).
+
+    computed_fraction is the share of denoiser work: as reported for ours (median over the samples), counted in
+    floating point operations on the first sample for all others. bytes_held likewise: reported for ours, for peers
+    by how much more than in the plain run the living tensors grow until the denoiser last returns. Candidates that
+    cannot run are rows with `n` 0 and the reason in `note`.
+    Raises `RefusedError` when a peer leaves the pipeline changed: no later row would mean anything.
+    """
+    run = _Run(pipe, call, samples, tell)
+    mine = [ours(name, recipe) for name, recipe in presets.items()]
+    for candidate in (*mine, *controls(call["num_inference_steps"]), *peers):
+        run.probe(candidate)
+    run.measure()
+    columns = [column for column in run.columns if not column.candidate.control]
+    oracles = run.oracles(columns) if with_oracle else []
+    bench = Bench([row_of(model, run.plain, run.plain, samples), other_seed(model, run.plain, samples)])
+    for column in [*columns, *oracles, *(column for column in run.columns if column.candidate.control)]:
+        bench.rows.append(_noted(row_of(model, column, run.plain, samples), column))
+        bench.outcomes[column.candidate.recipe] = [
+            outcome(p, s, seconds)
+            for p, s, seconds in zip(run.plain.shots, column.shots, column.plain_seconds, strict=True)
+        ]
+    bench.rows += [
+        {
+            "model": model,
+            "recipe": candidate.recipe,
+            "control": candidate.control or None,
+            "n": 0,
+            "note": reason,
+        }
+        for candidate, reason in run.failed
+    ]
+    return bench
+
+
+def controls(steps: int) -> list[Candidate]:
+    """Fewer steps with each solver, at `SHARES` of the plain number."""
+    numbers = sorted({min(steps, max(2, round(steps * share))) for share in SHARES})
+    return [fewer_steps(solver, number) for solver in SOLVERS for number in numbers]
+
+
+def outcome(plain: Shot, shot: Shot, plain_seconds: float) -> dict[str, float | None]:
+    """One run beside the plain run of its sample."""
+    psnr = metrics.psnr(plain.frames, shot.frames)
+    known = plain.latents is not None and shot.latents is not None
+    return {
+        "speedup": plain_seconds / shot.seconds,
+        "psnr": psnr if math.isfinite(psnr) else None,
+        "latent_error": metrics.latent_error(shot.latents, plain.latents) if known else None,
+        "nfe": shot.nfe,
+    }
+
+
+def _noted(row: Row, column: Column) -> Row:
+    """The row with what its reader must know: inert methods, and ours that fell back."""
+    warnings = list(column.shots[0].warnings) if column.candidate.control != "oracle" else []
+    if row.get("exact_match") and not column.candidate.control.startswith("oracle"):
+        warnings.insert(0, "inert: the output is identical to the plain run")
+    return row | {"note": " ".join(warnings)} if warnings else row
+
+
+class _Run:
+    """The phases of one benchmark, and what they found so far."""
+
+    def __init__(self, pipe: Any, call: dict[str, Any], samples: Sequence[Sample], tell: Tell) -> None:
+        self.pipe, self.call, self.samples, self.tell = pipe, call, samples, tell
+        self.steps: int = call["num_inference_steps"]
+        self.plain = Column(ours("plain", "plain"))
+        self.columns: list[Column] = []
+        self.failed: list[tuple[Candidate, str]] = []
+        self._work: dict[str, Work] = {}
+        self._best: dict[tuple[int, int], Shot] = {}
+        tell("warm-up")
+        with watch(pipe) as first:
+            shoot(pipe, samples[0], call)
+        with watch(pipe, weigh_at=first.calls) as self.reference:
+            report = shoot(pipe, samples[0], call, self.plain.candidate)
+        self.plain.nfe = round(report.nfe or 0)
+        self._short = {**call, "num_inference_steps": 2}
+        self._before = shoot(pipe, samples[0], self._short).frames
+
+    @property
+    def branches(self) -> int:
+        return max(1, round(self.plain.nfe / self.steps))
+
+    def probe(self, candidate: Candidate) -> None:
+        """Run a candidate once, untimed: it gets a column, or a reason why not."""
+        self.tell(f"probing {candidate.recipe}")
+        try:
+            with watch(self.pipe, weigh_at=self.reference.calls) as work:
+                self._shoot(self.samples[0], candidate)
+        except Exception as error:  # noqa: BLE001 - whatever it raises is the reason in the table
+            self.failed.append((candidate, because(error)))
+        else:
+            self._work[candidate.recipe] = work
+            self.columns.append(Column(candidate))
+        if candidate.control.startswith("peer:") and not self._unchanged():
+            raise RefusedError(
+                f"{candidate.recipe} left the pipeline changed: a plain run after it differs from one before."
+                " Load the model again and leave this peer out (--no-peers)."
+            )
+
+    def _unchanged(self) -> bool:
+        return np.array_equal(shoot(self.pipe, self.samples[0], self._short).frames, self._before)
+
+    def _shoot(self, sample: Sample, candidate: Candidate | None = None) -> Shot:
+        shot = shoot(self.pipe, sample, self.call, candidate)
+        if not np.isfinite(shot.frames).all():
+            raise RefusedError("the output is not finite.")
+        shot.frames = shot.frames.astype(np.float32)  # what pipelines return; half the memory
+        work = self._work.get(candidate.recipe) if candidate is not None else None
+        if work is not None and shot.computed_fraction is None:
+            shot.computed_fraction = work.flops / self.reference.flops
+            if work.growth is not None and self.reference.growth is not None:
+                shot.bytes_held = max(0, work.growth - self.reference.growth)
+        return shot
+
+    def measure(self) -> None:
+        """Every column on every sample; a column that fails on the way loses its shots."""
+        for number, sample in enumerate(self.samples):
+            self.tell(f"sample {number + 1} of {len(self.samples)}: {sample.prompt}, seed {sample.seed}")
+            self.plain.shots.append(self._shoot(sample))
+            self.plain.plain_seconds.append(self.plain.shots[-1].seconds)
+            seconds = self.plain.shots[-1].seconds
+            for position, column in enumerate(list(self.columns), 1):
+                try:
+                    column.shots.append(self._shoot(sample, column.candidate))
+                except Exception as error:  # noqa: BLE001 - as in probe
+                    self.columns.remove(column)
+                    self.failed.append(
+                        (column.candidate, f"on {sample.prompt!r}, seed {sample.seed}: {because(error)}")
+                    )
+                else:
+                    column.plain_seconds.append(seconds)
+                if position % NEIGHBOURS == 0:
+                    seconds = self._shoot(sample).seconds
+
+    def oracles(self, columns: Sequence[Column]) -> list[Column]:
+        """For each column that skips evaluations: per sample the best schedule with as many computed steps."""
+        skipping = [c for c in columns if all(s.nfe is not None and s.nfe < self.plain.nfe for s in c.shots)]
+        with contextlib.suppress(StopIteration):
+            recordings = [next(self._recorded(sample)) for sample in self.samples]
+            return [self._oracle(column, recordings) for column in skipping]
+        return []
+
+    def _recorded(self, sample: Sample) -> Iterator[Recording]:
+        """The recording of one plain run; none where the solver is not first-order."""
+        try:
+            with record(self.pipe.scheduler) as found:
+                shoot(self.pipe, sample, self.call)
+        except RefusedError as error:
+            self.tell(f"no oracle: {error}")
+            return
+        yield from found
+
+    def _oracle(self, column: Column, recordings: Sequence[Recording]) -> Column:
+        self.tell(f"oracle of {column.candidate.recipe}")
+        name = oracle_name(column.candidate.recipe)
+        found = Column(Candidate(name, column.candidate.apply, "oracle"))
+        for index, shot in enumerate(column.shots):
+            assert shot.nfe is not None
+            computed = max(1, round(shot.nfe / self.branches))
+            if (index, computed) not in self._best:
+                self._best[index, computed] = self._searched(index, recordings[index], computed)
+            best = max((self._best[index, computed], shot), key=lambda s: self._psnr(index, s))
+            found.shots.append(best)
+            found.plain_seconds.append(self.plain.shots[index].seconds)
+        return found
+
+    def _searched(self, index: int, recording: Recording, computed: int) -> Shot:
+        shots = []
+        for policy in POOL:
+            rule = as_rule(search(policy, [recording], computed, starts=1, rounds=2), len(recording.times))
+            recipe = Recipe(name="oracle", reuse=policy.model_copy(update={"rule": rule}))
+            shots.append(self._shoot(self.samples[index], ours("oracle", recipe)))
+        return max(shots, key=lambda shot: self._psnr(index, shot))
+
+    def _psnr(self, index: int, shot: Shot) -> float:
+        return metrics.psnr(self.plain.shots[index].frames, shot.frames)

@@ -1,0 +1,296 @@
+"""The cache benchmark at tiny sizes: work is counted alike for all, peers leave no trace, nothing is left out silently."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+pytest.importorskip("diffusers.hooks")
+
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+
+from hasten.errors import RecipeError, RefusedError, UsageError
+from hasten.pipelines import bars, peers
+from hasten.pipelines.bench_cache import Bench, bench_cache, controls, preset
+from hasten.pipelines.candidates import Candidate, ours
+from hasten.pipelines.foreign import because, diffusers_cache, unavailable
+from hasten.pipelines.shots import Sample, shoot
+from hasten.pipelines.work import watch
+from tests.hosts import PIXART_CALL, WAN_CALL, small_pixart, small_unet, small_wan
+
+CALL = {**WAN_CALL, "num_inference_steps": 4, "max_sequence_length": 16}
+SAMPLES = [Sample("a seven", 0), Sample("a two", 1)]
+KEYS = {
+    "model", "recipe", "control", "seconds", "speedup", "computed_fraction", "nfe", "psnr_median", "psnr_worst",
+    "psnr_converged", "n_converged", "ssim_median", "latent_error", "prompt_accuracy", "frechet", "recall",
+    "exact_match", "bytes_held", "n", "note",
+}  # fmt: skip
+"""Row keys of the design, and the note."""
+
+FIRST_BLOCK = diffusers_cache("FirstBlockCache @ 0.9", lambda _: FirstBlockCacheConfig(threshold=0.9))
+INERT = diffusers_cache("TaylorSeer @ defaults", lambda _: TaylorSeerCacheConfig())
+PYRAMID = diffusers_cache(
+    "PAB @ 2",
+    lambda now: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=now,
+    ),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- work -------------------------------------------------------------------------------------------------------
+def test_work_agrees_with_the_report() -> None:
+    pipe = small_wan()
+    with watch(pipe) as plain:
+        shoot(pipe, SAMPLES[0], CALL)
+    with watch(pipe, weigh_at=plain.calls) as same:
+        shoot(pipe, SAMPLES[0], CALL)
+    with watch(pipe, weigh_at=plain.calls) as half:
+        shot = shoot(pipe, SAMPLES[0], CALL, ours("every-other", "every-other"))
+    assert plain.calls == half.calls == 8 and same.flops == plain.flops > 0
+    assert half.flops / plain.flops == shot.computed_fraction == 0.5
+    assert half.growth is not None and same.growth is not None
+    assert shot.latents is not None and shot.bytes_held
+    beyond, latents = half.growth - same.growth, shot.latents.nbytes
+    assert shot.bytes_held <= beyond <= shot.bytes_held + 2 * latents, (
+        "beyond the plain run only the cache grows"
+    )
+
+
+def test_attention_on_the_cpu_is_counted() -> None:
+    pipe = small_wan(layers=1)
+    q = torch.randn(1, 2, 8, 12)
+
+    def attend(*_: Any) -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    with watch(pipe) as plain:
+        shoot(pipe, SAMPLES[0], CALL)
+    handle = pipe.transformer.blocks[0].register_forward_pre_hook(attend)
+    with torch.no_grad(), watch(pipe) as more:
+        shoot(pipe, SAMPLES[0], CALL)
+    handle.remove()
+    assert more.flops - plain.flops == 8 * 2 * (2 * 2 * 8 * 8 * 12), "two products in each of eight calls"
+
+
+def test_a_call_that_breaks_off_stops_the_counting() -> None:
+    pipe = small_wan(layers=1)
+    with pytest.raises(ZeroDivisionError), watch(pipe):
+        pipe.transformer.blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        shoot(pipe, SAMPLES[0], CALL)
+    assert _get_current_dispatch_mode_stack() == []
+    assert not pipe.transformer._forward_pre_hooks
+
+
+# -- peers ------------------------------------------------------------------------------------------------------
+def attributes(pipe: Any) -> dict[str, set[str]]:
+    return {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
+
+
+@pytest.mark.parametrize("candidate", [FIRST_BLOCK, PYRAMID], ids=lambda c: c.recipe)
+@pytest.mark.parametrize("build", [small_wan, small_pixart])
+def test_diffusers_caches_skip_something_and_leave_no_trace(build: Any, candidate: Candidate) -> None:
+    pipe, call = build(), CALL if build is small_wan else {**PIXART_CALL, "num_inference_steps": 4}
+    before, plain = attributes(pipe), shoot(pipe, SAMPLES[0], call)
+    with_root = attributes(pipe)  # pipelines with cache_context put an empty registry on the root themselves
+    with watch(pipe) as whole:
+        shoot(pipe, SAMPLES[0], call)
+    with watch(pipe) as work:
+        cached = shoot(pipe, SAMPLES[0], call, candidate)
+    assert work.flops < whole.flops
+    assert not np.array_equal(cached.frames, plain.frames)
+    assert cached.latents is not None
+    after = attributes(pipe)
+    assert {name: keys - {"forward"} for name, keys in after.items()} == with_root
+    assert all(after[name] == before[name] for name in before if name), "nothing stays on any block"
+    assert np.array_equal(shoot(pipe, SAMPLES[0], call).frames, plain.frames)
+
+
+def test_a_registration_that_breaks_off_leaves_no_trace() -> None:
+    pipe = small_pixart()
+    before = attributes(pipe)
+
+    def half(_: Any) -> Any:
+        from diffusers.hooks import apply_first_block_cache
+
+        apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())
+        raise TypeError("and then it broke")
+
+    with pytest.raises(TypeError, match="then it broke"), diffusers_cache("half", half).apply(pipe):
+        pass
+    assert attributes(pipe) == before
+
+
+def test_a_unet_is_refused_with_the_reason() -> None:
+    with (
+        pytest.raises(RefusedError, match="StableDiffusionPipeline has no transformer"),
+        FIRST_BLOCK.apply(small_unet()),
+    ):
+        pass
+
+
+def test_magcache_is_calibrated_for_the_steps_it_will_run() -> None:
+    ratios = peers.magnitude_ratios(small_wan(), CALL)
+    assert len(ratios) == 4 and ratios[0] == 1.0 and all(0 < ratio < 10 for ratio in ratios)
+
+
+def test_the_sweep_names_every_peer_once_and_says_why_one_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cache_dit", None)
+    found = peers.sweep(small_wan(), CALL)
+    labels = [candidate.recipe for candidate in found]
+    assert len(set(labels)) == len(labels)
+    assert {label.partition(" @ ")[0].split(",")[0] for label in labels} >= {
+        "diffusers FirstBlockCache", "diffusers MagCache", "diffusers TaylorSeer", "diffusers TaylorSeer lite",
+        "diffusers SeaCache", "diffusers PAB", "diffusers FasterCache", "cache-dit DBCache",
+    }  # fmt: skip
+    with pytest.raises(RefusedError, match="not available: .*cache_dit"), found[-1].apply(small_wan()):
+        pass
+
+
+def test_reasons_say_what_kind_they_are() -> None:
+    assert because(RefusedError("no.")) == "refused: no."
+    assert because(KeyError("x\ny")).startswith("crashed: KeyError: ")
+    assert because(RuntimeError()) == "crashed: RuntimeError: no message"
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------
+def test_presets_with_changed_settings() -> None:
+    name, recipe = preset("easycache:reuse.rule.limit=0.5,reuse.rule.warmup=0.1")
+    assert name == "easycache @ reuse.rule.limit=0.5, reuse.rule.warmup=0.1"
+    assert recipe.reuse is not None and recipe.reuse.rule.limit == 0.5  # type: ignore[attr-defined]
+    assert preset("every-other")[0] == "every-other"
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        preset("easycache:0.5")
+    with pytest.raises(RecipeError, match="easycach"):
+        preset("easycach")
+    with pytest.raises(RecipeError):
+        preset("easycache:reuse.rule.limits=0.5")
+
+
+def test_controls_are_no_more_steps_than_the_plain_run() -> None:
+    assert {c.steps for c in controls(4)} == {2, 3} and len(controls(4)) == 6
+    assert max(c.steps or 0 for c in controls(50)) < 50
+
+
+@contextlib.contextmanager
+def _crash_late(pipe: Any) -> Iterator[None]:
+    _crash_late.count = getattr(_crash_late, "count", 0) + 1  # type: ignore[attr-defined]
+    if _crash_late.count == 3:  # type: ignore[attr-defined]
+        raise OSError("disk on fire")
+    yield
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    others = [
+        FIRST_BLOCK,
+        INERT,
+        unavailable("gone", "peer:gone", "refused: it left"),
+        Candidate("late", _crash_late, "peer:late"),
+    ]
+    others.append(diffusers_cache("wrong", lambda _: object()))
+    chosen = dict(preset(text) for text in ("every-other", "held-guidance"))
+    return bench_cache(small_wan(), CALL, SAMPLES, chosen, model="small", peers=others)
+
+
+def by_name(bench: Bench) -> dict[str, dict[str, Any]]:
+    assert len({row["recipe"] for row in bench.rows}) == len(bench.rows)
+    return {row["recipe"]: row for row in bench.rows}
+
+
+def test_rows_have_the_keys_of_the_design(bench: Bench) -> None:
+    assert all(set(row) <= KEYS for row in bench.rows)
+    rows = by_name(bench)
+    assert rows["plain"]["nfe"] == 8 and rows["plain"]["psnr_median"] is None
+    every = rows["every-other"]
+    assert every["n"] == 2 and every["nfe"] == 4 and every["computed_fraction"] == 0.5
+    assert every["psnr_median"] > 10 and 0 < every["latent_error"] < 1 and every["bytes_held"] > 0
+    assert every["prompt_accuracy"] is not None and every["recall"] is None, "recall needs four runs"
+    assert {"euler 2 steps", "unipc 3 steps", "dpm++ 2 steps"} <= set(rows)
+    assert rows["euler 2 steps"]["computed_fraction"] == 0.5
+    assert len(bench.outcomes["every-other"]) == 2
+
+
+def test_every_peer_is_a_row_with_numbers_or_a_reason(bench: Bench) -> None:
+    rows = by_name(bench)
+    first = rows["diffusers FirstBlockCache @ 0.9"]
+    assert first["computed_fraction"] < 1 and first["bytes_held"] > 0 and "note" not in first
+    inert = rows["diffusers TaylorSeer @ defaults"]
+    assert (
+        inert["exact_match"] is True
+        and inert["note"].startswith("inert")
+        and inert["computed_fraction"] == 1.0
+    )
+    assert rows["gone"]["note"] == "refused: it left" and rows["gone"]["n"] == 0
+    assert rows["late"]["note"] == "on 'a two', seed 1: crashed: OSError: disk on fire"
+    assert rows["diffusers wrong"]["note"].startswith("crashed: ValueError: Cache config")
+
+
+def test_the_oracle_is_never_below_what_it_limits(bench: Bench) -> None:
+    rows = by_name(bench)
+    oracle = rows["every-other, oracle schedule"]
+    assert oracle["control"] == "oracle" and oracle["n"] == 2
+    assert oracle["nfe"] <= rows["every-other"]["nfe"]
+    for mine, best in zip(
+        bench.outcomes["every-other"], bench.outcomes["every-other, oracle schedule"], strict=True
+    ):
+        assert best["psnr"] is None or (mine["psnr"] is not None and best["psnr"] >= mine["psnr"])
+
+
+def test_bars_are_answered_from_the_rows(bench: Bench) -> None:
+    found = bars.bars(bench.rows, "every-other", bench.outcomes)
+    assert [bar.met is None for bar in found] == [False] * 5 + [True]
+
+
+def test_a_peer_that_stays_on_the_pipeline_ends_the_benchmark() -> None:
+    @contextlib.contextmanager
+    def clingy(pipe: Any) -> Iterator[None]:
+        with torch.no_grad():
+            pipe.transformer.proj_out.weight.mul_(1.5)
+        yield
+
+    with pytest.raises(RefusedError, match="clingy left the pipeline changed"):
+        bench_cache(small_wan(layers=1), CALL, SAMPLES[:1], {}, peers=[Candidate("clingy", clingy, "peer:c")])
+
+
+def test_a_solver_without_oracle_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    call = {**PIXART_CALL, "num_inference_steps": 3}
+    pipe = small_pixart(layers=1)
+    found = bench_cache(pipe, call, SAMPLES[:1], dict([preset("every-other")]), tell=told.append)
+    assert not [row for row in found.rows if row["control"] == "oracle"]
+    assert any("no oracle" in line and "DPMSolver" in line for line in told)
+
+
+def test_an_output_that_is_not_finite_is_a_reason() -> None:
+    @contextlib.contextmanager
+    def broken(pipe: Any) -> Iterator[None]:
+        weight = copy.deepcopy(pipe.vae.decoder.conv_out.weight.data)
+        pipe.vae.decoder.conv_out.weight.data.fill_(float("nan"))
+        yield
+        pipe.vae.decoder.conv_out.weight.data.copy_(weight)
+
+    found = bench_cache(
+        small_wan(layers=1), CALL, SAMPLES[:1], {}, peers=[Candidate("nan", broken, "peer:n")]
+    )
+    assert [row["note"] for row in found.rows if row["recipe"] == "nan"] == [
+        "refused: the output is not finite."
+    ]
