@@ -32,7 +32,8 @@ class Cut:
 
 def cut(model: nn.Module, branch: int) -> Cut | str:
     """Where to cut `model` for `DeepReuse.branch`, or why that cannot be done."""
-    downs, mid, ups = (getattr(model, name, None) for name in ("down_blocks", "mid_block", "up_blocks"))
+    # The registered lists, because gates may stand in front of them.
+    downs, mid, ups = (model._modules.get(name) for name in ("down_blocks", "mid_block", "up_blocks"))
     if not isinstance(downs, nn.ModuleList) or not isinstance(ups, nn.ModuleList) or not isinstance(mid, nn.Module):
         return "it is no U-Net: down_blocks, mid_block and up_blocks were not found"
     if not all(hasattr(block, "resnets") for block in (*downs, *ups)):

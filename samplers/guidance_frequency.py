@@ -80,8 +80,8 @@ class _Frequency:
 def low_band(x: Tensor, radius: float) -> Tensor:
     """`x` (..., height, width) without the waves that fit more than `radius` * min(height, width) times into it."""
     height, width = x.shape[-2:]
-    rows = torch.fft.fftfreq(height, 1 / height, device=x.device)
-    columns = torch.fft.rfftfreq(width, 1 / width, device=x.device)
+    rows = torch.fft.fftfreq(height, 1 / height, device=x.device).round()
+    columns = torch.fft.rfftfreq(width, 1 / width, device=x.device).round()
     inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= (radius * min(height, width)) ** 2
     spectrum = torch.fft.rfft2(x.float()) * inside
     found: Tensor = torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
