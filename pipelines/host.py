@@ -81,14 +81,9 @@ class Call:
 
     @property
     def sample(self) -> Any:
-        """The noisy latents; a list of latents of one shape (an entry per image) as one tensor."""
+        """The noisy latents; a list of latents that look alike (an entry per image) as one tensor."""
         value = self.get(self.layout.sample)
-        listed = (
-            isinstance(value, list | tuple) and value and all(isinstance(inner, Tensor) for inner in value)
-        )
-        if listed and all(inner.shape == value[0].shape for inner in value):
-            return torch.stack(list(value))
-        return value
+        return torch.stack(list(value)) if _alike(value) else value
 
     @property
     def timestep(self) -> Any:
@@ -120,21 +115,32 @@ class Call:
         return twin
 
     def part(self, batch: int, rows: slice) -> Call:
-        """The same call on some rows: every tensor whose first dimension is `batch` is sliced."""
-        args = tuple(_rows(value, batch, rows) for value in self.args)
-        return Call(
-            self.layout, args, {name: _rows(value, batch, rows) for name, value in self.kwargs.items()}
-        )
+        """The same call on some rows: every tensor whose first dimension is `batch` is sliced.
+
+        Where the latents are a list with an entry per row, so is every other list of that length.
+        """
+        listed = isinstance(self.get(self.layout.sample), list)
+        args = tuple(_rows(value, batch, rows, listed) for value in self.args)
+        kwargs = {name: _rows(value, batch, rows, listed) for name, value in self.kwargs.items()}
+        return Call(self.layout, args, kwargs)
 
 
-def _rows(value: Any, batch: int, rows: slice) -> Any:
+def _rows(value: Any, batch: int, rows: slice, listed: bool) -> Any:
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):
-        return {key: _rows(inner, batch, rows) for key, inner in value.items()}
+        return {key: _rows(inner, batch, rows, listed) for key, inner in value.items()}
+    if listed and isinstance(value, list) and len(value) == batch:
+        return value[rows]
     if isinstance(value, list | tuple) and value and all(isinstance(inner, Tensor) for inner in value):
-        return type(value)(_rows(inner, batch, rows) for inner in value)
+        return type(value)(_rows(inner, batch, rows, listed) for inner in value)
     return value
+
+
+def _alike(value: Any) -> bool:
+    """True for a list of tensors that can be one tensor with a row for each."""
+    listed = isinstance(value, list | tuple) and value and all(isinstance(inner, Tensor) for inner in value)
+    return bool(listed) and len({(inner.shape, inner.dtype, inner.device) for inner in value}) == 1
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -162,13 +168,16 @@ def _blind(value: Any) -> Any:
 
 
 class Output:
-    """A denoiser's return value taken apart into tensors, and the way to put other tensors in their place."""
+    """A denoiser's return value taken apart into tensors, and the way to put other tensors in their place.
+
+    A list inside it with an entry per image (Z-Image) is one tensor with a row for each, as the latents are.
+    """
 
     __slots__ = ("_template", "tensors")
 
     def __init__(self, value: Any) -> None:
         self._template = value
-        self.tensors = list(_tensors(value))
+        self.tensors = list(_parts(value))
 
     @property
     def plain(self) -> bool:
@@ -187,15 +196,30 @@ class Output:
         return _filled(self._template, iter(tensors))
 
 
-def _filled(template: Any, tensors: Iterator[Tensor]) -> Any:
+def _parts(value: Any, *, inside: bool = False) -> Iterator[Tensor]:
+    """The tensors of a return value, depth first, each list of images as one."""
+    if isinstance(value, Tensor):
+        yield value
+    elif inside and type(value) is list and _alike(value):
+        yield torch.stack(value)
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _parts(inner, inside=True)
+
+
+def _filled(template: Any, tensors: Iterator[Tensor], *, inside: bool = False) -> Any:
     if isinstance(template, Tensor):
         return next(tensors)
+    if inside and type(template) is list and _alike(template):
+        return list(next(tensors).unbind(0))
     if type(template) is dict:
-        return {key: _filled(inner, tensors) for key, inner in template.items()}
+        return {key: _filled(inner, tensors, inside=True) for key, inner in template.items()}
     if isinstance(template, dict):  # diffusers' BaseOutput is an ordered dict
-        return type(template)(**{key: _filled(inner, tensors) for key, inner in template.items()})
+        return type(template)(
+            **{key: _filled(inner, tensors, inside=True) for key, inner in template.items()}
+        )
     if isinstance(template, tuple | list):
-        values = [_filled(inner, tensors) for inner in template]
+        values = [_filled(inner, tensors, inside=True) for inner in template]
         kind = type(template)
         return kind(*values) if hasattr(kind, "_fields") else kind(values)
     return template
