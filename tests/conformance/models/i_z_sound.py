@@ -173,6 +173,5 @@ register(
         timestep=arguments.unit,
         sample_name="bb_ca",
         timestep_name="bb_ca_time",
-        heterogeneous="pairs of residues are updated between the blocks from what the blocks computed",
     )
 )
