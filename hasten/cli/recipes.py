@@ -80,7 +80,7 @@ def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str
         "models": ", ".join(recipe.models) or "any denoiser",
         "parts": parts(recipe),
         "status": entry.status if entry else "your own",
-        "knobs": ", ".join(entry.knobs) if entry and entry.knobs else "none; change parts with --set",
+        "knobs": _knobs(entry),
     }
     for key, value in facts.items():
         out.say(f"  {key + ':':9}{value}")
@@ -95,6 +95,12 @@ def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str
         )
     out.say("\nAs YAML, for --recipe FILE:\n")
     out.say(recipe.to_yaml())
+
+
+def _knobs(entry: Entry | None) -> str:
+    if entry is None or not entry.knobs:
+        return "none; change parts with --set"
+    return f"{', '.join(entry.knobs)}; set them as in {entry.name}:{entry.knobs[0]}"
 
 
 def measured(name: str) -> list[dict[str, Any]]:

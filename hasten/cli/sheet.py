@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 GAP = 4
 LEAST_HEIGHT = 192
 """Side-by-side pictures smaller than this are enlarged without smoothing, to be seen at all."""
+
+
+def file_name(recipe: str) -> str:
+    """A recipe's name as part of a file's: what some systems do not allow there becomes a dash (auto:psnr=35)."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", recipe)
 
 
 def write_sample(sample: Sample, folder: Path, *, fps: float, several: bool) -> Path:
@@ -26,7 +32,7 @@ def write_sample(sample: Sample, folder: Path, *, fps: float, several: bool) -> 
         "recipe": sample.report.recipe,
         "versions": dict(sample.report.versions),
     }
-    return save(sample.frames, folder / f"{number}{sample.recipe}{suffix}", fps=fps, metadata=facts)[0]
+    return save(sample.frames, folder / f"{number}{file_name(sample.recipe)}{suffix}", fps=fps, metadata=facts)[0]
 
 
 def write_together(samples: Sequence[Sample], folder: Path, *, fps: float) -> Path:
@@ -40,7 +46,7 @@ def write_together(samples: Sequence[Sample], folder: Path, *, fps: float) -> Pa
     white = numpy.ones_like(enlarged[0][:, :, : GAP * 2])
     row = [part for video in enlarged for part in (video, white)][:-1]
     suffix = ".gif" if len(samples[0].frames) > 1 else ".png"
-    name = "-".join(s.recipe for s in samples) if len(samples) < 4 else "side-by-side"
+    name = "-".join(file_name(s.recipe) for s in samples) if len(samples) < 4 else "side-by-side"
     return save(numpy.concatenate(row, axis=2), folder / f"{name}{suffix}", fps=min(fps, 50), metadata={})[0]
 
 
@@ -63,6 +69,6 @@ def write_report(
             "seed": sample.prompt.seed,
         }
         page = replace(sample.report, extras={"model": model, **extras})
-        name = "report.html" if number == 0 else f"report-{sample.recipe}.html"
+        name = "report.html" if number == 0 else f"report-{file_name(sample.recipe)}.html"
         written.append(page.save(folder / name))
     return written

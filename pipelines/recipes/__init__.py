@@ -56,7 +56,7 @@ def catalogue() -> list[Entry]:
         recipe = function().model_copy(update={"name": name})
         lines = inspect.getdoc(function) or ""
         status = "experimental" if "Experimental." in lines else "stable"
-        knobs = tuple(str(p) for p in inspect.signature(function).parameters.values())
+        knobs = tuple(f"{p.name}={p.default!r}" for p in inspect.signature(function).parameters.values())
         entries.append(Entry(name, recipe.paper, lines.splitlines()[0], recipe, status, knobs))
     return entries
 
@@ -115,7 +115,7 @@ def _argument(text: str, function: Callable[..., Recipe], part: str) -> tuple[st
 
 
 def _knobs(function: Callable[..., Recipe]) -> str:
-    return ", ".join(str(p) for p in inspect.signature(function).parameters.values()) or "none"
+    return ", ".join(f"{p.name}={p.default!r}" for p in inspect.signature(function).parameters.values()) or "none"
 
 
 def _reason(error: Exception) -> str:
