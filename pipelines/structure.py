@@ -17,7 +17,8 @@ class Stack:
     """A list of blocks that the network runs in order.
 
     name: attribute of the network. num: blocks that can be left out, counted from the first; a last block that drops
-    a stream (SD3's) is not one of them. slots: per stream, where a block takes it; outs: per
+    a stream (SD3's) is not one of them, nor is what comes behind the place where the chain starts again with another
+    stream (the decoder's blocks of Motif-Video). slots: per stream, where a block takes it; outs: per
     stream, its index in the block's return value (None: the return value is the stream itself).
     Streams are ordered by size, largest first. arity: length of the returned tuple.
     injected: how many times something was added between two blocks. in_place: something is added to what a block
@@ -82,6 +83,7 @@ class Watcher:
     def __init__(self, name: str, num: int) -> None:
         self.name, self.num = name, num
         self.seen = 0
+        self.chain = 0
         self.span = (0, 0)
         self.blind = True
         self.in_place = False
@@ -105,7 +107,7 @@ class Watcher:
         self.seen += 1
         if self.previous is None:
             self._first(call)
-        elif not self.reason:
+        elif not self.reason and not self.chain:
             self._joint(self.previous, call)
         self.previous = call
         values = {index: call.output(index) for index in self.sizes}
@@ -132,6 +134,9 @@ class Watcher:
             self.reason = "one of its blocks drops a stream"
             return
         given, earlier = now.tensors(), before.tensors()
+        if self._starts_again(before, given):
+            self.chain = now.index
+            return
         self.in_place |= any(_version(before.output(index)) != was for index, was in self.versions.items())
         self.shapes.append(
             ({i: before.output(i).shape for i in self.sizes}, {slot: value.shape for slot, value in given.items()})
@@ -150,6 +155,15 @@ class Watcher:
         self.by_identity.update(same)
         self.joints.append(same)
 
+    def _starts_again(self, before: BlockCall, given: dict[Slot, Tensor]) -> bool:
+        """Is a stream no longer where the blocks so far have taken it, but elsewhere or nowhere?"""
+        for index, slot in self.by_identity.items():
+            value, taken = before.output(index), given.get(slot)
+            elsewhere = any(tensor is value for other, tensor in given.items() if other != slot)
+            if taken is None or taken.shape != value.shape or (elsewhere and taken is not value):
+                return True
+        return False
+
     def stack(self) -> Stack | str:
         """What was found, or why these blocks cannot be skipped."""
         if self.seen != self.num and not self.reason:
@@ -165,7 +179,7 @@ class Watcher:
         order = sorted(self.sizes, key=lambda index: -self.sizes[index])
         injected = sum(len(self.sizes) - len(same) for same in self.joints)
         outs: tuple[int | None, ...] = (None,) if self.bare else tuple(order)
-        num = self.num - bool(self.ends)
+        num = self.chain or self.num - bool(self.ends)
         return Stack(self.name, num, tuple(slots[i] for i in order), outs, self.arity, injected, self.in_place)
 
 
