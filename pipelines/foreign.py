@@ -10,6 +10,7 @@ from torch import nn
 
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.candidates import Candidate, quiet
+from hasten.pipelines.host import denoisers
 
 Config = Callable[[Callable[[], float]], Any]
 """Makes the peer's configuration object when the peer is put on; given what returns the current timestep, 0..1000."""
@@ -118,7 +119,7 @@ def cache_dit(label: str, threshold: float, order: int | None) -> Candidate:
             Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold, max_warmup_steps=4
         )
         calibrator = peer.TaylorSeerCalibratorConfig(taylorseer_order=order) if order is not None else None
-        with quiet("CACHE_DIT", "cache_dit"):
+        with quiet("CACHE_DIT", "cache_dit"), _attributes_stay(pipe):
             try:
                 peer.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
                 yield
@@ -126,6 +127,28 @@ def cache_dit(label: str, threshold: float, order: int | None) -> Candidate:
                 peer.disable_cache(pipe)
 
     return Candidate(f"cache-dit {label}", apply, "peer:cache-dit")
+
+
+@contextlib.contextmanager
+def _attributes_stay(pipe: Any) -> Iterator[None]:
+    """Give every module of the denoisers the attributes and the order of children back that it had.
+
+    cache-dit leaves its own forward on a Flux transformer, and the list it swapped as the last child. Plain runs do not
+    change by that, but diffusers' caches then take another block for the first and crash.
+    """
+    owners = [module for model in denoisers(pipe).values() for module in model.modules()]
+    before = [(vars(owner), dict(vars(owner))) for owner in owners]
+    children = [(owner._modules, dict(owner._modules)) for owner in owners]
+    try:
+        yield
+    finally:
+        for current, old in before:
+            for name in [name for name in current if name not in old]:
+                del current[name]
+            current.update(old)
+        for now, then in children:
+            now.clear()
+            now.update(then)
 
 
 class Unavailable(RefusedError):

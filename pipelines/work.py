@@ -35,7 +35,8 @@ def watch(pipe: Any, weigh_at: int | None = None) -> Iterator[Work]:
 
     weigh_at: after how many calls the living tensors are weighed (1 is the first); None for never.
     """
-    work, at_first, counters, handles = Work(), 0, [], []
+    work, at_first, handles = Work(), 0, []
+    counters: list[Any] = []  # TorchDispatchMode carries no types
 
     def before(*_: Any) -> None:
         nonlocal at_first
@@ -64,11 +65,11 @@ def watch(pipe: Any, weigh_at: int | None = None) -> Iterator[Work]:
             counters.pop().__exit__(None, None, None)
 
 
-class _Flops(TorchDispatchMode):
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts with PyTorch's own formulas. Its FlopCounterMode follows the module tree, too, which cache-dit makes cyclic."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,7 +22,7 @@ from tests.hosts import PIXART_CALL, UNET_CALL, WAN_CALL, small_flux, small_pixa
 
 COMMANDS = [
     [], ["demo"], ["generate"], ["compare"], ["recipes"], ["doctor"],
-    ["train"], ["train", "pretrain"], ["bench"], ["bench", "overhead"], ["bench", "recipes"],
+    ["train"], ["train", "pretrain"], ["bench"], ["bench", "overhead"], ["bench", "recipes"], ["bench", "cache"],
 ]  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from hasten.errors import RecipeError, RefusedError, UsageError
 from hasten.pipelines import bars, peers
 from hasten.pipelines.bench_cache import Bench, bench_cache, controls, preset
 from hasten.pipelines.candidates import Candidate, ours
-from hasten.pipelines.foreign import because, diffusers_cache, unavailable
+from hasten.pipelines.foreign import because, cache_dit, diffusers_cache, unavailable
 from hasten.pipelines.shots import Sample, shoot
 from hasten.pipelines.work import watch
-from tests.hosts import PIXART_CALL, WAN_CALL, small_pixart, small_unet, small_wan
+from tests.hosts import FLUX_CALL, PIXART_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
 
 CALL = {**WAN_CALL, "num_inference_steps": 4, "max_sequence_length": 16}
 SAMPLES = [Sample("a seven", 0), Sample("a two", 1)]
@@ -120,6 +120,23 @@ def test_diffusers_caches_skip_something_and_leave_no_trace(build: Any, candidat
     assert {name: keys - {"forward"} for name, keys in after.items()} == with_root
     assert all(after[name] == before[name] for name in before if name), "nothing stays on any block"
     assert np.array_equal(shoot(pipe, SAMPLES[0], call).frames, plain.frames)
+
+
+def test_cache_dit_leaves_no_trace_that_breaks_the_next_peer() -> None:
+    pytest.importorskip("cache_dit")
+    pipe, call = small_flux(), {**FLUX_CALL, "num_inference_steps": 3}
+    plain, before = (
+        shoot(pipe, SAMPLES[0], call),
+        {name: dict(vars(m)) for name, m in pipe.transformer.named_modules()},
+    )
+    order = [name for name, _ in pipe.transformer.named_modules()]
+    shoot(pipe, SAMPLES[0], call, cache_dit("DBCache @ 0.9", 0.9, 1))
+    assert [name for name, _ in pipe.transformer.named_modules()] == order
+    for name, module in pipe.transformer.named_modules():
+        assert vars(module).keys() == before[name].keys(), name
+        assert all(vars(module)[key] is value for key, value in before[name].items()), name
+    assert np.array_equal(shoot(pipe, SAMPLES[0], call).frames, plain.frames)
+    shoot(pipe, SAMPLES[0], call, FIRST_BLOCK)
 
 
 def test_a_registration_that_breaks_off_leaves_no_trace() -> None:
