@@ -3,7 +3,7 @@
     python docs/make_tables.py            rewrite them
     python docs/make_tables.py --check    exit 1 when one differs from what it should be
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance.
 """
 
 from __future__ import annotations
@@ -190,7 +190,26 @@ def models_table() -> str:
     return table(headings, rows, left=2) if rows else f"{NOT_YET.capitalize()}.\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"recipes": recipes_table, "results": results_table, "models": models_table}
+def conformance_table() -> str:
+    """One row per transformer class of diffusers, then the classes that are not built."""
+    document = json.loads((RESULTS / "conformance.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in document["rows"]:
+        lists = ", ".join(f"`{name}` ({num})" for name, num in row["lists"].items())
+        losses = [f"{row['network_loss']:.0e}", f"{row['blocks_loss']:.0e}"]
+        rows.append([f"`{row['model']}`", lists or "refused", row["why"], *losses])
+    headings = ["class", "blocks that can be left out", "why not (all)", "whole network: lost", "blocks: lost"]
+    body = table(headings, rows, left=3)
+    left_out = "".join(f"- `{name}`: {reason}.\n" for name, reason in document["excluded"].items())
+    return f"{body}\nNot built, diffusers {document['versions']['diffusers']}:\n\n{left_out}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "recipes": recipes_table,
+    "results": results_table,
+    "models": models_table,
+    "conformance": conformance_table,
+}
 
 
 # --- files ----------------------------------------------------------------------------------------
