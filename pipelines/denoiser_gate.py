@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hasten.agree import Mean, across, alone, group_of
+from hasten.caching.context import ContextReuse
 from hasten.caching.deep import DeepReuse
 from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
 from hasten.caching.stack import StackReuse
 from hasten.forecast import Hold
+from hasten.pipelines.context_seam import ContextSeam
 from hasten.pipelines.deep_seam import DeepSeam
 from hasten.pipelines.host import Call, Layout, Output
 from hasten.pipelines.module_seam import ModuleSeam
@@ -36,6 +39,7 @@ SEAMS: dict[type[ReusePolicy], Callable[[DenoiserGate, Any], ReuseSeam]] = {
     StackReuse: StackSeam,
     ModuleReuse: ModuleSeam,
     DeepReuse: DeepSeam,
+    ContextReuse: ContextSeam,
 }
 """Which seam puts which policy onto a network. A new span is one policy, one seam and one entry here."""
 
@@ -54,6 +58,8 @@ class DenoiserGate:
         self._attachment = Attachment()
         self._context = threading.local()
         self._seen: dict[int, Output] = {}
+        group = session.group if session.group is not None else group_of(model)
+        self.agree: Mean = alone if group is None else across(group)
         self._attach()
         self.seam = self._seam()
 

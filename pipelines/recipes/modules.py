@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from hasten.caching.context import ContextReuse, TokensChanged
 from hasten.caching.deep import DeepReuse
 from hasten.caching.extrapolation import Dynamic, Taylor
 from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every, Window
-from hasten.forecast import Polynomial
+from hasten.drift import Drift
+from hasten.forecast import Hold, Polynomial
 from hasten.recipe import Recipe
 from hasten.samplers.guidance_frequency import FrequencyGuidance
 
@@ -95,4 +97,25 @@ def deep_cache(interval: int = 3, branch: int = 0) -> Recipe:
         reuse=DeepReuse(branch=branch, rule=Every(interval=interval)),
         models=("U-Nets: Stable Diffusion 1.x, 2.x, XL and video models of the same layout",),
         paper="DeepCache, arXiv 2312.00858",
+    )
+
+
+def recap(interval: int = 2) -> Recipe:
+    """ReCAP for masked image models: on local steps decided tokens are context, kept as keys and values.
+
+    Liu et al. Differs: tokens that were decided since the last evaluation are computed once more.
+    """
+    return Recipe(
+        reuse=ContextReuse(rule=Every(interval=interval)),
+        models=("masked image models with transformer layers: aMUSEd",),
+        paper="ReCAP, arXiv 2505.19089",
+    )
+
+
+def token_change_cache(limit: float = 0.1) -> Recipe:
+    """Masked image models: hold the logits until a share of the tokens has been decided anew."""
+    return Recipe(
+        reuse=NetworkReuse(rule=Drift(limit=limit, warmup=0.1), signal=TokensChanged(), forecast=Hold()),
+        models=("masked image models",),
+        paper="",
     )
