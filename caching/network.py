@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hasten.agree import Mean, alone
 from hasten.caching.residuals import Residuals
 from hasten.caching.signals import OutputChange, Signal, SignalState
 from hasten.caching.target import Of, from_target, to_target
@@ -69,7 +70,10 @@ class NetworkState:
     """State of `NetworkReuse` for one run of one network: one decision per step, one history per branch.
 
     decided: index of the step that was decided last. skipping: that decision. change: what it was based on.
+    agree: makes the numbers of all ranks that share a sample one; the seam sets it.
     """
+
+    agree: Mean = staticmethod(alone)
 
     def __init__(self, policy: NetworkReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
@@ -104,13 +108,13 @@ class NetworkState:
         flags += self.residuals.pending() if self.residuals is not None else []
         if not flags:
             return None, []
-        values = torch.stack([flag.float() for flag in flags]).tolist()
+        values = self.agree(torch.stack([flag.float() for flag in flags])).tolist()
         for number, _ in unread:
             self.branches[number].finite = None
         change = values.pop(0) if signal is not None else None
         self._learn(values[len(unread) :])
         del values[len(unread) :]
-        return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy]
+        return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy >= 1]
 
     def answer(self, step: Step, x: Tensor) -> list[Tensor] | None:
         """What stands in for this branch's outputs, or None when it has no fitting history."""
@@ -147,7 +151,7 @@ class NetworkState:
         if self.residuals is None or self.account is None:
             return None
         if pending := self.residuals.pending():
-            self._learn(torch.stack([tensor.float() for tensor in pending]).tolist())
+            self._learn(self.agree(torch.stack([tensor.float() for tensor in pending])).tolist())
         return self.account.estimate
 
     def num_bytes(self) -> int:

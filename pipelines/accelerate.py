@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
+from hasten.agree import is_sharded
 from hasten.budget import Budget
 from hasten.caching.network import NetworkReuse
 from hasten.clock import Clock
@@ -31,26 +32,33 @@ if TYPE_CHECKING:
 
 
 def accelerate(
-    host: Any, recipe: str | Path | Recipe | Budget, *, scheduler: Any = None, limits: Limits | None = None
+    host: Any,
+    recipe: str | Path | Recipe | Budget,
+    *,
+    scheduler: Any = None,
+    limits: Limits | None = None,
+    group: Any = None,
 ) -> Session:
     """Make `host` generate faster while the returned session is open.
 
     host: any diffusers pipeline, unmodified; or a bare denoiser (then `scheduler` is required).
     recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`. limits: `max_cache_bytes` caps what
-    caches may hold. Only this instance is touched, and closing the session (leaving `with`, an exception,
-    `close()`) restores it: the next output is bit-identical to one from before.
+    caches may hold. group: a torch.distributed process group whose ranks compute parts of one sample (sequence or weight
+    sharding); they decide alike. diffusers' context parallelism is found by itself. Only this instance is touched, and
+    closing the session (leaving `with`, an exception, `close()`) restores it: the next output is bit-identical to one
+    from before.
 
     Raises `RecipeError` for an unknown recipe, `ModelError` when there is no denoiser, `UsageError` when an
     axis of the recipe has no seam on this host.
     """
-    return Session(host, find_recipe(recipe), scheduler, limits or Limits())
+    return Session(host, find_recipe(recipe), scheduler, limits or Limits(), group)
 
 
 class Session:
     """One recipe on one host. A context manager; `report()` says what was really skipped."""
 
-    def __init__(self, host: Any, recipe: Recipe, scheduler: Any, limits: Limits) -> None:
-        self.host, self.recipe, self.limits = host, recipe, limits
+    def __init__(self, host: Any, recipe: Recipe, scheduler: Any, limits: Limits, group: Any = None) -> None:
+        self.host, self.recipe, self.limits, self.group = host, recipe, limits, group
         self.trace = Trace()
         self.clock = Clock()
         self.guidance: GuidanceSeam | None = None
@@ -82,6 +90,11 @@ class Session:
         self.clock.follow(self._scheduler())
         for site, model in models.items():
             self.trace.structure[site] = 1
+            if self.group is None and is_sharded(model):
+                raise UsageError(
+                    f"The weights of {site} are spread over ranks, which must then decide alike: pass group=, the process"
+                    " group of the ranks that compute one sample (torch.distributed.group.WORLD for all)."
+                )
             self.gates.append(DenoiserGate(self, site, model))
 
     # --- what users ask ---------------------------------------------------------------------------

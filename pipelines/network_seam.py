@@ -25,6 +25,7 @@ class NetworkSeam(ReuseSeam):
 
     def begin_run(self, times: Sequence[float]) -> None:
         self.state = self.policy.start(times)
+        self.state.agree = self.gate.agree
 
     def answer(self, step: Step, x: Tensor) -> list[Tensor] | None:
         if self.state is None:
