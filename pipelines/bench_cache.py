@@ -19,12 +19,13 @@ import numpy as np
 from hasten import metrics
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Listed
-from hasten.errors import RefusedError, UsageError
+from hasten.errors import RefusedError
 from hasten.forecast import Hold, Polynomial
 from hasten.pipelines.bars import SETTING, oracle_name
 from hasten.pipelines.candidates import Candidate, fewer_steps, ours
 from hasten.pipelines.foreign import because
 from hasten.pipelines.oracle import Recording, as_rule, record, search
+from hasten.pipelines.recipes import names
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.shots import Column, Sample, Shot, other_seed, row_of, shoot
 from hasten.pipelines.work import Work, watch
@@ -36,6 +37,10 @@ Row = dict[str, Any]
 SOLVERS = ("euler", "unipc", "dpm++")
 SHARES = (0.1, 0.14, 0.18, 0.24, 0.32, 0.45, 0.65)
 """Shares of the plain run's steps that the fewer-steps control is measured at."""
+
+TOLERANCES = tuple(f"psnr={psnr}" for psnr in (25, 30, 35, 40, 45)) + tuple(
+    f"latent_error={error}" for error in (0.01, 0.02, 0.05, 0.1)
+)
 
 NEIGHBOURS = 12
 """Timed runs after which the plain run is timed again."""
@@ -57,23 +62,19 @@ class Bench:
 
 
 def preset(text: str) -> tuple[str, Recipe]:
-    """("easycache @ reuse.rule.limit=0.1", recipe) of "easycache:reuse.rule.limit=0.1"; settings join by commas.
+    """The label and the recipe of a name, with arguments or without: ("auto @ psnr=35", recipe) of "auto:psnr=35".
 
-    Raises `RecipeError` for an unknown recipe or key, `UsageError` for a setting without a value.
+    The label is what makes settings of one recipe a family. Raises `RecipeError` for an unknown name or argument.
     """
-    import yaml
+    name, colon, settings = text.partition(":")
+    return (f"{name}{SETTING}{settings.replace(',', ', ')}" if colon else name), find_recipe(text)
 
-    name, _, settings = text.partition(":")
-    found = find_recipe(name)
-    if not settings:
-        return name, found
-    parts = [part.strip() for part in settings.split(",")]
-    if not all("=" in part for part in parts):
-        raise UsageError(
-            f"Preset {text!r}: write NAME:KEY=VALUE,KEY=VALUE, for example easycache:reuse.rule.limit=0.1."
-        )
-    changes = {part.partition("=")[0]: yaml.safe_load(part.partition("=")[2]) for part in parts}
-    return f"{name}{SETTING}{', '.join(parts)}", found.replace(changes, "--preset")
+
+def all_presets() -> list[str]:
+    """Every recipe at its defaults, and `auto` over the tolerances that the bars ask about."""
+    return [name for name in names() if name not in ("plain", "auto")] + [
+        f"auto:{tolerance}" for tolerance in TOLERANCES
+    ]
 
 
 def bench_cache(

@@ -110,8 +110,8 @@ def cache(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A recipe, or one with changed settings: easycache:reuse.rule.limit=0.1. May be repeated."
-            " [default: all]",
+            help="A recipe, or one with arguments: easycache:limit=0.1. May be repeated."
+            " [default: all, and auto over tolerances]",
         ),
     ] = None,
     ours: Annotated[str, typer.Option(metavar="NAME", help="The preset that the bars are about.")] = "auto",
@@ -125,15 +125,14 @@ def cache(
     output = Output("bench cache", json)
     with output.open():
         from hasten.pipelines.bars import bars
-        from hasten.pipelines.bench_cache import bench_cache, preset
+        from hasten.pipelines.bench_cache import all_presets, bench_cache, preset
         from hasten.pipelines.generate import makes_video
         from hasten.pipelines.loading import open_pipeline
         from hasten.pipelines.peers import sweep
-        from hasten.pipelines.recipes import names
         from hasten.pipelines.shots import Sample
         from hasten.pipelines.tiny_models import call_defaults
 
-        chosen = dict(preset(text) for text in presets or [name for name in names() if name != "plain"])
+        chosen = dict(preset(text) for text in presets or all_presets())
         pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
         call = call_defaults(pipe)
         if "num_inference_steps" not in call:

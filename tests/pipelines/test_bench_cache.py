@@ -16,11 +16,12 @@ pytest.importorskip("diffusers.hooks")
 
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 
-from hasten.errors import RecipeError, RefusedError, UsageError
+from hasten.errors import RecipeError, RefusedError
 from hasten.pipelines import bars, peers
-from hasten.pipelines.bench_cache import Bench, bench_cache, controls, preset
+from hasten.pipelines.bench_cache import Bench, all_presets, bench_cache, controls, preset
 from hasten.pipelines.candidates import Candidate, ours
 from hasten.pipelines.foreign import because, cache_dit, diffusers_cache, unavailable
+from hasten.pipelines.recipes import names
 from hasten.pipelines.shots import Sample, shoot
 from hasten.pipelines.work import watch
 from tests.hosts import FLUX_CALL, PIXART_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
@@ -189,17 +190,22 @@ def test_reasons_say_what_kind_they_are() -> None:
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------
-def test_presets_with_changed_settings() -> None:
-    name, recipe = preset("easycache:reuse.rule.limit=0.5,reuse.rule.warmup=0.1")
-    assert name == "easycache @ reuse.rule.limit=0.5, reuse.rule.warmup=0.1"
+def test_presets_with_arguments_are_families() -> None:
+    name, recipe = preset("easycache:limit=0.5,warmup=0.1")
+    assert name == "easycache @ limit=0.5, warmup=0.1"
     assert recipe.reuse is not None and recipe.reuse.rule.limit == 0.5  # type: ignore[attr-defined]
     assert preset("every-other")[0] == "every-other"
-    with pytest.raises(UsageError, match="KEY=VALUE"):
+    with pytest.raises(RecipeError, match="'0.5' is no argument"):
         preset("easycache:0.5")
     with pytest.raises(RecipeError, match="easycach"):
         preset("easycach")
-    with pytest.raises(RecipeError):
-        preset("easycache:reuse.rule.limits=0.5")
+
+
+def test_the_default_is_every_recipe_and_auto_over_tolerances_the_bars_can_read() -> None:
+    labels = [preset(text)[0] for text in all_presets()]
+    assert {label.partition(" @ ")[0] for label in labels} == set(names()) - {"plain"}
+    auto = [label for label in labels if label.startswith("auto")]
+    assert len(auto) > 5 and all(bars.named_tolerance(label) for label in auto)
 
 
 def test_controls_are_no_more_steps_than_the_plain_run() -> None:
