@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from hasten.agree import Mean, alone
 from hasten.caching.spans import AllBlocks, Itinerary, Piece, Span
 from hasten.caching.stack_signals import Evidence, LeadChange, StackSignal, StackSignalState
 from hasten.caching.tokens import Tokens
@@ -69,8 +71,12 @@ class StackReuse(ReusePolicy):
 class StackState:
     """State of `StackReuse` for one run: a decision per step, a history per branch and piece.
 
-    change: what the latest decision was based on.
+    change: what the latest decision was based on. apart: whether some tokens may run without the others, which the
+    seam has to prove first. agree: makes the numbers of all ranks that share a sample one; the seam sets it.
     """
+
+    apart = False
+    agree: Mean = staticmethod(alone)
 
     def __init__(self, policy: StackReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
@@ -137,11 +143,11 @@ class StackState:
         unread = [(number, other) for number, other in self.branches.items() if other.finite is not None]
         flags = [signal.float()] if isinstance(signal, Tensor) else []
         flags += [other.finite.float() for _, other in unread if other.finite is not None]
-        values = torch.stack(flags).tolist() if flags else []
+        values = self.agree(torch.stack(flags)).tolist() if flags else []
         for _, other in unread:
             other.finite = None
         change = values.pop(0) if isinstance(signal, Tensor) else signal
-        return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy]
+        return change, [number for (number, _), healthy in zip(unread, values, strict=True) if not healthy >= 1]
 
     # --- what stands in ---------------------------------------------------------------------------
 
@@ -154,16 +160,28 @@ class StackState:
         """What stands in for the residuals of `piece`, one per stream."""
         return [forecast.estimate(step.time) for forecast in self.branches[step.branch].histories[piece].forecasts]
 
-    def pick(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
-        """Indices of the tokens that run through `piece` on this skipped step; None for none."""
-        reference = self.branches[step.branch].histories[piece].entry
-        if self.policy.tokens is None or reference is None:
+    def choose(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
+        """Indices of the tokens that will run on skipped steps behind this computed one; None for none."""
+        if self.policy.tokens is None or not self.apart:
             return None
         count = self.policy.tokens.count(step, entry.shape[1])
-        return self.policy.tokens.pick(count, entry, reference) if count else None
+        history = self.branches[step.branch].histories.get(piece)
+        before = history.entry if history is not None and history.key == key_of([entry]) else None
+        return self.policy.tokens.pick(count, entry, before) if count else None
 
-    def observe(self, step: Step, piece: Piece, residuals: list[Tensor], entry: Tensor | None = None) -> None:
-        """`piece` was computed with these residuals. entry: its longest stream, kept where tokens are chosen by it."""
+    def chosen(self, step: Step, piece: Piece, entry: Tensor) -> ChosenTokens | None:
+        """The tokens that run through `piece` on this skipped step; None for none."""
+        return self.branches[step.branch].histories[piece].chosen
+
+    def observe(
+        self,
+        step: Step,
+        piece: Piece,
+        residuals: list[Tensor],
+        entry: Tensor | None = None,
+        chosen: ChosenTokens | None = None,
+    ) -> None:
+        """`piece` was computed with these residuals. entry: its longest stream. chosen: what ran among itself as well."""
         branch = self.branches[step.branch]
         wanted = self.wanted(step)
         for stale in [held for held in branch.histories if held not in wanted]:
@@ -173,7 +191,7 @@ class StackState:
             history = branch.histories[piece] = PieceHistory(self.policy, residuals)
         for forecast, residual in zip(history.forecasts, residuals, strict=True):
             forecast.store(step.time, residual)
-        history.entry = entry if self.policy.tokens is not None else None
+        history.entry, history.chosen = (entry, chosen) if self.policy.tokens is not None else (None, None)
         if self.policy.rule.needs_signal:
             branch.signal.learned(step, piece, residuals[0])
         healthy = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
@@ -206,6 +224,14 @@ class StackBranch:
         return self.signal.tensors() + [t for history in self.histories.values() for t in history.tensors()]
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenTokens:
+    """Tokens that run on skipped steps. index: int64 [count]. lack: [batch, count, channels], what the others add to them."""
+
+    index: Tensor
+    lack: Tensor | None = None
+
+
 class PieceHistory:
     """A forecast of each stream's residual over one piece."""
 
@@ -213,10 +239,12 @@ class PieceHistory:
         self.key = key_of(residuals)
         self.forecasts: list[ForecastState] = [policy.forecast.start() for _ in residuals]
         self.entry: Tensor | None = None
+        self.chosen: ChosenTokens | None = None
 
     def tensors(self) -> list[Tensor]:
         held = [tensor for forecast in self.forecasts for tensor in forecast.tensors()]
-        return held if self.entry is None else [*held, self.entry]
+        extra = [self.entry] if self.chosen is None else [self.entry, self.chosen.index, self.chosen.lack]
+        return held + [tensor for tensor in extra if tensor is not None]
 
 
 def key_of(streams: list[Tensor]) -> Key:

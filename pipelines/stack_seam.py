@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.caching.network import NetworkReuse
 from hasten.caching.spans import Piece
-from hasten.caching.stack import StackReuse, StackState
+from hasten.caching.stack import ChosenTokens, StackReuse, StackState
 from hasten.caching.stack_signals import Evidence
 from hasten.drift import Drift
 from hasten.pipelines.host import Call, Output, is_whole_compiled
@@ -37,7 +37,7 @@ class StackSeam(ReuseSeam):
         self.state: StackState | None = None
         self.gates: StackGates | None = None
         self._proved: set[tuple[Piece, ...]] = set()
-        self._tokens_proved = policy.tokens is None
+        self._tokens_proved, self._apart = policy.tokens is None, False
         if is_whole_compiled(gate.model):
             self._refuse("the whole network is one compiled function; compile its blocks instead")
         else:
@@ -46,6 +46,8 @@ class StackSeam(ReuseSeam):
 
     def begin_run(self, times: Sequence[float]) -> None:
         self.state = self.policy.start(times)
+        self.state.agree = self.gate.agree
+        self.state.apart = self._apart
         if self.gates is not None:
             self.state.lay_out(self.gates.sizes)
 
@@ -163,6 +165,10 @@ class StackSeam(ReuseSeam):
             )
             self.policy = self.policy.model_copy(update={"tokens": None})
             self.state.policy = self.policy
+            return
+        self._apart = self.state.apart = True
+        del self.state.branches[step.branch]  # once more, so that this step chooses tokens as in later runs
+        self._walk(step, call.copy(), self.state, [])
 
     def _loss(self, call: Call, step: Step, computed: Any, proof: Proof) -> str:
         """Why the pass that `proof` prescribes is not as good as the computed one; empty when it is."""
@@ -207,10 +213,20 @@ class Proof(StackState):
     def decide(self, step: Step, seen: Evidence) -> bool:
         return True
 
-    def pick(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
-        return shuffled(entry.shape[1], entry.device) if self.reorder else None
+    def choose(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
+        return None
 
-    def observe(self, step: Step, piece: Piece, residuals: list[Tensor], entry: Tensor | None = None) -> None:
+    def chosen(self, step: Step, piece: Piece, entry: Tensor) -> ChosenTokens | None:
+        return ChosenTokens(shuffled(entry.shape[1], entry.device)) if self.reorder else None
+
+    def observe(
+        self,
+        step: Step,
+        piece: Piece,
+        residuals: list[Tensor],
+        entry: Tensor | None = None,
+        chosen: ChosenTokens | None = None,
+    ) -> None:
         return None
 
 

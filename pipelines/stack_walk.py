@@ -39,7 +39,7 @@ class Walk:
         self.paths: dict[Piece, list[Tensor]] = {}
         self.entries: dict[Piece, Tensor] = {}
         self.left_out: dict[int, Piece] = {}
-        self.rows: dict[int, TokenRows] = {}
+        self.rows: dict[Piece, TokenRows] = {}
         self.done: dict[int, list[tuple[int, int, str, float]]] = {}
         self._told = False
 
@@ -55,12 +55,15 @@ class Walk:
             self._decide(now)
         added = self._added(site, now)
         self._enter(site, index, now)
+        for owner, rows in self.rows.items():
+            if owner.site == site:
+                rows.run(stack, block, call, added[0] if index > owner.start else None)
         piece = self.left_out.get(site)
         if piece is None:
             out = block(*args, **kwargs)
             self._leave(site, stack, index, stack.outputs(out))
             return out
-        return self._stand_in(stack, piece, block, call, now, added)
+        return self._stand_in(stack, piece, call, now)
 
     # --- decide -----------------------------------------------------------------------------------
 
@@ -98,6 +101,7 @@ class Walk:
         self.stacks[site] = dataclasses.replace(self.stacks[site], in_place=True)
         for piece in [piece for piece in self.paths if piece.site == site]:
             del self.paths[piece], self.entries[piece]
+            self.rows.pop(piece, None)
 
     def _keep(self, site: int, stack: Stack, out: list[Tensor]) -> None:
         """Remember what the next block is called with, but for what the network adds."""
@@ -112,34 +116,35 @@ class Walk:
                 continue
             if self.skipping and self.state.fits(self.step, piece, now):
                 self.left_out[site] = piece
-                picked = self.state.pick(self.step, piece, now[0]) if len(now) == 1 else None
-                if picked is not None:
-                    self.rows[site] = TokenRows(picked, now[0])
+                chosen = self.state.chosen(self.step, piece, now[0])
+                index = None if chosen is None else chosen.index
             else:
                 self.paths[piece], self.entries[piece] = now, now[0]
+                index = self.state.choose(self.step, piece, now[0])
+            if index is not None:
+                self.rows[piece] = TokenRows(index, now[0])
 
     def _leave(self, site: int, stack: Stack, index: int, out: list[Tensor]) -> None:
         """A block was computed; pieces that end with it are learned."""
         self._keep(site, stack, out)
         for piece in [p for p in self.paths if (p.site, p.stop) == (site, index + 1)]:
             residuals = [o - p for o, p in zip(out, self.paths.pop(piece), strict=True)]
-            self.state.observe(self.step, piece, residuals, self.entries.pop(piece))
+            rows = self.rows.pop(piece, None)
+            chosen = None if rows is None else rows.lack(out[0])
+            self.state.observe(self.step, piece, residuals, self.entries.pop(piece), chosen)
         self._note(site, stack, index, "compute", 1.0)
 
     # --- stand in ---------------------------------------------------------------------------------
 
-    def _stand_in(
-        self, stack: Stack, piece: Piece, block: nn.Module, call: BlockCall, now: list[Tensor], added: list[Tensor | None]
-    ) -> Any:
+    def _stand_in(self, stack: Stack, piece: Piece, call: BlockCall, now: list[Tensor]) -> Any:
         """The block lets its streams through; the last one of the piece adds what the piece would have added."""
-        site, rows, out = piece.site, self.rows.get(piece.site), now
-        if rows is not None:
-            rows.run(stack, block, call, added[0] if call.index > piece.start else None)
+        site, rows, out = piece.site, self.rows.get(piece), now
         if call.index == piece.stop - 1:
             out = [n + r for n, r in zip(now, self.state.estimate(self.step, piece), strict=True)]
-            if rows is not None:
-                out = [rows.put_into(out[0])]
-                del self.rows[site]
+            chosen = self.state.chosen(self.step, piece, now[0])
+            if rows is not None and chosen is not None:
+                out = [rows.put_into(out[0], chosen.lack)]
+                del self.rows[piece]
             del self.left_out[site]
         self._keep(site, stack, out)
         self._note(site, stack, call.index, "stand_in" if rows is None else "compute", 1.0 if rows is None else rows.share)

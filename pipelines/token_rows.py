@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.caching.stack import ChosenTokens
 from hasten.pipelines.structure import BlockCall, Stack
 
 
 class TokenRows:
-    """The chosen tokens of one stream on their way through a piece.
+    """The chosen tokens of one stream on their way through a piece, without the others.
 
     index: int64 [count], which tokens. stream: [batch, tokens, channels] where the piece begins. Arguments that are indexed by
     token (rotary tables, per-token modulation) are cut to the same tokens: those with the stream's number of
@@ -37,9 +38,14 @@ class TokenRows:
         kwargs = {name: self.tokens if slot == name else self._cut(value) for name, value in call.kwargs.items()}
         self.tokens = stack.outputs(block(*args, **kwargs))[0]
 
-    def put_into(self, stream: Tensor) -> Tensor:
-        """`stream` with the chosen tokens replaced by what came out for them."""
-        return stream.index_copy(1, self.index, self.tokens.to(stream.dtype))
+    def lack(self, out: Tensor) -> ChosenTokens:
+        """What the others added to these tokens in `out`, the stream behind blocks that all tokens ran through."""
+        return ChosenTokens(self.index, out.index_select(1, self.index) - self.tokens)
+
+    def put_into(self, stream: Tensor, lack: Tensor | None) -> Tensor:
+        """`stream` with the chosen tokens replaced by what came out for them, and what they lacked before."""
+        found = self.tokens if lack is None else self.tokens + lack
+        return stream.index_copy(1, self.index, found.to(stream.dtype))
 
     def _cut(self, value: Any) -> Any:
         if isinstance(value, tuple | list):

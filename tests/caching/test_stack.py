@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.caching.rules import Every
 from hasten.caching.spans import Chosen, Piece, RearThenFront
-from hasten.caching.stack import StackReuse, StackState
+from hasten.caching.stack import ChosenTokens, StackReuse, StackState
 from hasten.caching.stack_signals import Evidence
 from hasten.caching.tokens import MovedTokens
 from hasten.drift import Drift
@@ -95,12 +95,19 @@ def test_a_span_that_is_empty_at_a_step_computes() -> None:
 def test_tokens_are_those_that_moved() -> None:
     policy = StackReuse(lead=0, rule=Every(interval=2), tokens=MovedTokens(early=0.5, late=0.5))
     state, entry = started(policy), seeded(0, 2, 6, 3)
-    assert not compute(state, at(0), entry, seeded(1, 2, 6, 3))
+    (piece,) = state.pieces(at(0))
+    assert not state.decide(at(0), Evidence([entry], [], entry))
+    assert state.choose(at(0), piece, entry) is None, "not before it is proved that tokens may run apart"
+    state.apart = True
+    first = state.choose(at(0), piece, entry)
+    assert first is not None and first.tolist() == [0, 2, 4], "evenly spread, as nothing has moved yet"
+    state.observe(at(0), piece, [seeded(1, 2, 6, 3)], entry, ChosenTokens(first, seeded(2, 2, 3, 3)))
+    chosen = state.chosen(at(1), piece, entry)
+    assert chosen is not None and chosen.index is first
+    assert state.num_bytes() == (2 * 6 * 3 * 2 + 2 * 3 * 3) * 4 + 3 * 8
     now = entry.clone()
     now[:, [1, 4, 5]] += 1.0
-    assert state.decide(at(1), Evidence([now], [], now))
-    (piece,) = state.pieces(at(1))
-    picked = state.pick(at(1), piece, now)
+    picked = state.choose(at(2), piece, now)
     assert picked is not None and picked.tolist() == [1, 4, 5]
 
 

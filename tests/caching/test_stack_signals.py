@@ -169,6 +169,8 @@ class TestTokens(PartContract):
             assert 0 <= count <= num
             picked = part.pick(count, seeded(0, 2, num, 4), seeded(1, 2, num, 4))
             assert picked.dtype == torch.int64 and len(set(picked.tolist())) == count
+            first = part.pick(count, seeded(0, 2, num, 4), None)
+            assert first.dtype == torch.int64 and len(set(first.tolist())) == count
 
 
 def test_width_follows_the_step() -> None:

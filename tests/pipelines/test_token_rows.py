@@ -63,11 +63,30 @@ def test_tokens_that_see_no_other_are_exact_for_the_chosen_and_held_for_the_rest
     model, call = mixer(neighbour=False)
     moved = {**call, "hidden_states": call["hidden_states"].clone()}
     moved["hidden_states"][:, [2, 5]] += 1.0
-    outputs, run = loop(model, tokens(0.2), lambda i: moved if i % 2 else call)
+    # Computed: 0, 3, 6. Between 0 and 3 tokens 2 and 5 have moved, so that they run at 4 and 5.
+    half = {**call, "hidden_states": (call["hidden_states"] + moved["hidden_states"]) / 2}
+    inputs = [call, call, call, half, moved, moved]
+    outputs, run = loop(model, tokens(0.2, rule=Every(interval=3)), lambda i: inputs[i], steps=6)
     assert partial(run) and set(partial(run)) == {0.2}
     with torch.no_grad():
         right = model(**moved)[0]
-    torch.testing.assert_close(outputs[1], right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[4], right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[5], right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_the_tokens_is_lossless_on_identical_input() -> None:
+    """What the chosen tokens lack of the others is known from the computed step."""
+    model, call = small_wan().transformer, {
+        "hidden_states": seeded(0, 1, 16, 2, 4, 4),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": seeded(1, 1, 5, 32),
+    }
+    with torch.no_grad():
+        plain = model(**call, return_dict=False)[0]
+    outputs, run = loop(model, tokens(0.4), lambda _: call)
+    assert partial(run)
+    for out in outputs:
+        torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_that_see_their_neighbours_are_not_run_apart() -> None:
