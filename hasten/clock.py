@@ -69,9 +69,8 @@ class _Branches:
             return self.known[address][1]
         # Reading two numbers is a host synchronisation, but only when a new tensor turns up: in nearly
         # all pipelines once per branch and run.
-        wide = torch.atleast_1d(
-            tensor.detach().double() if tensor.device.type != "mps" else tensor.detach().float()
-        )
+        wide = tensor.detach().double() if tensor.device.type != "mps" else tensor.detach().float()
+        wide = wide if wide.ndim else wide.reshape(1)
         weights = torch.arange(1, wide.shape[-1] + 1, device=wide.device, dtype=wide.dtype)
         numbers = tuple(torch.stack([wide.sum(), (wide * weights).sum()]).tolist())
         content = (tuple(tensor.shape), str(tensor.device), *numbers)

@@ -38,6 +38,10 @@ class Gate:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
+    def rest(self) -> None:
+        """From now on only call the block; another session's gates may still stand in front of this one."""
+        self._run = lambda index, block, args, kwargs: block(*args, **kwargs)
+
 
 class GateList(nn.Module):
     """What a network's forward meets in place of its block list: gates by index, the blocks themselves by name.
@@ -71,6 +75,7 @@ class StackGates:
         self.model = model
         self.stacks: list[Stack] = []
         self.refused: dict[str, str] = {}
+        self._gates: list[Gate] = []
         self._attachment = Attachment()
         self._watchers: dict[str, Watcher] = {}
         self._moments = itertools.count()
@@ -80,15 +85,20 @@ class StackGates:
 
     def attach(self, names: list[str] | None = None) -> None:
         """Shadow the candidate lists (or only `names`)."""
-        for name, blocks in candidates(self.model).items():
+        for name in candidates(self.model):
             if names is None or name in names:
-                gates = [Gate(block, i, self._runner(name)) for i, block in enumerate(blocks)]
+                # What stands there now: the blocks, or the gates of another session on this network.
+                gates = [Gate(block, i, self._runner(name)) for i, block in enumerate(getattr(self.model, name))]
+                self._gates += gates
                 self._attachment.replace(self.model, name, GateList(getattr(self.model, name), gates))
 
     def detach(self) -> None:
         """Give the network its own lists back."""
         self._attachment.restore()
         self._attachment = Attachment()
+        for gate in self._gates:
+            gate.rest()
+        self._gates = []
 
     def watch(self, forward: Callable[[], Any]) -> Any:
         """Run `forward` once while recording every block call; then `stacks` and `refused` are known."""

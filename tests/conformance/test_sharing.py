@@ -49,7 +49,7 @@ def test_second_thread_gets_plain_outputs(name: str, recipe: Recipe) -> None:
     assert_same(found, accelerated(name, recipe, FOUR), tolerance=0)
 
 
-@pytest.mark.parametrize("recipe", [ALTERNATE], ids=["network"])
+@RECIPES
 def test_two_sessions_on_one_network(name: str, recipe: Recipe) -> None:
     """Two loops with a scheduler and a session each, one after the other."""
     small, model = built(name)
