@@ -52,7 +52,7 @@ class ContextSeam(ReuseSeam):
     def compute(self, step: Step, call: Call, share: float) -> Any:
         """Run the network on all tokens, or on those that are not mere context."""
         state, ids = self.state, call.sample
-        mask = getattr(self.gate.session.clock.scheduler, "config", {}).get("mask_token_id")
+        mask: Any = getattr(self.gate.session.clock.scheduler, "config", {}).get("mask_token_id")
         if state is not None and (mask is None or ids.is_floating_point() or ids.ndim != 3):
             self._refuse("its input is no grid of token ids with a mask token that the scheduler knows")
             return self.gate.seam.compute(step, call, share)

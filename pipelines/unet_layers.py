@@ -38,8 +38,8 @@ def cut(model: nn.Module, branch: int) -> Cut | str:
         return "it is no U-Net: down_blocks, mid_block and up_blocks were not found"
     if not all(hasattr(block, "resnets") for block in (*downs, *ups)):
         return "its blocks do not keep their layers as `resnets`"
-    makes = [len(block.resnets) + (getattr(block, "downsamplers", None) is not None) for block in downs]
-    uses = [len(block.resnets) for block in ups]
+    makes = [_layers(block) + (getattr(block, "downsamplers", None) is not None) for block in downs]
+    uses = [_layers(block) for block in ups]
     if 1 + sum(makes) != sum(uses):
         return f"its {len(ups)} up blocks use {sum(uses)} skip connections, but {1 + sum(makes)} are made"
     if branch > sum(makes) - 1:
@@ -57,6 +57,10 @@ def aligned(block: Any) -> dict[str, nn.ModuleList]:
     lists = {name: child for name, child in block.named_children() if isinstance(child, nn.ModuleList)}
     ends = ("downsamplers", "upsamplers")
     return {name: child for name, child in lists.items() if len(child) == num and name not in ends}
+
+
+def _layers(block: Any) -> int:
+    return len(block.resnets)
 
 
 def _locate(sizes: list[int], position: int) -> tuple[int, int]:
