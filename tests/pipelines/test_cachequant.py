@@ -64,6 +64,10 @@ def test_cost_is_what_holding_costs_and_falls_with_more_steps(total: int, seed: 
     assert all(a >= b - 1e-9 for a, b in itertools.pairwise(paid)) and paid[-1] == 0
 
 
+def test_ties_go_to_the_earlier_step() -> None:
+    assert cheapest_groups([[0.0] * 5] * 4, 2) == [0, 1]
+
+
 @pytest.mark.parametrize("num", [0, 5])
 def test_a_number_that_does_not_fit_is_an_error(num: int) -> None:
     with pytest.raises(UsageError, match="between 1 and 4"):
