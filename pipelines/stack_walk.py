@@ -117,12 +117,12 @@ class Walk:
             if self.skipping and self.state.fits(self.step, piece, now):
                 self.left_out[site] = piece
                 chosen = self.state.chosen(self.step, piece, now[0])
-                index = None if chosen is None else chosen.index
+                picked = None if chosen is None else chosen.index
             else:
                 self.paths[piece], self.entries[piece] = now, now[0]
-                index = self.state.choose(self.step, piece, now[0])
-            if index is not None:
-                self.rows[piece] = TokenRows(index, now[0])
+                picked = self.state.choose(self.step, piece, now[0])
+            if picked is not None:
+                self.rows[piece] = TokenRows(picked, now[0])
 
     def _leave(self, site: int, stack: Stack, index: int, out: list[Tensor]) -> None:
         """A block was computed; pieces that end with it are learned."""
