@@ -90,8 +90,8 @@ def bench_cache(
 ) -> Bench:
     """Measure `presets` on `samples` against the plain run, fewer steps, the oracle and `peers` (`peers.sweep`).
 
-    computed_fraction is the share of denoiser work: as reported for ours (median over the samples), counted in
-    floating point operations on the first sample for all others. bytes_held likewise: reported for ours, for peers
+    computed_fraction is the share of denoiser work: as reported for ours (median over the samples), the share of steps
+    for fewer steps, counted in floating point operations on the first sample for peers. bytes_held likewise: reported for ours, for peers
     by how much more than in the plain run the living tensors grow until the denoiser last returns. Candidates that
     cannot run are rows with `n` 0 and the reason in `note`.
     Raises `RefusedError` when a peer leaves the pipeline changed: no later row would mean anything.
@@ -177,12 +177,18 @@ class _Run:
         """Run a candidate once, untimed: it gets a column, or a reason why not."""
         self.tell(f"probing {candidate.recipe}")
         try:
-            with watch(self.pipe, weigh_at=self.reference.calls) as work:
+            foreign = candidate.control.startswith("peer:")  # others know what they compute; counting is slow
+            with (
+                watch(self.pipe, weigh_at=self.reference.calls)
+                if foreign
+                else contextlib.nullcontext() as work
+            ):
                 self._shoot(self.samples[0], candidate)
         except Exception as error:  # noqa: BLE001 - whatever it raises is the reason in the table
             self.failed.append((candidate, because(error)))
         else:
-            self._work[candidate.recipe] = work
+            if work is not None:
+                self._work[candidate.recipe] = work
             self.columns.append(Column(candidate))
         if candidate.control.startswith("peer:") and not self._unchanged():
             raise RefusedError(
@@ -199,7 +205,9 @@ class _Run:
             raise RefusedError("the output is not finite.")
         shot.frames = shot.frames.astype(np.float32)  # what pipelines return; half the memory
         work = self._work.get(candidate.recipe) if candidate is not None else None
-        if work is not None and shot.computed_fraction is None:
+        if candidate is not None and candidate.steps is not None:
+            shot.computed_fraction = candidate.steps / self.steps
+        elif work is not None and shot.computed_fraction is None:
             shot.computed_fraction = work.flops / self.reference.flops
             if work.growth is not None and self.reference.growth is not None:
                 shot.bytes_held = max(0, work.growth - self.reference.growth)
