@@ -7,6 +7,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from hasten.agree import Mean, alone
 from hasten.forecast import Forecast, ForecastState
 
 Key = tuple[Hashable, ...]
@@ -19,7 +20,12 @@ def key_of(x: Tensor) -> Key:
 
 
 class Histories:
-    """Histories of the sites of one network during one run. Nothing is shared between branches or sites."""
+    """Histories of the sites of one network during one run. Nothing is shared between branches or sites.
+
+    agree: makes the flags of all ranks that share a sample one; the seam sets it.
+    """
+
+    agree: Mean = staticmethod(alone)
 
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast
@@ -49,9 +55,9 @@ class Histories:
         """Forget the branches whose outputs were not finite and name them. One host synchronisation."""
         if not self._finite:
             return []
-        numbers, flags = list(self._finite), torch.stack(list(self._finite.values())).tolist()
+        numbers, flags = list(self._finite), self.agree(torch.stack(list(self._finite.values())).float()).tolist()
         self._finite.clear()
-        bad = [number for number, healthy in zip(numbers, flags, strict=True) if not healthy]
+        bad = [number for number, healthy in zip(numbers, flags, strict=True) if not healthy >= 1]
         self._sites = {where: held for where, held in self._sites.items() if where[0] not in bad}
         return bad
 

@@ -48,6 +48,8 @@ class ContextSeam(ReuseSeam):
 
     def begin_run(self, times: Sequence[float]) -> None:
         self.state = None if self._refused else self.policy.start(times)
+        if self.state is not None:
+            self.state.histories.agree = self.gate.agree
 
     def compute(self, step: Step, call: Call, share: float) -> Any:
         """Run the network on all tokens, or on those that are not mere context."""

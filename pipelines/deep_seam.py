@@ -50,6 +50,7 @@ class DeepSeam(ReuseSeam):
 
     def begin_run(self, times: Sequence[float]) -> None:
         self.state, self._shapes = self.policy.start(times), {}
+        self.state.histories.agree = self.gate.agree
         again = cut(self.gate.model, self.policy.branch) if self.gates is not None else ""
         if isinstance(again, str) and again:
             self._refuse(again)

@@ -38,6 +38,7 @@ class ModuleSeam(ReuseSeam):
 
     def begin_run(self, times: Sequence[float]) -> None:
         self.state = self.policy.start(times)
+        self.state.histories.agree = self.gate.agree
         compiled = self.gates.compiled() if self.gates is not None else ""
         if compiled:
             self._refuse(f"{compiled} lies inside a block that has been compiled")
