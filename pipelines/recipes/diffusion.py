@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hasten.budget import Budget
 from hasten.caching.network import NetworkReuse
-from hasten.caching.rules import Every, Listed, Spread
+from hasten.caching.rules import Every, Listed
 from hasten.caching.signals import OutputChange
 from hasten.caching.stack import StackReuse
 from hasten.drift import Drift
@@ -21,29 +21,25 @@ def plain() -> Recipe:
 
 
 def balanced() -> Recipe:
-    """Between a fifth and a quarter of the evaluations; linear forecasts, each gap put right when it ends.
+    """About a quarter of the evaluations; damped linear forecasts, each gap put right when it ends.
 
-    The schedule and the forecast were chosen on tuning prompts by `benchmarks/tune_presets.py`.
+    The positions were chosen at 50 steps on tuning prompts, see `benchmarks/tune_presets.py`.
     """
+    at = (0.0, 0.082, 0.122, 0.163, 0.224, 0.286, 0.367, 0.469, 0.571, 0.694, 0.837, 0.939)
     return Recipe(
-        reuse=NetworkReuse(
-            rule=Spread(share=0.22, ends=0.2, skew=1.3, until=0.91, by="step"), forecast=Polynomial(order=1), correct=1
-        ),
+        reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=1, damp=0.75), correct=2),
         models=("any denoiser with an Euler or DDIM solver",),
     )
 
 
 def fast() -> Recipe:
-    """About a seventh of the evaluations; damped linear forecasts, each gap put right when it ends.
+    """About a sixth of the evaluations; damped linear forecasts, each gap put right when it ends.
 
-    The schedule and the forecast were chosen on tuning prompts by `benchmarks/tune_presets.py`.
+    The positions were chosen at 50 steps on tuning prompts by a search, see `benchmarks/tune_presets.py`.
     """
+    at = (0.0, 0.102, 0.163, 0.224, 0.367, 0.551, 0.776, 0.918)
     return Recipe(
-        reuse=NetworkReuse(
-            rule=Spread(share=0.14, ends=0.2, skew=1.3, until=0.86, by="step"),
-            forecast=Polynomial(order=1, damp=0.75),
-            correct=2,
-        ),
+        reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=1, damp=0.75), correct=2),
         models=("any denoiser with an Euler or DDIM solver",),
     )
 
