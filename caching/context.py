@@ -40,7 +40,7 @@ class ContextReuse(ReusePolicy):
 
     @model_validator(mode="after")
     def _schedules_only(self) -> ContextReuse:
-        if self.rule.needs_signal:
+        if self.rule.needs_signal or self.rule.needs_errors:
             raise RecipeError(
                 f"reuse.rule = {self.rule.kind!r} compares a signal, and context reuse measures none; allowed are schedules"
                 " (every, window, spread, listed). Use the network span with the signal tokens_changed."

@@ -38,7 +38,7 @@ class DeepReuse(ReusePolicy):
 
     @model_validator(mode="after")
     def _schedules_only(self) -> DeepReuse:
-        if self.rule.needs_signal:
+        if self.rule.needs_signal or self.rule.needs_errors:
             raise RecipeError(
                 f"reuse.rule = {self.rule.kind!r} compares a signal, and deep reuse measures none; allowed are schedules"
                 " (every, window, spread, listed). Use the network span for an adaptive rule."

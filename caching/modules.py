@@ -45,7 +45,7 @@ class ModuleReuse(ReusePolicy):
         if not self.rules:
             raise RecipeError(f"reuse of modules needs a rule for at least one of {', '.join(FAMILIES)}; got none.")
         for family, rule in self.rules.items():
-            if rule.needs_signal:
+            if rule.needs_signal or rule.needs_errors:
                 raise RecipeError(
                     f"reuse.{family} = {rule.kind!r} compares a signal, and modules measure none; allowed are schedules"
                     " (every, window, spread, listed). Use the network or stack span for an adaptive rule."

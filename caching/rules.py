@@ -63,16 +63,33 @@ class Window(Schedule):
 
 
 class Listed(Schedule):
-    """Compute exactly these positions, given as shares of the run, 0 the first step and 1 the last.
+    """Compute these positions, given as shares of the run, 0 the first step and 1 the last.
 
-    Shares instead of indices, so that a schedule found at 50 steps can be tried at another number.
+    Shares instead of indices, so that a schedule found at 50 steps can be tried at another number. share: None for
+    exactly these positions; else how many steps are computed, as a share of the run (at least three), placed along the
+    listed positions (which are then in order), with straight lines between them: a short run keeps its speed-up.
     """
 
     kind: ClassVar[str] = "listed"
     at: tuple[float, ...] = Field(min_length=1)
+    share: float | None = Field(None, gt=0, le=1)
 
     def computed(self, total: int, times: Sequence[float] = ()) -> set[int]:
-        return {0} | {min(total - 1, max(0, round(share * (total - 1)))) for share in self.at}
+        if self.share is None:
+            return {0} | {min(total - 1, max(0, round(share * (total - 1)))) for share in self.at}
+        num = min(total, max(3, round(self.share * total)))
+        found = {0}
+        for k in range(1, num):
+            target = self._between(k / (num - 1)) * (total - 1)
+            found.add(min((i for i in range(total) if i not in found), key=lambda i: abs(i - target)))
+        return found
+
+    def _between(self, way: float) -> float:
+        """The position at `way` (0 to 1) through the list."""
+        spot = way * (len(self.at) - 1)
+        low = min(math.floor(spot), len(self.at) - 1)
+        high = min(low + 1, len(self.at) - 1)
+        return self.at[low] + (spot - low) * (self.at[high] - self.at[low])
 
 
 class Spread(Schedule):

@@ -46,6 +46,11 @@ class StackReuse(ReusePolicy):
 
     @model_validator(mode="after")
     def _has_what_it_watches(self) -> StackReuse:
+        if self.rule.needs_errors:
+            raise ValueError(
+                f"reuse.rule = {self.rule.kind!r} spends an error budget, which is measured for whole networks only; use it"
+                " with kind: network"
+            )
         if self.lead == 0 and self.rule.needs_signal and self.signal.needs_lead:
             raise ValueError(
                 f"signal {self.signal.kind!r} watches the leading blocks, and lead = 0 leaves none;"
@@ -73,10 +78,12 @@ class StackState:
 
     change: what the latest decision was based on. apart: whether some tokens may run without the others, which the
     seam has to prove first. agree: makes the numbers of all ranks that share a sample one; the seam sets it.
+    input: shape, dtype and device of the network's input, which padded streams do not show; the seam sets it, too.
     """
 
     apart = False
     agree: Mean = staticmethod(alone)
+    input: Key = ()
 
     def __init__(self, policy: StackReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
@@ -131,7 +138,7 @@ class StackState:
 
     def _branch(self, step: Step, seen: Evidence) -> StackBranch:
         """This branch's history, a new one where the streams look otherwise than before."""
-        key = key_of(seen.streams)
+        key = (*self.input, *key_of(seen.streams))
         branch = self.branches.get(step.branch)
         if branch is None or branch.key != key:
             branch = self.branches[step.branch] = StackBranch(self.policy, key)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.caching.network import NetworkReuse
 from hasten.caching.spans import Piece
-from hasten.caching.stack import ChosenTokens, StackReuse, StackState
+from hasten.caching.stack import ChosenTokens, StackReuse, StackState, key_of
 from hasten.caching.stack_signals import Evidence
 from hasten.drift import Drift
 from hasten.pipelines.host import Call, Output, is_whole_compiled
@@ -59,6 +59,8 @@ class StackSeam(ReuseSeam):
             return self.gate.seam.compute(step, call, share)
         events: list[Event] = []
         state, spare = self.state, call.copy()
+        if isinstance(call.sample, Tensor):
+            state.input = key_of([call.sample])
         result = self.gate.timed(step, lambda: self._walk(step, call, state, events), share=share, events=events)
         self.change = state.change
         self._prove(step, spare, result)
@@ -206,6 +208,7 @@ class Proof(StackState):
     def __init__(self, filled: StackState, pieces: tuple[Piece, ...], *, reorder: bool = False) -> None:
         super().__init__(filled.policy)
         self.branches, self.reorder, self._pieces = filled.branches, reorder, pieces
+        self.input = filled.input
 
     def pieces(self, step: Step) -> tuple[Piece, ...]:
         return self._pieces

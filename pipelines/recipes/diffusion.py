@@ -27,7 +27,7 @@ def balanced() -> Recipe:
     """
     at = (0.0, 0.082, 0.122, 0.163, 0.224, 0.286, 0.367, 0.469, 0.571, 0.694, 0.837, 0.939)
     return Recipe(
-        reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=1, damp=0.75), correct=2),
+        reuse=NetworkReuse(rule=Listed(at=at, share=0.24), forecast=Polynomial(order=1, damp=0.75), correct=2),
         models=("any denoiser with an Euler or DDIM solver",),
     )
 
@@ -39,7 +39,7 @@ def fast() -> Recipe:
     """
     at = (0.0, 0.102, 0.163, 0.224, 0.367, 0.551, 0.776, 0.918)
     return Recipe(
-        reuse=NetworkReuse(rule=Listed(at=at), forecast=Polynomial(order=1, damp=0.75), correct=2),
+        reuse=NetworkReuse(rule=Listed(at=at, share=0.16), forecast=Polynomial(order=1, damp=0.75), correct=2),
         models=("any denoiser with an Euler or DDIM solver",),
     )
 

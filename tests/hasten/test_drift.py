@@ -174,3 +174,13 @@ def test_a_finite_value_after_an_infinite_one_is_no_small_change() -> None:
     old = seeded(0, 4, 8)
     old[0, 0] = math.inf
     assert not math.isfinite(float(relative_l1(seeded(1, 4, 8), old)))
+
+
+def test_listed_with_a_share_keeps_its_speed_at_another_number_of_steps() -> None:
+    at = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+    assert Listed(at=at, share=0.12).computed(50) == Listed(at=at).computed(50), "six of fifty are the list itself"
+    for total in (6, 12, 20, 28, 100):
+        found = Listed(at=at, share=0.3).computed(total)
+        assert len(found) == min(total, max(3, round(0.3 * total))) and 0 in found and max(found) < total
+    few = sorted(Listed(at=at, share=0.15).computed(20))
+    assert few == [0, 7, 17], "first, middle and last of the listed way"

@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hasten.budget import COARSEST, FINEST, Budget
+from hasten.caching.context import ContextReuse
+from hasten.caching.deep import DeepReuse
+from hasten.caching.modules import ModuleReuse
+from hasten.caching.stack import StackReuse
+from hasten.errors import RecipeError
 from hasten.ledger import Ledger, LedgerState
 from hasten.level import Level
 from hasten.step import Step
@@ -120,3 +125,10 @@ def test_budget_is_one_tolerance_in_three_words() -> None:
 def test_budget_refuses_none_several_and_nonsense(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Budget(**wrong)
+
+
+def test_budgets_are_refused_where_nothing_measures_them() -> None:
+    for policy in (StackReuse, ModuleReuse, DeepReuse, ContextReuse):
+        field = "self_attention" if policy is ModuleReuse else "rule"
+        with pytest.raises((ValidationError, RecipeError)):
+            policy(**{field: Ledger()})

@@ -14,6 +14,7 @@ import hasten
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every, Spread
 from hasten.caching.stack import StackReuse
+from hasten.drift import Rule
 from hasten.errors import LimitError, ModelError, RecipeError, UsageError
 from hasten.forecast import Polynomial
 from hasten.pipelines.accelerate import Session
@@ -152,7 +153,8 @@ def callback(host: Host, call: Callable[..., Any]) -> dict[str, Any]:
 class TestEveryReusePolicy:
     def test_never_skipping_is_bit_identical(self, host: Host, policy: Any) -> None:
         before = host()
-        always = policy.model_copy(update={"rule": Every(interval=1)})
+        rules = [name for name in type(policy).model_fields if isinstance(getattr(policy, name), Rule)]
+        always = policy.model_copy(update=dict.fromkeys(rules, Every(interval=1)))
         with hasten.accelerate(host.pipe, Recipe(reuse=always)) as run:
             assert torch.equal(host(), before)
         assert computed(run) == set(range(6))
