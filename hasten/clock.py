@@ -86,9 +86,11 @@ class Clock:
 
     run: index of the present run, -1 before the first. step: the latest `Step` entered, None when idle.
     on_run: called when a run starts. on_tick: called with the model output given to the solver.
+    ours: asked when a run is set up; False for a run of somebody else who uses the same scheduler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ours: Callable[[], bool] = lambda: True) -> None:
+        self.ours = ours
         self.run = -1
         self.step: Step | None = None
         self.on_run: list[Callable[[], None]] = []
@@ -124,7 +126,7 @@ class Clock:
         self._index, self._pending, self.step = None, False, None
 
     def _timesteps_set(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._pending, self._index, self.step = True, None, None
+        self._pending, self._index, self.step = self.ours(), None, None
         self._thread = threading.get_ident()
 
     def _stepped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,14 +248,13 @@ def _clue(timestep: Tensor, nodes: Tensor, index: int) -> str:
 
 
 class _Follower:
-    """A scheduler method that tells the clock after it ran. Deep copies of the scheduler get their own,
-    unfollowed method (some pipelines copy the scheduler for a second modality)."""
+    """A scheduler method that tells the clock about each call."""
 
     def __init__(
         self, scheduler: Any, name: str, after: Callable[[tuple[Any, ...], dict[str, Any]], None]
     ) -> None:
         self._method = getattr(scheduler, name)
-        self._owner, self._name, self._after = scheduler, name, after
+        self._name, self._after = name, after
         functools.update_wrapper(self, self._method)  # pipelines inspect the signature for `sigmas=`, `eta=`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,10 +264,6 @@ class _Follower:
         result = self._method(*args, **kwargs)
         self._after(args, kwargs)
         return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo.get(id(self._owner))
-        return getattr(type(self._owner), self._name).__get__(self._owner if twin is None else twin)
 
 
 def _starting_index(scheduler: Any, timestep: Any, total: int) -> int:

@@ -18,7 +18,7 @@ from hasten.errors import ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.denoiser_gate import DenoiserGate
 from hasten.pipelines.guidance_seam import GuidanceSeam
-from hasten.pipelines.host import denoisers, hardware
+from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.solver import swap_scheduler
 from hasten.recipe import Recipe
@@ -60,7 +60,7 @@ class Session:
     def __init__(self, host: Any, recipe: Recipe, scheduler: Any, limits: Limits, group: Any = None) -> None:
         self.host, self.recipe, self.limits, self.group = host, recipe, limits, group
         self.trace = Trace()
-        self.clock = Clock()
+        self.clock = Clock(ours=self._ours)
         self.guidance: GuidanceSeam | None = None
         self.gates: list[DenoiserGate] = []
         self._attachment = Attachment()
@@ -167,6 +167,9 @@ class Session:
 
     def _scheduler(self) -> Any:
         return self._bare_scheduler if self._bare_scheduler is not None else self.host.scheduler
+
+    def _ours(self) -> bool:
+        return is_running(self.host, self._scheduler())
 
     # --- what the clock tells ---------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,6 +42,30 @@ def denoisers(host: Any) -> dict[str, nn.Module]:
             " Pass a diffusers pipeline, or the denoiser itself together with scheduler=."
         )
     return modules
+
+
+def is_running(host: Any, scheduler: Any) -> bool:
+    """False when the call that is now in progress comes from another diffusers pipeline on the same scheduler.
+
+    `from_pipe` makes pipelines that share all they have, so that only the call stack tells whose run it is. A loop
+    outside of any pipeline belongs to `host`, and so does the run of a pipeline that is a part of it.
+    """
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    if isinstance(host, nn.Module):
+        return True
+    frame: FrameType | None = sys._getframe(1)  # this function's own frame holds the host
+    while frame is not None:
+        found = [
+            value
+            for value in frame.f_locals.values()
+            if isinstance(value, DiffusionPipeline | ModularPipeline) and vars(value).get("scheduler") is scheduler
+        ]
+        if found:
+            parts = [host, *vars(host).values()]
+            return any(value is part for value in found for part in parts)
+        frame = frame.f_back
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The registered module stays where it is: parameters, `state_dict`, hooks and ada
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ class ModuleProxy(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_stands_for"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(vars(self)["_stands_for"], memo)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_stands_for" in vars(self):

@@ -6,6 +6,7 @@ untouched, and `forward` meets the gates instead. Outside an active step a gate 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -62,6 +63,10 @@ class GateList(nn.Module):
 
     def __getitem__(self, index: Any) -> Any:
         return self.gates[index]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.ModuleList:
+        """A copy of the blocks alone: gates belong to the network they were put on."""
+        return nn.ModuleList(copy.deepcopy(block, memo) for block in self._modules.values())
 
 
 class StackGates:
