@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.agree import Mean, alone
 from hasten.caching.spans import AllBlocks, Itinerary, Piece, Span
 from hasten.caching.stack_signals import Evidence, LeadChange, StackSignal, StackSignalState
-from hasten.caching.tokens import Tokens
+from hasten.caching.tokens import Tokens, TokenState
 from hasten.drift import Drift, Rule
 from hasten.forecast import Forecast, ForecastState, Hold
 from hasten.recipe import ReusePolicy
@@ -169,36 +169,48 @@ class StackState:
 
     def choose(self, step: Step, piece: Piece, entry: Tensor) -> Tensor | None:
         """Indices of the tokens that will run on skipped steps behind this computed one; None for none."""
-        if self.policy.tokens is None or not self.apart:
+        tokens, watch = self.policy.tokens, self._watch(step, piece, entry, computed=True)
+        if tokens is None or watch is None or not self.apart:
             return None
-        count = self.policy.tokens.count(step, entry.shape[1])
-        history = self.branches[step.branch].histories.get(piece)
-        before = history.entry if history is not None and history.key == key_of([entry]) else None
-        return self.policy.tokens.pick(count, entry, before) if count else None
+        count = tokens.count(step, entry.shape[1])
+        return watch.pick(count) if count else None
 
     def chosen(self, step: Step, piece: Piece, entry: Tensor) -> ChosenTokens | None:
-        """The tokens that run through `piece` on this skipped step; None for none."""
-        return self.branches[step.branch].histories[piece].chosen
+        """The tokens that run through `piece` on this skipped step, which `entry` enters; None for none."""
+        self._watch(step, piece, entry, computed=False)
+        tokens = self.policy.tokens
+        runs = tokens is not None and tokens.runs(step, self.change)
+        return self.branches[step.branch].histories[piece].chosen if runs else None
+
+    def _watch(self, step: Step, piece: Piece, entry: Tensor, *, computed: bool) -> TokenState | None:
+        """Let the choice of tokens see what enters `piece`."""
+        if self.policy.tokens is None:
+            return None
+        watches = self.branches[step.branch].tokens
+        if piece not in watches:
+            watches[piece] = self.policy.tokens.start()
+        watches[piece].see(step, entry, computed=computed)
+        return watches[piece]
 
     def observe(
         self,
         step: Step,
         piece: Piece,
         residuals: list[Tensor],
-        entry: Tensor | None = None,
         chosen: ChosenTokens | None = None,
     ) -> None:
-        """`piece` was computed with these residuals. entry: its longest stream. chosen: what ran among itself as well."""
+        """`piece` was computed with these residuals. chosen: the tokens that ran among themselves as well."""
         branch = self.branches[step.branch]
         wanted = self.wanted(step)
         for stale in [held for held in branch.histories if held not in wanted]:
             del branch.histories[stale]
+            branch.tokens.pop(stale, None)
         history = branch.histories.get(piece)
         if history is None or history.key != key_of(residuals):
             history = branch.histories[piece] = PieceHistory(self.policy, residuals)
         for forecast, residual in zip(history.forecasts, residuals, strict=True):
             forecast.store(step.time, residual)
-        history.entry, history.chosen = (entry, chosen) if self.policy.tokens is not None else (None, None)
+        history.chosen = chosen
         if self.policy.rule.needs_signal:
             branch.signal.learned(step, piece, residuals[0])
         healthy = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
@@ -221,6 +233,7 @@ class StackBranch:
         self.key = key
         self.signal: StackSignalState = policy.signal.start()
         self.histories: dict[Piece, PieceHistory] = {}
+        self.tokens: dict[Piece, TokenState] = {}
         self.finite: Tensor | None = None
 
     def knows(self, pieces: tuple[Piece, ...]) -> bool:
@@ -228,7 +241,8 @@ class StackBranch:
         return bool(pieces) and all(piece in self.histories for piece in pieces)
 
     def tensors(self) -> list[Tensor]:
-        return self.signal.tensors() + [t for history in self.histories.values() for t in history.tensors()]
+        watched = [t for state in self.tokens.values() for t in state.tensors()]
+        return self.signal.tensors() + watched + [t for history in self.histories.values() for t in history.tensors()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +259,11 @@ class PieceHistory:
     def __init__(self, policy: StackReuse, residuals: list[Tensor]) -> None:
         self.key = key_of(residuals)
         self.forecasts: list[ForecastState] = [policy.forecast.start() for _ in residuals]
-        self.entry: Tensor | None = None
         self.chosen: ChosenTokens | None = None
 
     def tensors(self) -> list[Tensor]:
         held = [tensor for forecast in self.forecasts for tensor in forecast.tensors()]
-        extra = [self.entry] if self.chosen is None else [self.entry, self.chosen.index, self.chosen.lack]
+        extra = [] if self.chosen is None else [self.chosen.index, self.chosen.lack]
         return held + [tensor for tensor in extra if tensor is not None]
 
 

@@ -49,9 +49,13 @@ class StackSignalState(Protocol):
 
 
 class StackSignal(Part):
-    """Family of signals that are seen from inside. needs_lead: whether leading blocks have to run for it."""
+    """Family of signals that are seen from inside.
+
+    needs_lead: whether leading blocks have to run for it. signed: as for the signals of whole networks (`Signal`).
+    """
 
     needs_lead: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
 
     @property
     def remark(self) -> str:

@@ -157,8 +157,9 @@ class StackSeam(ReuseSeam):
         """All tokens in another order must come out as before, in that order; else no token is run apart."""
         assert self.gates is not None and self.state is not None
         blocks = [block for stack in self.gates.stacks for block in getattr(self.gate.model, stack.name).children()]
-        entries = [history.entry for history in self.state.branches[step.branch].histories.values()]
-        reason = not_token_wise(self.gates.stacks, [e for e in entries if e is not None], blocks)
+        histories = self.state.branches[step.branch].histories.values()
+        shapes = [shape for history in histories for shape, _, _ in history.key]
+        reason = not_token_wise(self.gates.stacks, shapes, blocks)
         reason = reason or self._loss(call, step, computed, Proof(self.state, pieces, reorder=True))
         self._tokens_proved = True
         if reason:
@@ -169,7 +170,9 @@ class StackSeam(ReuseSeam):
             self.state.policy = self.policy
             return
         self._apart = self.state.apart = True
-        del self.state.branches[step.branch]  # once more, so that this step chooses tokens as in later runs
+        # Once more, so that this step chooses tokens, and is seen by the signal, as in later runs.
+        del self.state.branches[step.branch]
+        self.state.decided = -1
         self._walk(step, call.copy(), self.state, [])
 
     def _loss(self, call: Call, step: Step, computed: Any, proof: Proof) -> str:
@@ -227,7 +230,6 @@ class Proof(StackState):
         step: Step,
         piece: Piece,
         residuals: list[Tensor],
-        entry: Tensor | None = None,
         chosen: ChosenTokens | None = None,
     ) -> None:
         return None

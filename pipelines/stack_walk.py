@@ -37,7 +37,6 @@ class Walk:
         self.before: dict[int, list[Tensor]] = {}
         self.versions: dict[int, list[int]] = {}
         self.paths: dict[Piece, list[Tensor]] = {}
-        self.entries: dict[Piece, Tensor] = {}
         self.left_out: dict[int, Piece] = {}
         self.rows: dict[Piece, TokenRows] = {}
         self.done: dict[int, list[tuple[int, int, str, float]]] = {}
@@ -55,13 +54,14 @@ class Walk:
             self._decide(now)
         added = self._added(site, now)
         self._enter(site, index, now)
-        for owner, rows in self.rows.items():
-            if owner.site == site:
-                rows.run(stack, block, call, added[0] if index > owner.start else None)
+        apart = {owner: rows for owner, rows in self.rows.items() if owner.site == site}
+        for owner, rows in apart.items():
+            rows.run(stack, block, call, added[0] if index > owner.start else None)
         piece = self.left_out.get(site)
         if piece is None:
             out = block(*args, **kwargs)
-            self._leave(site, stack, index, stack.outputs(out))
+            # Chosen tokens have run beside all the others and among themselves, and that is counted, too.
+            self._leave(site, stack, index, stack.outputs(out), 1.0 + sum(rows.share for rows in apart.values()))
             return out
         return self._stand_in(stack, piece, call, now)
 
@@ -100,7 +100,7 @@ class Walk:
         added is lost, so nothing is learned from this list now; from the next pass on its streams are copied."""
         self.stacks[site] = dataclasses.replace(self.stacks[site], in_place=True)
         for piece in [piece for piece in self.paths if piece.site == site]:
-            del self.paths[piece], self.entries[piece]
+            del self.paths[piece]
             self.rows.pop(piece, None)
 
     def _keep(self, site: int, stack: Stack, out: list[Tensor]) -> None:
@@ -117,22 +117,23 @@ class Walk:
             if self.skipping and self.state.fits(self.step, piece, now):
                 self.left_out[site] = piece
                 chosen = self.state.chosen(self.step, piece, now[0])
-                picked = None if chosen is None else chosen.index
+                if chosen is not None:
+                    self.rows[piece] = TokenRows(chosen.index, now[0], chosen.lack)
             else:
-                self.paths[piece], self.entries[piece] = now, now[0]
+                self.paths[piece] = now
                 picked = self.state.choose(self.step, piece, now[0])
-            if picked is not None:
-                self.rows[piece] = TokenRows(picked, now[0])
+                if picked is not None:
+                    self.rows[piece] = TokenRows(picked, now[0])
 
-    def _leave(self, site: int, stack: Stack, index: int, out: list[Tensor]) -> None:
-        """A block was computed; pieces that end with it are learned."""
+    def _leave(self, site: int, stack: Stack, index: int, out: list[Tensor], share: float) -> None:
+        """A block was computed, on `share` of the tokens; pieces that end with it are learned."""
         self._keep(site, stack, out)
         for piece in [p for p in self.paths if (p.site, p.stop) == (site, index + 1)]:
             residuals = [o - p for o, p in zip(out, self.paths.pop(piece), strict=True)]
             rows = self.rows.pop(piece, None)
             chosen = None if rows is None else rows.lack(out[0])
-            self.state.observe(self.step, piece, residuals, self.entries.pop(piece), chosen)
-        self._note(site, stack, index, "compute", 1.0)
+            self.state.observe(self.step, piece, residuals, chosen)
+        self._note(site, stack, index, "compute", share)
 
     # --- stand in ---------------------------------------------------------------------------------
 
@@ -141,9 +142,8 @@ class Walk:
         site, rows, out = piece.site, self.rows.get(piece), now
         if call.index == piece.stop - 1:
             out = [n + r for n, r in zip(now, self.state.estimate(self.step, piece), strict=True)]
-            chosen = self.state.chosen(self.step, piece, now[0])
-            if rows is not None and chosen is not None:
-                out = [rows.put_into(out[0], chosen.lack)]
+            if rows is not None:
+                out = [rows.put_into(out[0])]
                 del self.rows[piece]
             del self.left_out[site]
         self._keep(site, stack, out)

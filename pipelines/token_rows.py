@@ -14,14 +14,15 @@ from hasten.pipelines.structure import BlockCall, Stack
 class TokenRows:
     """The chosen tokens of one stream on their way through a piece, without the others.
 
-    index: int64 [count], which tokens. stream: [batch, tokens, channels] where the piece begins. Arguments that are indexed by
+    index: int64 [count], which tokens. stream: [batch, tokens, channels] where the piece begins. lacked: what the others
+    added to them at the last computed step, None where that is not known. Arguments that are indexed by
     token (rotary tables, per-token modulation) are cut to the same tokens: those with the stream's number of
     tokens as dimension 1, or as their only dimension of that size. Whether that is right on a network is proved there
     by running all tokens in another order, which must give the same output in that order.
     """
 
-    def __init__(self, index: Tensor, stream: Tensor) -> None:
-        self.index, self.num = index, stream.shape[1]
+    def __init__(self, index: Tensor, stream: Tensor, lacked: Tensor | None = None) -> None:
+        self.index, self.num, self.lacked = index, stream.shape[1], lacked
         self.tokens = stream.index_select(1, index)
 
     @property
@@ -42,9 +43,9 @@ class TokenRows:
         """What the others added to these tokens in `out`, the stream behind blocks that all tokens ran through."""
         return ChosenTokens(self.index, out.index_select(1, self.index) - self.tokens)
 
-    def put_into(self, stream: Tensor, lack: Tensor | None) -> Tensor:
+    def put_into(self, stream: Tensor) -> Tensor:
         """`stream` with the chosen tokens replaced by what came out for them, and what they lacked before."""
-        found = self.tokens if lack is None else self.tokens + lack
+        found = self.tokens if self.lacked is None else self.tokens + self.lacked
         return stream.index_copy(1, self.index, found.to(stream.dtype))
 
     def _cut(self, value: Any) -> Any:
@@ -58,14 +59,14 @@ class TokenRows:
         return value.index_select(spots[0], self.index) if len(spots) == 1 else value
 
 
-def not_token_wise(stacks: list[Stack], streams: list[Tensor], blocks: list[nn.Module]) -> str:
+def not_token_wise(stacks: list[Stack], shapes: list[torch.Size], blocks: list[nn.Module]) -> str:
     """Why tokens cannot be run apart in these lists; empty when they can as far as one sees without trying."""
     if len(stacks) != 1 or len(stacks[0].slots) != 1:
         return "its blocks have more than one stream"
     if any(getattr(block, "_compiled_call_impl", None) is not None or hasattr(block, "_orig_mod") for block in blocks):
         return "its blocks are compiled, and every other number of tokens would be compiled anew"
-    if streams[0].ndim != 3:
-        return f"its stream has {streams[0].ndim} dimensions, not [batch, tokens, channels]"
+    if len(shapes[0]) != 3:
+        return f"its stream has {len(shapes[0])} dimensions, not [batch, tokens, channels]"
     return ""
 
 

@@ -35,7 +35,7 @@ def compute(state: StackState, step: Step, lead: Tensor, residual: Tensor) -> bo
     if state.decide(step, Evidence([lead], [lead], lead)):
         return True
     for piece in state.wanted(step):
-        state.observe(step, piece, [residual], lead)
+        state.observe(step, piece, [residual])
     return False
 
 
@@ -101,7 +101,7 @@ def test_tokens_are_those_that_moved() -> None:
     state.apart = True
     first = state.choose(at(0), piece, entry)
     assert first is not None and first.tolist() == [0, 2, 4], "evenly spread, as nothing has moved yet"
-    state.observe(at(0), piece, [seeded(1, 2, 6, 3)], entry, ChosenTokens(first, seeded(2, 2, 3, 3)))
+    state.observe(at(0), piece, [seeded(1, 2, 6, 3)], ChosenTokens(first, seeded(2, 2, 3, 3)))
     chosen = state.chosen(at(1), piece, entry)
     assert chosen is not None and chosen.index is first
     assert state.num_bytes() == (2 * 6 * 3 * 2 + 2 * 3 * 3) * 4 + 3 * 8

@@ -63,6 +63,8 @@ class TestSignals(PartContract):
         def growing(rate: float) -> Callable[[int], Tensor]:
             return lambda i: seeded(0, 1, 4, 8) * (1 + rate) ** i + seeded(2, 1, 4, 8) * rate * i
 
+        if part.signed:
+            pytest.skip("has a sign, not a size")
         slow, fast = self.run(part, growing(0.02))[2], self.run(part, growing(0.2))[2]
         assert slow is not None and fast is not None and 0 < slow < fast
 
@@ -78,7 +80,7 @@ class TestSignals(PartContract):
             state.measure(step, seen(seeded(step.index, 1, 4, 8), seeded(1, 1, 6)))
             state.computed(step, seen(seeded(step.index, 1, 4, 8), seeded(1, 1, 6)))
             state.learned(step, PIECE, seeded(step.index, 1, 4, 8))
-        assert sum(tensor.numel() for tensor in state.tensors()) <= 4 * 8 + 6
+        assert sum(tensor.numel() for tensor in state.tensors()) <= 4 * 4 * 8 + 6
 
 
 def test_lead_change_compares_with_the_last_computed_step() -> None:
@@ -159,18 +161,29 @@ class TestTokens(PartContract):
     def part(self, request: pytest.FixtureRequest) -> Part:
         return request.param  # type: ignore[no-any-return]
 
-    def test_what_can_be_changed_says_how(self, part: Part) -> None:
-        assert (type(part).__doc__ or "").strip(), "a choice has no running state, so it has no start()"
-
     @pytest.mark.parametrize("num", [1, 2, 7, 64])
     def test_picks_are_distinct_tokens(self, part: Tokens, num: int) -> None:
+        state = part.start()
         for step in steps(10):
             count = part.count(step, num)
             assert 0 <= count <= num
-            picked = part.pick(count, seeded(0, 2, num, 4), seeded(1, 2, num, 4))
-            assert picked.dtype == torch.int64 and len(set(picked.tolist())) == count
-            first = part.pick(count, seeded(0, 2, num, 4), None)
-            assert first.dtype == torch.int64 and len(set(first.tolist())) == count
+            state.see(step, seeded(step.index, 2, num, 4), computed=step.index % 3 != 1)
+            picked = state.pick(count)
+            assert picked.dtype == torch.int64 and picked.tolist() == sorted(set(picked.tolist()))
+            assert picked.numel() == count and all(0 <= index < num for index in picked.tolist())
+
+    def test_another_number_of_tokens_is_picked_from(self, part: Tokens) -> None:
+        state = part.start()
+        for step in steps(12):
+            num = 16 if step.index < 6 else 4
+            state.see(step, seeded(step.index, 2, num, 4), computed=True)
+            assert max(state.pick(2).tolist()) < num
+
+    def test_what_is_held_is_bounded(self, part: Tokens) -> None:
+        state = part.start()
+        for step in steps(12):
+            state.see(step, seeded(step.index, 2, 6, 4), computed=True)
+        assert 1 <= len(state.tensors()) <= 4
 
 
 def test_width_follows_the_step() -> None:
