@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hasten.caching.signals import Signal, SignalState
-from hasten.forecast import combine, lagrange
+from hasten.forecast import combine
+from hasten.forecast_adams import adams_bashforth
 from hasten.step import Step
 
 NODES = 3
@@ -77,16 +78,6 @@ class _Stability:
 
     def tensors(self) -> list[Tensor]:
         return self.velocities + ([self.previous[1]] if self.previous is not None else [])
-
-
-def adams_bashforth(nodes: list[float], start: float, end: float) -> list[float]:
-    """Weights w with sum_i w_i y_i = integral from start to end of the polynomial through (nodes_i, y_i), up to 4 nodes.
-
-    On equal steps with three nodes these are h (23, -16, 5) / 12. Simpson's rule, exact for cubics, does the integral.
-    """
-    middle, width = (start + end) / 2, end - start
-    shares = zip(lagrange(nodes, start), lagrange(nodes, middle), lagrange(nodes, end), strict=True)
-    return [width / 6 * (a + 4 * b + c) for a, b, c in shares]
 
 
 def second_difference(nodes: list[float]) -> list[float]:

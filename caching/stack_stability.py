@@ -10,11 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.caching.signals_stability import adams_bashforth, second_difference
+from hasten.caching.signals_stability import second_difference
 from hasten.caching.spans import Piece
 from hasten.caching.stack_signals import Evidence, StackSignal, StackSignalState
 from hasten.caching.tokens import Tokens, TokenState, evenly, most
 from hasten.forecast import combine
+from hasten.forecast_adams import adams_bashforth
 from hasten.step import Step
 
 POINTS = 4

@@ -39,6 +39,10 @@ class Forecast(Part):
     def start(self) -> ForecastState:
         raise NotImplementedError(f"{type(self).__name__} has no start().")
 
+    def on(self, times: Sequence[float]) -> Forecast:
+        """This forecast for one run. times: `Step.time` of each of its steps, where known."""
+        return self
+
     def refusal(self, times: Sequence[float]) -> str:
         """Why this forecast does not fit a run with these times, one sentence for the user; "" when it does."""
         return ""

@@ -24,7 +24,8 @@ class NetworkSeam(ReuseSeam):
         self.state: NetworkState | None = None
 
     def begin_run(self, times: Sequence[float]) -> None:
-        self.state = self.policy.start(times)
+        policy = self.policy.model_copy(update={"forecast": self.policy.forecast.on(times)})
+        self.state = policy.start(times)
         self.state.agree = self.gate.agree
 
     def answer(self, step: Step, x: Tensor) -> list[Tensor] | None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.caching.signals_spectral import SpectralChange, denoised, wiener_gain
-from hasten.caching.signals_stability import Stability, adams_bashforth, second_difference
+from hasten.caching.signals_stability import Stability, second_difference
+from hasten.forecast_adams import adams_bashforth
 from hasten.level import Level
 from hasten.step import Step
 from tests.contract import seeded
