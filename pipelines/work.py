@@ -42,7 +42,7 @@ def watch(pipe: Any, weigh_at: int | None = None) -> Iterator[Work]:
         nonlocal at_first
         if work.calls == 0 and weigh_at is not None and not counters:
             at_first = bytes_alive()
-        counters.append(_Flops())
+        counters.append(Flops())
         counters[-1].__enter__()
 
     def after(*_: Any) -> None:
@@ -65,7 +65,7 @@ def watch(pipe: Any, weigh_at: int | None = None) -> Iterator[Work]:
             counters.pop().__exit__(None, None, None)
 
 
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts with PyTorch's own formulas. Its FlopCounterMode follows the module tree, too, which cache-dit makes cyclic."""
 
     def __init__(self) -> None:

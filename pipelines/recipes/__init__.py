@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from hasten.budget import Budget
 from hasten.errors import RecipeError, nearest
-from hasten.pipelines.recipes import blocks, diffusion, modules, network
+from hasten.pipelines.recipes import blocks, diffusion, modules, network, widths
 from hasten.recipe import Recipe, read
 
-MODULES = (diffusion, blocks, modules, network)
+MODULES = (diffusion, blocks, modules, network, widths)
 
 
 @dataclass(frozen=True, slots=True)
