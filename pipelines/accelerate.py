@@ -204,6 +204,8 @@ class Session:
 
     def _say_if_inert(self, run: int) -> None:
         """A method that did nothing says so at once; the report says it again, with the closest signal."""
+        if any(gate.writes.refuses for gate in self.gates):
+            return  # the user was told already
         events = list(self.trace.of_run(run))
         stood_in = any(event.action in ("reuse", "forecast") for event in events)
         left_out = any(event.action == "skip" or event.share < 1 for event in events)

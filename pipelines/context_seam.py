@@ -60,7 +60,7 @@ class ContextSeam(ReuseSeam):
             return self.gate.seam.compute(step, call, share)
         if state is None:
             return super().compute(step, call, share)
-        key = key_of(ids)
+        key, spare = key_of(ids), call.copy()
         walk = Walk(state, step, key, state.active(step, key, ids, int(mask)))
         events = [self.gate.event(step, "compute")]
         if walk.positions is not None:
@@ -70,8 +70,8 @@ class ContextSeam(ReuseSeam):
             if span[0] < span[1]:
                 events.append(self.gate.event(step, "reuse", f"{self.gate.site}.tokens", span))
         result = self.gate.timed(step, lambda: self._run(call, walk), share=share, events=events)
-        if not self._proved:
-            self._prove(step, key, call, result)
+        if not self._proved and self.gate.repeatable(spare):
+            self._prove(step, key, spare, result)
         return result
 
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
@@ -117,7 +117,7 @@ class ContextSeam(ReuseSeam):
     def _run(self, call: Call, walk: Walk) -> Any:
         self._active.walk = walk
         try:
-            return self.gate.inner(*call.args, **call.kwargs)
+            return self.gate.evaluate(call)
         finally:
             self._active.walk = None
 

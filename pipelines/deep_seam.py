@@ -60,7 +60,7 @@ class DeepSeam(ReuseSeam):
         state, gates = self.state, self.gates
         if state is None or gates is None:
             return super().compute(step, call, share)
-        key = _key(call)
+        key, spare = _key(call), call.copy()
         feature = state.answer(step, key)
         walk = Walk(self._shapes.setdefault(key, Shapes()), feature)
         events = [self.gate.event(step, "compute")]
@@ -70,7 +70,7 @@ class DeepSeam(ReuseSeam):
         result = self.gate.timed(step, lambda: self._run(call, walk), share=share, events=events)
         if walk.deep is not None:
             state.observe(step, key, walk.deep)
-            self._prove(call, walk, result)
+            self._prove(spare, walk, result)
         return result
 
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
@@ -92,11 +92,11 @@ class DeepSeam(ReuseSeam):
 
     def _run(self, call: Call, walk: Walk) -> Any:
         assert self.gates is not None
-        return self.gates.run(lambda: self.gate.inner(*call.args, **call.kwargs), walk)
+        return self.gates.run(lambda: self.gate.evaluate(call), walk)
 
     def _prove(self, call: Call, walk: Walk, computed: Any) -> None:
         """Once per session: the shallow end alone, on the very input that was just computed, gives the same."""
-        if self._proved:
+        if self._proved or not self.gate.repeatable(call):
             return
         self._proved = True
         assert walk.deep is not None

@@ -18,7 +18,6 @@ from hasten.caching.deep import DeepReuse
 from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
 from hasten.caching.stack import StackReuse
-from hasten.caching.width import WidthReuse
 from hasten.forecast import Hold
 from hasten.pipelines.context_seam import ContextSeam
 from hasten.pipelines.deep_seam import DeepSeam
@@ -27,7 +26,7 @@ from hasten.pipelines.module_seam import ModuleSeam
 from hasten.pipelines.network_seam import NetworkSeam
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_seam import StackSeam
-from hasten.pipelines.width_seam import WidthSeam
+from hasten.pipelines.writes import Kind, Writes, kind_of
 from hasten.recipe import ReusePolicy
 from hasten.session import Attachment
 from hasten.step import Step
@@ -42,7 +41,6 @@ SEAMS: dict[type[ReusePolicy], Callable[[DenoiserGate, Any], ReuseSeam]] = {
     ModuleReuse: ModuleSeam,
     DeepReuse: DeepSeam,
     ContextReuse: ContextSeam,
-    WidthReuse: WidthSeam,
 }
 """Which seam puts which policy onto a network. A new span is one policy, one seam and one entry here."""
 
@@ -61,6 +59,8 @@ class DenoiserGate:
         self._attachment = Attachment()
         self._context = threading.local()
         self._seen: dict[int, Output] = {}
+        self._kinds: dict[int, Kind] = {}
+        self.writes = Writes()
         group = session.group if session.group is not None else group_of(model)
         self.agree: Mean = alone if group is None else across(group)
         self._attach()
@@ -110,7 +110,7 @@ class DenoiserGate:
     def begin_run(self) -> None:
         """Start clean: nothing of an earlier run, whole or broken off, may be reused."""
         self.seam.begin_run(self.session.clock.run_times)
-        self._seen = {}
+        self._seen, self._kinds = {}, {}
 
     def forget(self) -> None:
         """Drop all tensors."""
@@ -148,23 +148,43 @@ class DenoiserGate:
 
     def _followed(self, step: Step, call: Call, x: Tensor) -> Any:
         """A call of the loop: reuse decides for the step, then guidance for the branch."""
+        kind = kind_of(call)
+        if self._kinds.setdefault(step.branch, kind) != kind:  # what another kind of call has shown may not stand in
+            self.begin_run()
+            self._kinds[step.branch] = kind
+        if self.writes.argument(kind):
+            return self.timed(step, lambda: self.evaluate(call), why="it writes into its arguments")
         stand_in = self.seam.answer(step, x)
         seen = self._seen.get(step.branch)
         if stand_in is not None and seen is not None:
             self.session.trace.add(self.event(step, self.stand_in_action(), signal=self.seam.change))
             return seen.rebuild(stand_in)
         seam = self.session.guidance
-        if seam is not None and seam.skips(step, x.shape[0]):
+        if seam is not None and self.writes.knows(kind) and seam.skips(step, x.shape[0]):
             answered = self._answer_uncond(step, call, x)
             if answered is not None:
                 return answered
         output = Output(self.seam.compute(step, call, 1.0))
+        if name := self.writes.argument(kind):
+            self.session.note(f"{self.site}: it writes into its argument {name}, so such calls are neither skipped nor repeated.")
+            self.seam.forget()
         return self._computed(step, x, output, evaluated=True)
+
+    def evaluate(self, call: Call) -> Any:
+        """Run the network itself on `call`; all seams come here, so that what it writes into is known."""
+        return self.writes.watch(call, lambda: self.inner(*call.args, **call.kwargs))
+
+    def repeatable(self, call: Call) -> bool:
+        """May `call`, which was just evaluated, be evaluated again in order to prove something?"""
+        return not self.writes.argument(kind_of(call))
 
     def _answer_uncond(self, step: Step, call: Call, x: Tensor) -> Any:
         """Guidance does not need the unconditional branch here: answer it, or run half of the batch."""
         seam = self.session.guidance
         assert seam is not None and seam.roles is not None
+        if seam.roles.batched and kind_of(call):
+            self.session.note(f"{self.site}: its arguments hold a state of both branches, so neither can be left out.")
+            return None
         if seam.roles.batched:
             rows = seam.conditional_rows(x.shape[0])
             output = Output(self.seam.compute(step, call.part(x.shape[0], rows), 0.5))

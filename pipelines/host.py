@@ -105,6 +105,11 @@ class Call:
         position = self.layout.names.index(name)
         return self.args[position] if position < len(self.args) else None
 
+    def arguments(self) -> dict[str, Any]:
+        """Every argument that is given, by name."""
+        named = dict(zip(self.layout.names, self.args, strict=False)) | self.kwargs
+        return {name: value for name, value in named.items() if value is not None}
+
     @property
     def sample(self) -> Any:
         """The noisy latents; a list of latents that look alike (an entry per image) as one tensor."""

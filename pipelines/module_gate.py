@@ -123,6 +123,11 @@ class ModuleGates:
             for hook in hooks:
                 hook.remove()
 
+    def look_again(self) -> None:
+        """The evaluation that has run cannot be repeated; learn from a later one."""
+        for site in self.sites:
+            site.calls, site.reason = 0, ""
+
     def learn(self, families: set[Family]) -> None:
         """One evaluation has run: keep gates only on modules of `families` whose output can be made up."""
         for site in self.sites:

@@ -50,11 +50,14 @@ class ModuleSeam(ReuseSeam):
             return super().compute(step, call, share)
         state.begin(step)
         events: list[Event] = []
+        spare = call.copy()
         result = self.gate.timed(
             step, lambda: self._walk(step, call, state, events), share=share, events=events
         )
-        if not gates.learned:
-            self._learn(step, call, result)
+        if not gates.learned and not self.gate.repeatable(spare):
+            gates.look_again()
+        elif not gates.learned:
+            self._learn(step, spare, result)
         return result
 
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
@@ -77,7 +80,7 @@ class ModuleSeam(ReuseSeam):
     def _walk(self, step: Step, call: Call, state: ModuleState, events: list[Event]) -> Any:
         assert self.gates is not None
         walk = Walk(self.gates, step, state, key_of(call.sample))
-        result = self.gates.run(lambda: self.gate.inner(*call.args, **call.kwargs), walk)
+        result = self.gates.run(lambda: self.gate.evaluate(call), walk)
         events.append(self.gate.event(step, "compute"))
         for family, numbers in walk.skipped.items():
             site = f"{self.gate.site}.{family}"
@@ -94,7 +97,7 @@ class ModuleSeam(ReuseSeam):
             self._refuse(self._none_found())
             return
         walk = Walk(gates, step, Proof(state), key_of(call.sample))
-        loss = loss_of_repeat(computed, lambda: gates.run(lambda: gate.inner(*call.args, **call.kwargs), walk))
+        loss = loss_of_repeat(computed, lambda: gates.run(lambda: gate.evaluate(call), walk))
         if loss:
             self._refuse(loss)
             return

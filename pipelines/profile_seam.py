@@ -19,6 +19,7 @@ from hasten.pipelines.host import Call, is_whole_compiled
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_gate import StackGates
 from hasten.pipelines.structure import BlockCall, Stack
+from hasten.pipelines.writes import twin
 from hasten.step import Step
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ class ProfileSeam(ReuseSeam):
 
     def compute(self, step: Step, call: Call, share: float) -> Any:
         def forward() -> Any:
-            return self.gate.inner(*call.args, **call.kwargs)
+            return self.gate.evaluate(call)
 
         if self.reason or step.branch != 0 or not self.runs:
             return super().compute(step, call, share)
         if not self.gates.stacks:
-            self.gates.watch(forward)
+            spare = twin(call)
+            self.gates.watch(lambda: self.gate.evaluate(spare))
             if not self.gates.stacks:
                 self.reason = "; ".join(self.gates.refused.values())
                 return super().compute(step, call, share)

@@ -37,7 +37,7 @@ class ReuseSeam:
 
     def compute(self, step: Step, call: Call, share: float) -> Any:
         """Run the network. share: how much of the batch `call` is. Must record at least one event."""
-        return self.gate.timed(step, lambda: self.gate.inner(*call.args, **call.kwargs), share=share)
+        return self.gate.timed(step, lambda: self.gate.evaluate(call), share=share)
 
     def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         """The network's outputs are known; returns what the host gets."""

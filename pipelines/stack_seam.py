@@ -18,6 +18,7 @@ from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_gate import StackGates
 from hasten.pipelines.stack_walk import Walk
 from hasten.pipelines.token_rows import not_token_wise, shuffled
+from hasten.pipelines.writes import twin
 from hasten.step import Step
 from hasten.trace import Action, Event
 
@@ -63,7 +64,8 @@ class StackSeam(ReuseSeam):
             state.input = key_of([call.sample])
         result = self.gate.timed(step, lambda: self._walk(step, call, state, events), share=share, events=events)
         self.change = state.change
-        self._prove(step, spare, result)
+        if self.gate.repeatable(spare):
+            self._prove(step, spare, result)
         return result
 
     def num_bytes(self) -> int:
@@ -88,21 +90,22 @@ class StackSeam(ReuseSeam):
             events.append(self.gate.event(step, kind, f"{self.gate.site}.{name}", blocks, signal, why, share))
 
         walk = Walk(self.gates.stacks, step, state, record)
-        return self.gates.run(lambda: self.gate.inner(*call.args, **call.kwargs), walk)
+        return self.gates.run(lambda: self.gate.evaluate(call), walk)
 
     def _learn(self, step: Step, call: Call) -> bool:
         """The first call of all: evaluate once more, to watch how the blocks are chained. False when refused.
 
-        The result is thrown away, so that the first run of a session decides exactly like the later ones.
+        The result is thrown away, so that the first run of a session decides exactly like the later ones. Its arguments
+        are copies, because it may write into them.
         """
         gates, gate = self.gates, self.gate
         assert gates is not None and self.state is not None
         try:
-            blind = call.blinded()
-            gates.watch(lambda: gate.inner(*blind.args, **blind.kwargs))
+            blind = twin(call).blinded()
+            gates.watch(lambda: gate.evaluate(blind))
         except Exception:  # noqa: BLE001 - a network that cannot be shown NaN is watched at its work
-            spare = call.copy()
-            gates.watch(lambda: gate.inner(*spare.args, **spare.kwargs))
+            spare = twin(call)
+            gates.watch(lambda: gate.evaluate(spare))
         reason = self._nothing_left(step) if gates.stacks else "; ".join(gates.refused.values())
         if reason:
             self._refuse(reason)
