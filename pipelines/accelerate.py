@@ -105,6 +105,11 @@ class Session:
         return self.clock.step
 
     @property
+    def closed(self) -> bool:
+        """Has the host been restored?"""
+        return self._closed
+
+    @property
     def skipped(self) -> float:
         """Share of block work skipped so far in the latest run, 0 to 1."""
         return 1.0 - self.report().computed_fraction if self.trace.runs else 0.0

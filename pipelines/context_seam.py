@@ -114,10 +114,10 @@ class ContextSeam(ReuseSeam):
         walk: Walk | None = getattr(self._active, "walk", None)
         return y if walk is None else walk.leave(site, y)
 
-    def _run(self, call: Call, walk: Walk) -> Any:
+    def _run(self, call: Call, walk: Walk, *, ours: bool = False) -> Any:
         self._active.walk = walk
         try:
-            return self.gate.evaluate(call)
+            return self.gate.rehearse(call) if ours else self.gate.evaluate(call)
         finally:
             self._active.walk = None
 
@@ -130,7 +130,7 @@ class ContextSeam(ReuseSeam):
             self._refuse("its layers did not run")
             return
         walk = Walk(self.state, step, key, every_second(held), keeps=False)
-        loss = loss_of_repeat(computed, lambda: self._run(call, walk))
+        loss = loss_of_repeat(computed, lambda: self._run(call, walk, ours=True))
         if loss:
             self._refuse(loss)
             return
@@ -172,6 +172,8 @@ def unsuitable(model: nn.Module) -> str:
     layers = model._modules.get(LAYERS)
     if is_whole_compiled(model):
         return "the whole network is one compiled function"
+    if LAYERS in vars(model):
+        return "another open session gates its layers; put both into one recipe, or close that session first"
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return f"it has no {LAYERS}, as masked image models do"
     for layer in layers:

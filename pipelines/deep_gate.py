@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from hasten.caching.histories import Key, key_of
 from hasten.pipelines.module_gate import ModuleProxy
 from hasten.pipelines.stack_gate import Gate, GateList
 from hasten.pipelines.unet_layers import Cut, aligned
@@ -85,9 +86,15 @@ class Shapes:
     def __init__(self) -> None:
         self.entry: Where = ()
         self._seen: dict[Where, tuple[TreeSpec, list[Any]]] = {}
+        self._inputs: dict[Where, Key] = {}
 
-    def note(self, where: Where, value: Any) -> Tensor:
+    def fits(self, where: Where, given: Key) -> bool:
+        """Was this gate computed on an input of this kind? A session nested inside may run a part of the batch only."""
+        return self._inputs.get(where) == given
+
+    def note(self, where: Where, given: Key, value: Any) -> Tensor:
         """One gate was computed; the last one of the evaluation is the entry. Returns its stream, the first tensor."""
+        self._inputs[where] = given
         leaves, spec = tree_flatten(value)
         self.entry = where
         # One zero, seen in the shape of the whole tensor: it costs no memory.
@@ -107,7 +114,8 @@ class Shapes:
 
 
 class Walk:
-    """One evaluation of a U-Net. feature: what comes up from below on a skipped step; None to compute it.
+    """One evaluation of a U-Net. feature: what comes up from below on a skipped step; None to compute it, also where the
+    gates find that it does not fit.
 
     deep: the feature that was computed, once it is known.
     """
@@ -118,8 +126,11 @@ class Walk:
 
     def module(self, where: Where, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a gate."""
+        given = key_of(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+        if self.feature is not None and not self.shapes.fits(where, given):
+            self.feature = None  # seen at the first gate, so that all of them are computed
         if self.feature is not None:
             return self.shapes.blank(where, self.feature if where == self.shapes.entry else None)
         value = module(*args, **kwargs)
-        self.deep = self.shapes.note(where, value)
+        self.deep = self.shapes.note(where, given, value)
         return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.caching.deep import DeepReuse, DeepState
 from hasten.caching.histories import Key, key_of
@@ -38,7 +38,7 @@ class DeepSeam(ReuseSeam):
         self.gates: DeepGates | None = None
         self._shapes: dict[Key, Shapes] = {}
         self._proved = False
-        where = "it is one compiled function" if is_whole_compiled(gate.model) else cut(gate.model, policy.branch)
+        where = unsuitable(gate.model) or cut(gate.model, policy.branch)
         if isinstance(where, str):
             self._refuse(where)
             return
@@ -64,10 +64,15 @@ class DeepSeam(ReuseSeam):
         feature = state.answer(step, key)
         walk = Walk(self._shapes.setdefault(key, Shapes()), feature)
         events = [self.gate.event(step, "compute")]
-        if feature is not None:
-            action = self.gate.stand_in_action()
-            events.append(self.gate.event(step, action, f"{self.gate.site}.{SITE}", self.cut.skipped))
-        result = self.gate.timed(step, lambda: self._run(call, walk), share=share, events=events)
+
+        def evaluate() -> Any:
+            value = self._run(call, walk)
+            if walk.feature is not None:
+                action = self.gate.stand_in_action()
+                events.append(self.gate.event(step, action, f"{self.gate.site}.{SITE}", self.cut.skipped))
+            return value
+
+        result = self.gate.timed(step, evaluate, share=share, events=events)
         if walk.deep is not None:
             state.observe(step, key, walk.deep)
             self._prove(spare, walk, result)
@@ -90,9 +95,10 @@ class DeepSeam(ReuseSeam):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _run(self, call: Call, walk: Walk) -> Any:
+    def _run(self, call: Call, walk: Walk, *, ours: bool = False) -> Any:
         assert self.gates is not None
-        return self.gates.run(lambda: self.gate.evaluate(call), walk)
+        evaluate = self.gate.rehearse if ours else self.gate.evaluate
+        return self.gates.run(lambda: evaluate(call), walk)
 
     def _prove(self, call: Call, walk: Walk, computed: Any) -> None:
         """Once per session: the shallow end alone, on the very input that was just computed, gives the same."""
@@ -100,7 +106,7 @@ class DeepSeam(ReuseSeam):
             return
         self._proved = True
         assert walk.deep is not None
-        loss = loss_of_repeat(computed, lambda: self._run(call, Walk(walk.shapes, walk.deep)))
+        loss = loss_of_repeat(computed, lambda: self._run(call, Walk(walk.shapes, walk.deep), ours=True))
         if loss:
             self._refuse(loss)
 
@@ -108,6 +114,15 @@ class DeepSeam(ReuseSeam):
         """This network cannot be cut: cache the whole network instead."""
         policy = NetworkReuse(rule=self.policy.rule, forecast=self.policy.forecast)
         self.gate.fall_back(policy, f"deep caching is refused ({reason})")
+
+
+def unsuitable(model: nn.Module) -> str:
+    """Why no gates can be put on `model`, whatever its layout; "" when they can."""
+    if is_whole_compiled(model):
+        return "it is one compiled function"
+    if "mid_block" in vars(model):  # zeros that one session returns for what it leaves out would be the other's feature
+        return "another open session leaves out its deep part; close that one first"
+    return ""
 
 
 def _key(call: Call) -> Key:

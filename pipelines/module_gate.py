@@ -151,6 +151,8 @@ class ModuleGates:
 
     def _attach(self) -> None:
         for site in self.sites:
+            # What stands there now: the module, or the proxy of another session on this network.
+            site.module = getattr(site.owner, site.attribute)
             proxy = ModuleProxy(site.module, partial(self._call, site))
             self._attachment.replace(site.owner, site.attribute, proxy)
 

@@ -97,7 +97,7 @@ class ModuleSeam(ReuseSeam):
             self._refuse(self._none_found())
             return
         walk = Walk(gates, step, Proof(state), key_of(call.sample))
-        loss = loss_of_repeat(computed, lambda: gates.run(lambda: gate.evaluate(call), walk))
+        loss = loss_of_repeat(computed, lambda: gates.run(lambda: gate.rehearse(call), walk))
         if loss:
             self._refuse(loss)
             return

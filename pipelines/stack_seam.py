@@ -80,8 +80,10 @@ class StackSeam(ReuseSeam):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _walk(self, step: Step, call: Call, state: StackState, events: list[Event]) -> Any:
+    def _walk(self, step: Step, call: Call, state: StackState, events: list[Event], *, ours: bool = False) -> Any:
+        """One evaluation with the gates following `state`. ours: the host has not asked for it."""
         assert self.gates is not None
+        evaluate = self.gate.rehearse if ours else self.gate.evaluate
 
         def record(name: str, blocks: tuple[int, int], action: str, deciding: bool, share: float) -> None:
             kind: Action = "compute" if action == "compute" else self.gate.stand_in_action()
@@ -90,7 +92,7 @@ class StackSeam(ReuseSeam):
             events.append(self.gate.event(step, kind, f"{self.gate.site}.{name}", blocks, signal, why, share))
 
         walk = Walk(self.gates.stacks, step, state, record)
-        return self.gates.run(lambda: self.gate.evaluate(call), walk)
+        return self.gates.run(lambda: evaluate(call), walk)
 
     def _learn(self, step: Step, call: Call) -> bool:
         """The first call of all: evaluate once more, to watch how the blocks are chained. False when refused.
@@ -102,10 +104,10 @@ class StackSeam(ReuseSeam):
         assert gates is not None and self.state is not None
         try:
             blind = twin(call).blinded()
-            gates.watch(lambda: gate.evaluate(blind))
+            gates.watch(lambda: gate.rehearse(blind))
         except Exception:  # noqa: BLE001 - a network that cannot be shown NaN is watched at its work
             spare = twin(call)
-            gates.watch(lambda: gate.evaluate(spare))
+            gates.watch(lambda: gate.rehearse(spare))
         reason = self._nothing_left(step) if gates.stacks else "; ".join(gates.refused.values())
         if reason:
             self._refuse(reason)
@@ -176,12 +178,12 @@ class StackSeam(ReuseSeam):
         # Once more, so that this step chooses tokens, and is seen by the signal, as in later runs.
         del self.state.branches[step.branch]
         self.state.decided = -1
-        self._walk(step, call.copy(), self.state, [])
+        self._walk(step, call.copy(), self.state, [], ours=True)
 
     def _loss(self, call: Call, step: Step, computed: Any, proof: Proof) -> str:
         """Why the pass that `proof` prescribes is not as good as the computed one; empty when it is."""
         try:
-            skipped = Output(self._walk(step, call.copy(), proof, [])).tensors
+            skipped = Output(self._walk(step, call.copy(), proof, [], ours=True)).tensors
             loss = max(map(_distance, Output(computed).tensors, skipped), default=float("inf"))
         except Exception as error:  # noqa: BLE001 - any failure of a skipped pass is a reason not to skip
             return f"a pass without its blocks fails: {type(error).__name__}: {error}"
