@@ -110,14 +110,15 @@ class Clock:
 
     # --- following the scheduler -----------------------------------------------------------------
 
-    def follow(self, scheduler: Any) -> None:
-        """Attach to `scheduler` (and let go of the one before)."""
+    def follow(self, scheduler: Any, *, begun: bool = True) -> None:
+        """Attach to `scheduler` (and let go of the one before). begun: timesteps that it has are those of a run that
+        is about to start; those of a pipeline's scheduler may be left from its last run."""
         self._attachment.restore()
         self._attachment = Attachment()
         self.scheduler = scheduler
         for name, after in (("set_timesteps", self._timesteps_set), ("step", self._stepped)):
             self._attachment.replace(scheduler, name, _Follower(scheduler, name, after))
-        if getattr(scheduler, "num_inference_steps", None):
+        if begun and getattr(scheduler, "num_inference_steps", None):
             self._timesteps_set((), {})
 
     def release(self) -> None:
@@ -253,9 +254,11 @@ class _Follower:
     def __init__(
         self, scheduler: Any, name: str, after: Callable[[tuple[Any, ...], dict[str, Any]], None]
     ) -> None:
-        self._method = getattr(scheduler, name)
-        self._name, self._after = name, after
-        functools.update_wrapper(self, self._method)  # pipelines inspect the signature for `sigmas=`, `eta=`
+        method = getattr(scheduler, name)
+        # Pipelines inspect the signature for `sigmas=`, `eta=`. First, because it also takes over the attributes of
+        # what it wraps, which may be another session's follower.
+        functools.update_wrapper(self, method)
+        self._method, self._name, self._after = method, name, after
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._name == "step":

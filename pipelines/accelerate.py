@@ -87,7 +87,7 @@ class Session:
         self.clock.on_run.append(self._run_begins)
         self.clock.on_tick.append(self._tick)
         self.clock.on_end.append(self._run_ends)
-        self.clock.follow(self._scheduler())
+        self.clock.follow(self._scheduler(), begun=isinstance(self.host, nn.Module))
         for site, model in models.items():
             self.trace.structure[site] = 1
             if self.group is None and is_sharded(model):
