@@ -126,6 +126,18 @@ class StackGates:
         self.detach()
         self.attach([stack.name for stack in self.stacks])
 
+    @property
+    def always(self) -> str:
+        """Which blocks of lists that can be skipped are computed at every step, and how much of all blocks; "" for none."""
+        ends, weights, total = [], 0, 0
+        for name, blocks in candidates(self.model).items():
+            num = next((stack.num for stack in self.stacks if stack.name == name), len(blocks))
+            sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+            weights, total = weights + sum(sizes[num:]), total + sum(sizes)
+            if num < len(blocks):
+                ends.append(f"the last {len(blocks) - num} of the {len(blocks)} {name}")
+        return f"{' and '.join(ends)}, {weights / max(1, total):.0%} of the weights in its blocks" if ends else ""
+
     # --- one step ---------------------------------------------------------------------------------
 
     @property

@@ -116,6 +116,8 @@ class StackSeam(ReuseSeam):
         gate.session.note(f"{gate.site}: one extra evaluation was spent on discovering its structure.", warn=False)
         for reason in gates.refused.values():
             gate.session.note(f"{gate.site}: {reason}; these blocks are always computed.", warn=False)
+        if gates.always:
+            gate.session.note(f"{gate.site}: {gates.always}, cannot be left out: the chain of blocks ends there.", warn=False)
         for remark in self.policy.remarks:
             gate.session.note(f"{gate.site}: {remark}.", warn=False)
         gate.session.trace.structure.pop(gate.site, None)
