@@ -123,15 +123,20 @@ def runs(indices: Iterable[int]) -> tuple[Range, ...]:
     return tuple((start, stop) for start, stop in found)
 
 
-def cut(ranges: Iterable[Range], sizes: tuple[int, ...], lead: int, back: int) -> tuple[Piece, ...]:
-    """Ranges over the whole network as pieces of its lists, without the first `lead` and last `back` blocks."""
+def cut(
+    ranges: Iterable[Range], sizes: tuple[int, ...], lead: int, back: int, *, turns: bool = False
+) -> tuple[Piece, ...]:
+    """Ranges over the whole network as pieces of its lists, without the first `lead` and last `back` blocks.
+
+    turns: the lists take turns, so that the first `lead` blocks of each of them come before the decision.
+    """
     pieces: list[Piece] = []
     total = sum(sizes)
     for start, stop in ranges:
         start, stop = max(start, lead), min(stop, total - back)
         offset = 0
         for site, num in enumerate(sizes):
-            low, high = max(start, offset), min(stop, offset + num)
+            low, high = max(start, offset + lead * turns), min(stop, offset + num)
             if low < high:
                 pieces.append(Piece(site, low - offset, high - offset))
             offset += num
@@ -141,9 +146,11 @@ def cut(ranges: Iterable[Range], sizes: tuple[int, ...], lead: int, back: int) -
 class Itinerary:
     """The pieces of a whole run: which may be left out at each step, and which have to be learned for later ones."""
 
-    def __init__(self, span: Span, sizes: tuple[int, ...], total: int, lead: int = 0, back: int = 0) -> None:
+    def __init__(
+        self, span: Span, sizes: tuple[int, ...], total: int, lead: int = 0, back: int = 0, *, turns: bool = False
+    ) -> None:
         shares = [index / max(1, total - 1) for index in range(max(1, total))]
-        self.stages = [cut(span.at(share, sum(sizes)), sizes, lead, back) for share in shares]
+        self.stages = [cut(span.at(share, sum(sizes)), sizes, lead, back, turns=turns) for share in shares]
         self._later: list[tuple[Piece, ...]] = []
         known: dict[Piece, None] = {}
         for pieces in reversed(self.stages):

@@ -64,9 +64,9 @@ class StackReuse(ReusePolicy):
         found = [self.span.remark, self.signal.remark if self.rule.needs_signal else ""]
         return [remark for remark in found if remark]
 
-    def itinerary(self, sizes: tuple[int, ...], total: int) -> Itinerary:
-        """Which blocks may be left out when. sizes: blocks of each list. total: steps of the run."""
-        return Itinerary(self.span, sizes, total, self.lead, self.back)
+    def itinerary(self, sizes: tuple[int, ...], total: int, *, turns: bool = False) -> Itinerary:
+        """Which blocks may be left out when. sizes: blocks of each list; turns: do these take turns? total: steps of the run."""
+        return Itinerary(self.span, sizes, total, self.lead, self.back, turns=turns)
 
     def start(self, times: Sequence[float] = ()) -> StackState:
         """Fresh state for one run of one network. times: `Step.time` of each step, where known."""
@@ -93,19 +93,20 @@ class StackState:
         self.skipping = False
         self.change: float | None = None
         self._sizes: tuple[int, ...] = ()
+        self._turns = False
         self._total = -1
         self._itinerary: Itinerary | None = None
 
     # --- where ------------------------------------------------------------------------------------
 
-    def lay_out(self, sizes: tuple[int, ...]) -> None:
-        """The network has these numbers of blocks in its lists. Told before the first decision."""
-        self._sizes, self._itinerary = sizes, None
+    def lay_out(self, sizes: tuple[int, ...], *, turns: bool = False) -> None:
+        """The network has these numbers of blocks in its lists, which may take turns. Told before the first decision."""
+        self._sizes, self._turns, self._itinerary = sizes, turns, None
 
     def itinerary(self, step: Step) -> Itinerary:
         if self._itinerary is None or step.total != self._total:
             self._total = step.total
-            self._itinerary = self.policy.itinerary(self._sizes, step.total)
+            self._itinerary = self.policy.itinerary(self._sizes, step.total, turns=self._turns)
         return self._itinerary
 
     def pieces(self, step: Step) -> tuple[Piece, ...]:

@@ -84,6 +84,7 @@ class StackGates:
         self._attachment = Attachment()
         self._watchers: dict[str, Watcher] = {}
         self._moments = itertools.count()
+        self._latest: tuple[str, BlockCall | None] = ("", None)
         self._active = threading.local()
 
     # --- attach and understand --------------------------------------------------------------------
@@ -107,14 +108,14 @@ class StackGates:
 
     def watch(self, forward: Callable[[], Any]) -> Any:
         """Run `forward` once while recording every block call; then `stacks` and `refused` are known."""
-        self._watchers, self._moments = {}, itertools.count()
+        self._watchers, self._moments, self._latest = {}, itertools.count(), ("", None)
         self._active.watching = True
         try:
             result = forward()
         finally:
             self._active.watching = False
         found = understand(self._watchers)
-        self._watchers = {}
+        self._watchers, self._latest = {}, ("", None)
         self.stacks = [stack for stack in found.values() if isinstance(stack, Stack)]
         self.refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
         if not found:
@@ -145,6 +146,11 @@ class StackGates:
         """Number of blocks of each list."""
         return tuple(stack.num for stack in self.stacks)
 
+    @property
+    def turns(self) -> bool:
+        """Do the lists take turns, block by block?"""
+        return any(stack.turns for stack in self.stacks)
+
     def run(self, forward: Callable[[], Any], walk: Walker) -> Any:
         """Run `forward`, every block of `stacks` being handed to `walk`."""
         self._active.walk = walk
@@ -164,7 +170,10 @@ class StackGates:
             if getattr(active, "watching", False):
                 if name not in self._watchers:
                     self._watchers[name] = Watcher(name, len(getattr(self.model, name)))
-                self._watchers[name].observe(BlockCall(index, args, kwargs, out), next(self._moments))
+                call, (latest, before) = BlockCall(index, args, kwargs, out), self._latest
+                fed = before is not None and latest != name and call.takes(before)
+                self._watchers[name].observe(call, next(self._moments), fed=fed)
+                self._latest = (name, call)
             return out
 
         return run

@@ -16,6 +16,7 @@ from hasten.drift import Drift
 from hasten.pipelines.host import Call, Output, is_whole_compiled
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_gate import StackGates
+from hasten.pipelines.stack_shadow import Outs, Shadow
 from hasten.pipelines.stack_walk import Walk
 from hasten.pipelines.token_rows import not_token_wise, shuffled
 from hasten.pipelines.writes import twin
@@ -39,6 +40,7 @@ class StackSeam(ReuseSeam):
         self.gates: StackGates | None = None
         self._proved: set[tuple[Piece, ...]] = set()
         self._tokens_proved, self._apart = policy.tokens is None, False
+        self._shadowed = False
         if is_whole_compiled(gate.model):
             self._refuse("the whole network is one compiled function; compile its blocks instead")
         else:
@@ -50,7 +52,7 @@ class StackSeam(ReuseSeam):
         self.state.agree = self.gate.agree
         self.state.apart = self._apart
         if self.gates is not None:
-            self.state.lay_out(self.gates.sizes)
+            self.state.lay_out(self.gates.sizes, turns=self.gates.turns)
 
     def compute(self, step: Step, call: Call, share: float) -> Any:
         """Run the network with its blocks gated."""
@@ -91,8 +93,20 @@ class StackSeam(ReuseSeam):
             why = "" if share == 1.0 else "a part of the tokens"
             events.append(self.gate.event(step, kind, f"{self.gate.site}.{name}", blocks, signal, why, share))
 
-        walk = Walk(self.gates.stacks, step, state, record)
-        return self.gates.run(lambda: evaluate(call), walk)
+        spare, outs = call.copy(), Outs() if self._shadowed else None
+        walk = Walk(self.gates.stacks, step, state, record, outs)
+        result = self.gates.run(lambda: evaluate(call), walk)
+        if outs is not None and not walk.skipping and self.gate.repeatable(spare):
+            shadow = Shadow(self.gates.stacks, step, state, outs)
+            self.gates.run(lambda: self.gate.rehearse(spare), shadow)
+        return result
+
+    def _shadow(self, reason: str) -> None:
+        """From now on learn the pieces in a second pass without them."""
+        self._shadowed = True
+        self.gate.session.note(
+            f"{self.gate.site}: {reason}, so computed steps run once more without the blocks that may be left out.", warn=False
+        )
 
     def _learn(self, step: Step, call: Call) -> bool:
         """The first call of all: evaluate once more, to watch how the blocks are chained. False when refused.
@@ -122,7 +136,9 @@ class StackSeam(ReuseSeam):
             gate.session.note(f"{gate.site}: {remark}.", warn=False)
         gate.session.trace.structure.pop(gate.site, None)
         gate.session.trace.structure.update({f"{gate.site}.{stack.name}": stack.num for stack in gates.stacks})
-        self.state.lay_out(gates.sizes)
+        self.state.lay_out(gates.sizes, turns=gates.turns)
+        if gates.turns:
+            self._shadow("its lists of blocks take turns")
         return True
 
     def _nothing_left(self, step: Step) -> str:
@@ -135,6 +151,8 @@ class StackSeam(ReuseSeam):
         if not policy.itinerary(sizes, step.total).distinct():
             span = f"span {policy.span.kind!r}, lead = {policy.lead}, back = {policy.back}"
             return f"{blocks}, and {span} leaves none of them out at any step"
+        if self.gates.turns and len(policy.itinerary(sizes, step.total).distinct()) > 1:
+            return f"its lists of blocks take turns, and span {policy.span.kind!r} leaves out others at other steps"
         return ""
 
     # --- prove ------------------------------------------------------------------------------------
@@ -153,12 +171,30 @@ class StackSeam(ReuseSeam):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in Output(computed).tensors):
                 return  # nothing can be compared; a step computed so is not reused either
             loss = self._loss(call, step, computed, Proof(state, pieces))
+            if loss and not self._shadowed and len(state.itinerary(step).distinct()) == 1:
+                loss = self._prove_shadowed(step, call, computed, pieces) and loss
             if loss:
                 self._refuse(loss)
                 return
             self._proved.add(pieces)
             if not self._tokens_proved:
                 self._prove_tokens(step, call, computed, pieces)
+
+    def _prove_shadowed(self, step: Step, call: Call, computed: Any, pieces: tuple[Piece, ...]) -> str:
+        """Something other than an addition happens between the blocks: is it enough to learn them in a second pass?"""
+        assert self.state is not None
+        if self.policy.tokens is not None:
+            return "tokens run apart only where nothing but additions happens between blocks"
+        self._shadowed, before = True, self.state.branches.pop(step.branch)
+        self.state.decided = -1
+        self._walk(step, call.copy(), self.state, [], ours=True)
+        loss = self._loss(call, step, computed, Proof(self.state, pieces))
+        self._shadowed = False
+        if loss:
+            self.state.branches[step.branch] = before
+        else:
+            self._shadow("something other than an addition happens between its blocks")
+        return loss
 
     def _prove_tokens(self, step: Step, call: Call, computed: Any, pieces: tuple[Piece, ...]) -> None:
         """All tokens in another order must come out as before, in that order; else no token is run apart."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hasten.caching.spans import Piece
 from hasten.caching.stack import StackState
 from hasten.caching.stack_signals import Evidence
+from hasten.pipelines.stack_shadow import Outs, piece_of
 from hasten.pipelines.structure import BlockCall, Stack
 from hasten.pipelines.token_rows import TokenRows
 from hasten.step import Step
@@ -22,11 +23,15 @@ Record = Callable[[str, tuple[int, int], str, bool, float], None]
 class Walk:
     """Hands the blocks of one pass to the decisions of a `StackState`.
 
+    outs: where a `Shadow` will learn the pieces, the streams that it has to know; None where this walk learns them itself.
     Legend, per piece and stream: path, the value that would come out if every block of the piece were the identity,
     which is the piece's input plus all that the network adds between its blocks.
     """
 
-    def __init__(self, stacks: list[Stack], step: Step, state: StackState, record: Record) -> None:
+    def __init__(
+        self, stacks: list[Stack], step: Step, state: StackState, record: Record, outs: Outs | None = None
+    ) -> None:
+        self.outs = outs
         self.step, self.state, self.record = step, state, record
         self.stacks = stacks
         self.sites = {stack.name: (site, stack) for site, stack in enumerate(stacks)}
@@ -84,7 +89,7 @@ class Walk:
     def _added(self, site: int, now: list[Tensor]) -> list[Tensor | None]:
         """What the network added to each stream since the last block; taken into the paths of all open pieces."""
         before = self.before.get(site)
-        if before is None:
+        if before is None or self.outs is not None:
             return [None] * len(now)
         if self.versions[site] != [b._version for b in before if not b.is_inference()]:
             self._changed_in_place(site)
@@ -128,6 +133,11 @@ class Walk:
     def _leave(self, site: int, stack: Stack, index: int, out: list[Tensor], share: float) -> None:
         """A block was computed, on `share` of the tokens; pieces that end with it are learned."""
         self._keep(site, stack, out)
+        if self.outs is not None:
+            piece = piece_of(self.pieces, site, index)
+            if piece is None or index == piece.stop - 1:
+                self.outs[site, index] = [stream.clone() for stream in out]  # what follows may change them in place
+            self.paths.clear()
         for piece in [p for p in self.paths if (p.site, p.stop) == (site, index + 1)]:
             residuals = [o - p for o, p in zip(out, self.paths.pop(piece), strict=True)]
             rows = self.rows.pop(piece, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Stack:
     Streams are ordered by size, largest first. arity: length of the returned tuple.
     injected: how many times something was added between two blocks. in_place: something is added to what a block
     has returned, in that very tensor (Chroma's ControlNet), so that it has to be copied in order to be known.
+    turns: its blocks take turns with those of another list.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Stack:
     arity: int
     injected: int
     in_place: bool = False
+    turns: bool = False
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The streams a block was called with."""
@@ -64,6 +67,11 @@ class BlockCall:
     def output(self, index: int) -> Any:
         return self.out[index] if isinstance(self.out, tuple | list) else self.out
 
+    def takes(self, before: BlockCall) -> bool:
+        """Is one of its arguments the very tensor that `before` returned?"""
+        returned = before.out if isinstance(before.out, tuple | list) else [before.out]
+        return any(tensor is value for tensor in self.tensors().values() for value in returned)
+
     def tensors(self) -> dict[Slot, Tensor]:
         """Tensor arguments by slot."""
         found: dict[Slot, Tensor] = {i: value for i, value in enumerate(self.args) if isinstance(value, Tensor)}
@@ -86,6 +94,7 @@ class Watcher:
         self.chain = 0
         self.span = (0, 0)
         self.blind = True
+        self.fed = 0
         self.in_place = False
         self.ends: set[int] = set()
         self.versions: dict[int, int | None] = {}
@@ -99,8 +108,12 @@ class Watcher:
         self.bare = False
         self.joints: list[dict[int, Slot]] = []
 
-    def observe(self, call: BlockCall, moment: int = 0) -> None:
-        """Take one block call into account. moment: its place among the calls of all lists."""
+    def observe(self, call: BlockCall, moment: int = 0, *, fed: bool = False) -> None:
+        """Take one block call into account.
+
+        moment: its place among the calls of all lists. fed: whether it was given the very output of another list's block.
+        """
+        self.fed += fed
         self.span = (self.span[0] if self.seen else moment, moment)
         if call.index != self.seen:
             self.reason = self.reason or "its blocks run out of order or more than once"
@@ -187,18 +200,29 @@ def understand(watchers: dict[str, Watcher]) -> dict[str, Stack | str]:
     """What each list of a network is, in the order in which they began: a stack, or why it cannot be skipped.
 
     The latents of the watched pass were NaN. A list whose blocks do not show it sees the text alone: it is cheap, and
-    as the first list it would decide by a signal that never moves.
+    as the first list it would decide by a signal that never moves. A list that is fed by another one and feeds none
+    is an adapter beside the stream: it is always computed, and the other one is a chain without it.
     """
     sighted = not all(watcher.blind for watcher in watchers.values())
     found: dict[str, Stack | str] = {}
     for name, watcher in watchers.items():
         found[name] = watcher.stack()
-        around = [o.name for o in watchers.values() if o is not watcher and _within(watcher.span, o.span)]
-        if around:
-            found[name] = f"{name}: its blocks take turns with those of {around[0]}"
+        others = [o for o in watchers.values() if o is not watcher and not (o.fed and not watcher.fed)]
+        around = [o for o in others if _within(watcher.span, o.span)]
+        stack = found[name]
+        if isinstance(stack, Stack) and len(around) == 1 and _alternate(watcher, around[0]):
+            found[name] = dataclasses.replace(stack, turns=True)
+        elif around:
+            found[name] = f"{name}: its blocks take turns with those of {around[0].name}"
         elif sighted and watcher.blind and isinstance(found[name], Stack):
             found[name] = f"{name}: its blocks do not see the latents"
     return found
+
+
+def _alternate(one: Watcher, other: Watcher) -> bool:
+    """Do two lists hand one stream to and fro?"""
+    mutual = _within(one.span, other.span) and _within(other.span, one.span)
+    return mutual and one.num == other.num and bool(one.fed) == bool(other.fed)
 
 
 def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
