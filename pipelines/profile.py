@@ -25,15 +25,17 @@ MIN_POINTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What the blocks of one denoiser did, over `runs` runs of `steps` evaluations each.
+    """What the blocks of the denoisers did, over `runs` runs of `steps` evaluations each.
 
-    change: per block, the median relative L1 change of what it adds from one step to the next. foreground: per block, attention
+    Where two networks share the run (Wan 2.2: one at high noise, one at low), all numbers are of both, so that the recipes
+    hold for both. served: network -> the first and the last step (indices) that were measured on it. change: per block, the median relative L1 change of what it adds from one step to the next. foreground: per block, attention
     on salient tokens over their share, or why it was not measured. ratios: per step, |R_t| / |R_(t-1)| of all blocks
     together, the first 1. pairs: (change of the first block's input, change of the output) of every step of every
     run, run after run. lists: name and blocks of each block list.
     """
 
     lists: dict[str, int]
+    served: dict[str, tuple[int, int]]
     steps: int
     runs: int
     change: list[float]
@@ -99,6 +101,7 @@ class Profile:
         coefficients, domain, fit = self.polynomial()
         return {
             "lists": self.lists,
+            "served": {name: list(span) for name, span in self.served.items()},
             "steps": self.steps,
             "runs": self.runs,
             "change": self.change,
@@ -111,10 +114,10 @@ class Profile:
 
 
 def profile(pipe: Any, request: Request, tell: Callable[[str], None] = lambda _: None) -> Profile:
-    """Run every prompt of `request` in full and measure the blocks of the first denoiser.
+    """Run every prompt of `request` in full and measure the blocks of every denoiser that runs.
 
-    Holds one residual per block while it runs. Raises `RefusedError` where the blocks of the network cannot be told
-    apart, and what `generate` raises.
+    Holds one residual per block while it runs. Raises `RefusedError` where the blocks of a network cannot be told
+    apart or two networks have other lists of blocks, and what `generate` raises.
     """
     with accelerate(pipe, "plain") as session:
         seams = [ProfileSeam(gate) for gate in session.gates]
@@ -123,32 +126,43 @@ def profile(pipe: Any, request: Request, tell: Callable[[str], None] = lambda _:
         for result in generate(pipe, session, request):
             tell(f"{result.prompt.text!r}, seed {result.prompt.seed}: {result.seconds:.1f} s")
         steps = session.trace.runs[-1].steps
-    seam = seams[0]
-    runs = [run for run in seam.runs if run]
-    if seam.reason or not runs:
+    ran = [seam for seam in seams if seam.called]
+    for seam in ran:
+        if seam.reason or not any(seam.runs):
+            raise RefusedError(
+                f"{seam.gate.site}, a {type(seam.gate.model).__name__}, cannot be profiled:"
+                f" {seam.reason or 'it ran at one step only, and its blocks are compared from step to step'}."
+                " Recipes that cache the whole network, such as easycache, need no profile."
+            )
+    return _summary(ran, steps)
+
+
+def _summary(seams: list[ProfileSeam], steps: int) -> Profile:
+    """Medians over steps, runs and networks of [input, output, ratio, *blocks]."""
+    lists = [{stack.name: stack.num for stack in seam.gates.stacks} for seam in seams]
+    if any(found != lists[0] for found in lists):
         raise RefusedError(
-            f"{type(seam.gate.model).__name__} cannot be profiled: {seam.reason or 'no step followed another'}."
-            " Recipes that cache the whole network, such as easycache, need no profile."
+            f"{' and '.join(seam.gate.site for seam in seams)} have other lists of blocks ({lists}), so no recipe holds for"
+            " both. Profile each with a pipeline of its own."
         )
-    return _summary(seam, runs, steps)
-
-
-def _summary(seam: ProfileSeam, runs: list[list[list[float]]], steps: int) -> Profile:
-    """Medians over steps and runs of [input, output, ratio, *blocks]."""
-    table = [row for run in runs for row in run]
+    # Each step belongs to one network; the first step of each has none before it to be compared with.
+    runs = [{i: row for part in parts for i, row in part.items()} for parts in zip(*(s.runs for s in seams), strict=True)]
+    runs = [dict(sorted(run.items())) for run in runs if run]
+    table = [row for run in runs for row in run.values()]
     pairs = [(row[0], row[1]) for row in table if math.isfinite(row[0]) and math.isfinite(row[1])]
     if len(pairs) < 2:
         raise RefusedError("Too few steps to profile; run at least 4 steps.")
-    shortest = min(len(run) for run in runs)
-    ratios = [statistics.median(run[i][2] for run in runs) for i in range(shortest)]
-    num = len(table[0]) - 3
+    ratios = [[run[i][2] for run in runs if i in run] for i in range(max(map(max, runs)) + 1)]
+    lifts = [seam.foreground for seam in seams]
+    unseen = next((lift for lift in lifts if isinstance(lift, str)), None)
     return Profile(
-        lists={stack.name: stack.num for stack in seam.gates.stacks},
+        lists=lists[0],
+        served={seam.gate.site: (min(seam.called), max(seam.called)) for seam in seams},
         steps=steps,
         runs=len(runs),
-        change=[statistics.median(row[3 + block] for row in table) for block in range(num)],
-        foreground=seam.foreground,
-        ratios=[1.0, *ratios],
+        change=[statistics.median(row[3 + block] for row in table) for block in range(len(table[0]) - 3)],
+        foreground=unseen or [statistics.mean(of) for of in zip(*lifts, strict=True)],  # type: ignore[arg-type]
+        ratios=[statistics.median(of) if of else 1.0 for of in ratios],
         pairs=pairs,
     )
 

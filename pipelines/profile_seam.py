@@ -54,9 +54,10 @@ class StepFacts:
 
 
 class ProfileSeam(ReuseSeam):
-    """Computes every call, and measures the blocks on the first branch of each step.
+    """Computes every call, and measures the blocks on one branch: the first that this network evaluates in a run.
 
-    runs: per run, per step after the first, what `StepFacts.numbers` gives. reason: why nothing could be measured.
+    runs: per run, step index -> what `StepFacts.numbers` gives, for steps behind another one of this network. called: steps
+    at which it ran. reason: why nothing could be measured.
     foreground: per block, the share of attention that falls on salient tokens over their share of all tokens, or why
     it is unknown.
     """
@@ -64,24 +65,28 @@ class ProfileSeam(ReuseSeam):
     def __init__(self, gate: DenoiserGate) -> None:
         super().__init__(gate)
         self.gates = StackGates(gate.model)
-        self.runs: list[list[list[float]]] = []
+        self.runs: list[dict[int, list[float]]] = []
+        self.called: set[int] = set()
         self.reason = "the whole network is one compiled function" if is_whole_compiled(gate.model) else ""
         self.foreground: list[float] | str = "no attention was seen"
         self._memory = Memory()
         self._facts: StepFacts | None = None
         self._output: Tensor | None = None
+        self._branch: int | None = None
         if not self.reason:
             self.gates.attach()
 
     def begin_run(self, times: Sequence[float]) -> None:
-        self.runs.append([])
-        self._memory, self._output = Memory(), None
+        self.runs.append({})
+        self._memory, self._output, self._branch = Memory(), None, None
 
     def compute(self, step: Step, call: Call, share: float) -> Any:
         def forward() -> Any:
             return self.gate.evaluate(call)
 
-        if self.reason or step.branch != 0 or not self.runs:
+        self.called.add(step.index)
+        self._branch = step.branch if self._branch is None else self._branch
+        if self.reason or step.branch != self._branch or not self.runs:
             return super().compute(step, call, share)
         if not self.gates.stacks:
             spare = twin(call)
@@ -91,7 +96,8 @@ class ProfileSeam(ReuseSeam):
                 return super().compute(step, call, share)
             self.gates.restrict()
         self._facts = StepFacts(step.index)
-        looks = len(self.runs) == 1 and step.index == step.total // 2
+        # The step in the middle of the run counts, or the one of this network that is nearest to it.
+        looks = len(self.runs) == 1 and (step.index <= step.total // 2 or isinstance(self.foreground, str))
         look = AttentionLook() if looks else None
         walk = Watch(self.gates.stacks, step, self._memory, self._facts, look)
         result = self.gate.timed(step, lambda: self.gates.run(forward, walk), share=share)
@@ -105,7 +111,7 @@ class ProfileSeam(ReuseSeam):
             return outputs
         if self._output is not None and self._output.shape == outputs[0].shape:
             facts.output = relative_l1(outputs[0], self._output)
-            self.runs[-1].append(facts.numbers())
+            self.runs[-1][facts.index] = facts.numbers()
         self._output = outputs[0].clone()
         return outputs
 

@@ -107,6 +107,9 @@ def _say(output: Output, found: Profile, reuse: Any) -> None:
         for i, change in enumerate(found.change)
     ]
     output.table(rows, {"block": "block", "change": "change", "foreground": "foreground", "left out": "left out"})
+    if len(found.served) > 1:
+        parts = [f"{name} was measured at steps {first} to {last}" for name, (first, last) in found.served.items()]
+        output.note(f"{' and '.join(parts)} of {found.steps}; the recipes hold for both.")
     if isinstance(found.foreground, str):
         output.note(f"Attention to salient tokens was not measured: {found.foreground}.")
     _, _, fit = found.polynomial()
