@@ -64,8 +64,9 @@ def channels() -> Iterator[tuple[str, ReusePolicy]]:
     yield "75% of the channels, all heads (measured)", WidthReuse(width=only, order="measured")
     half = StraightWidth(early=0.5, late=0.5)
     for interval in (2, 4):
-        held = WidthReuse(width=half, order="measured", rule=Every(interval=interval))
-        yield f"50%, the rest held, every {interval}. step full", held
+        for forecast in (Hold(), Polynomial(order=1)):
+            reuse = WidthReuse(width=half, order="measured", rule=Every(interval=interval), forecast=forecast)
+            yield f"50%, the rest by {forecast.kind}, every {interval}. step full", reuse
         yield f"every {interval}. step computed, linear", NetworkReuse(rule=Every(interval=interval), forecast=Polynomial(order=1))
         yield f"every {interval}. step computed, adams", NetworkReuse(rule=Every(interval=interval), forecast=Adams(order=1))
 

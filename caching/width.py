@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.caching.histories import Histories, Key
 from hasten.drift import Rule
 from hasten.errors import RecipeError
-from hasten.forecast import Hold
+from hasten.forecast import Forecast, Hold
 from hasten.part import Part
 from hasten.recipe import ReusePolicy
 from hasten.step import Step
@@ -93,7 +93,7 @@ class WidthTable(Width):
 
 
 class WidthReuse(ReusePolicy):
-    """Run only the most important heads and channels of each block; the rest is left out, or held.
+    """Run only the most important heads and channels of each block; the rest is left out, or forecast.
 
     DyDiT (arXiv 2410.03456) trains a router and the weights together, and what its router turns off contributes
     nothing. This is the hook for such a router (`Width`); a network that was not trained for it loses quality.
@@ -101,14 +101,15 @@ class WidthReuse(ReusePolicy):
     width: how much runs. order: which: "norm" by the size of the weights that lead in and out, largest first; "measured" by the size
     of what each of them added to the output at the first evaluation of the session; "stored" as they are stored, for weights that a training
     has sorted. rule: None leaves the rest out at every step, as in the paper. Otherwise the steps that the rule
-    computes run in full, and what the rest added there is held until the next one (ours). It must be a
-    schedule, because nothing is measured.
+    computes run in full, and a `forecast` of what the rest added there stands in until the next one (ours). It must be
+    a schedule, because nothing is measured. A full step runs both parts one after the other, so it rounds otherwise.
     """
 
     kind: ClassVar[str] = "width"
     width: Width = StraightWidth()
     order: Literal["norm", "measured", "stored"] = "norm"
     rule: Rule | None = None
+    forecast: Forecast = Hold()
 
     @model_validator(mode="after")
     def _schedules_only(self) -> WidthReuse:
@@ -125,11 +126,11 @@ class WidthReuse(ReusePolicy):
 
 
 class WidthState:
-    """State of `WidthReuse` for one run: one decision per step; per branch and module, what the rest added last."""
+    """State of `WidthReuse` for one run: one decision per step; per branch and module, a forecast of the rest."""
 
     def __init__(self, policy: WidthReuse, times: Sequence[float] = ()) -> None:
         self.policy = policy
-        self.rests = Histories(Hold())
+        self.rests = Histories(policy.forecast)
         self.full = True
         self._rule = None if policy.rule is None else policy.rule.start(times)
         self._decided = -1
@@ -147,15 +148,15 @@ class WidthState:
 
     @property
     def holds(self) -> bool:
-        """Is what the rest added held, not left out?"""
+        """Does something stand in for the rest, which is left out otherwise?"""
         return self._rule is not None
 
     def shares(self, step: Step, block: int, num: int) -> Shares:
-        """Width of a block at `step`: where the rest is held, that of the last full step."""
+        """Width of a block at `step`: where something stands in for the rest, that of the last full step."""
         return self.policy.width.at(self._asked or step, block, num)
 
     def rests_of(self, step: Step, site: str, key: Key) -> list[Tensor] | None:
-        """What the heads or channels of `site` that do not run have added last; None where that is not known."""
+        """What stands in for the heads or channels of `site` that do not run; None where nothing is known of them."""
         return self.rests.estimate(step.branch, site, key, step.time)
 
     def learn(self, step: Step, site: str, key: Key, rests: list[Tensor]) -> None:

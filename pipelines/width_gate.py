@@ -48,6 +48,10 @@ class WidthSite:
         """The module with its `count` most important units."""
         return self.cut.twin(self.module, self.order[:count].sort().values)
 
+    def rest(self, count: int) -> nn.Module:
+        """The module with all other units; `narrow` adds the bias of the outputs."""
+        return self.cut.twin(self.module, self.order[count:].sort().values, bias=False)
+
 
 class Visitor(Protocol):
     """Decides over every call of a gated module during one evaluation."""
@@ -191,21 +195,13 @@ class WidthWalk:
         key = (*self.key, *(() if x is None else key_of(x)), count)
         rests = None if self.state.full else self.state.rests_of(self.step, site.name, key)
         if rests is None and self.state.holds:
-            return self._learn(site, count, full, args, kwargs, key)
-        self.saved += site.flops * (1 - count / site.cut.num)
+            # In two parts, which cost as much as the whole and say what the rest adds.
+            rests = Output(site.rest(count)(*args, **kwargs)).tensors
+            self.state.learn(self.step, site.name, key, rests)
+        else:
+            self.saved += site.flops * (1 - count / site.cut.num)
         output = Output(site.narrow(count)(*args, **kwargs))
         return output.rebuild(output.tensors if rests is None else [y + r for y, r in zip(output.tensors, rests, strict=True)])
-
-    def _learn(
-        self, site: WidthSite, count: int, full: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], key: Key
-    ) -> Any:
-        """Run in full and, to know what the rest adds, narrow as well."""
-        value = full(*args, **kwargs)
-        narrow = site.narrow(count)(*args, **kwargs)
-        self.saved -= site.flops * count / site.cut.num
-        rests = [y - n for y, n in zip(Output(value).tensors, Output(narrow).tensors, strict=True)]
-        self.state.learn(self.step, site.name, key, rests)
-        return value
 
 
 def _block_of(name: str, lists: dict[str, list[nn.Module]]) -> int | None:

@@ -13,6 +13,7 @@ from hasten.caching.width import WidthReuse, WidthState
 from hasten.pipelines.host import Call, is_whole_compiled
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.width_gate import WidthGates, WidthWalk
+from hasten.pipelines.writes import twin
 from hasten.step import Step
 from hasten.trace import Event
 
@@ -47,12 +48,14 @@ class WidthSeam(ReuseSeam):
         if not self.learned and not self._learn(call):
             # Refused: another seam has taken over. Or blinded by a NaN: in full now, and looked at again next time.
             return super().compute(step, call, share) if self.gate.seam is self else self.gate.seam.compute(step, call, share)
+        if not self.gate.repeatable(call):  # modules that write run once, so they cannot run in two parts
+            return super().compute(step, call, share)
         state, gates, events = self.state, self.gates, list[Event]()
         state.begin(step)
 
         def work() -> Any:
             walk = WidthWalk(gates, step, state, key_of(call.sample))
-            result = gates.run(lambda: self.gate.inner(*call.args, **call.kwargs), walk)
+            result = gates.run(lambda: self.gate.evaluate(call), walk)
             events.append(self.gate.event(step, "compute", share=walk.share))
             return result
 
@@ -80,9 +83,9 @@ class WidthSeam(ReuseSeam):
 
         Its result is thrown away, so that the first run of a session decides exactly like the later ones.
         """
-        gates, gate, spare = self.gates, self.gate, call.copy()
+        gates, gate, spare = self.gates, self.gate, twin(call)
         assert gates is not None
-        self.learned = gates.learn(lambda: gate.inner(*spare.args, **spare.kwargs), self.policy.order)
+        self.learned = gates.learn(lambda: gate.rehearse(spare), self.policy.order)
         if not self.learned:
             return False
         if not gates.sites:

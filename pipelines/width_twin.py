@@ -58,11 +58,11 @@ class Narrowing:
                 return "has projections that are no plain linear layers"
         return ""
 
-    def twin(self, module: nn.Module, index: Tensor) -> nn.Module:
-        """The module with the units `index` [count] only."""
+    def twin(self, module: nn.Module, index: Tensor, *, bias: bool = True) -> nn.Module:
+        """The module with the units `index` [count] only. bias: whether it adds the bias of its outputs, too."""
         rows = self._rows(index)
         twin = self._copied(module, {name: self._cut_in(module, name, rows) for name in self.ins})
-        twin = self._copied(twin, {name: self._cut_out(module, name, rows) for name in self.outs})
+        twin = self._copied(twin, {name: self._cut_out(module, name, rows, bias) for name in self.outs})
         if self.heads:
             vars(twin)[self.heads] = index.numel()
         return twin
@@ -71,10 +71,10 @@ class Narrowing:
         """The whole module, with nothing passed on from other units than `index`: what the twin has to equal."""
         linears = {}
         for name in self.outs:
-            weight = module.get_submodule(name).weight
+            weight = _linear(module, name).weight
             keep = torch.zeros(weight.shape[1], device=weight.device, dtype=weight.dtype)
             keep[self._rows(index).to(weight.device)] = 1
-            linears[name] = _with(module.get_submodule(name), weight * keep, None)
+            linears[name] = _with(_linear(module, name), weight * keep, _linear(module, name).bias)
         return self._copied(module, linears)
 
     def importance(self, module: nn.Module, seen: dict[str, Tensor] | None = None) -> Tensor:
@@ -84,13 +84,13 @@ class Narrowing:
         """
         total = torch.zeros(())
         for name in self.outs:
-            square = module.get_submodule(name).weight.float().square().sum(dim=0)
+            square = _linear(module, name).weight.float().square().sum(dim=0)
             mean = None if seen is None else seen.get(name)
             total = total.to(square.device) + square * (1.0 if mean is None else mean.to(square.device))
         wide: Tensor = total.reshape(self.num, self.size).sum(dim=1)
         if seen is None:
             for name in self.values:
-                square = module.get_submodule(name).weight.float().square().sum(dim=1)
+                square = _linear(module, name).weight.float().square().sum(dim=1)
                 for part in square.reshape(-1, self.num, self.size):  # a value and its gate multiply
                     wide = wide * part.sum(dim=1).to(wide.device)
         return wide.sqrt()
@@ -100,16 +100,16 @@ class Narrowing:
         return (index[:, None] * self.size + offsets).flatten()
 
     def _cut_in(self, module: nn.Module, name: str, rows: Tensor) -> nn.Module:
-        linear = module.get_submodule(name)
+        linear = _linear(module, name)
         halves = linear.weight.shape[0] // (self.num * self.size)
         rows = rows.to(linear.weight.device)
         picked = torch.cat([rows + half * self.num * self.size for half in range(halves)])
         bias = None if linear.bias is None else linear.bias.index_select(0, picked)
         return _with(linear, linear.weight.index_select(0, picked), bias)
 
-    def _cut_out(self, module: nn.Module, name: str, rows: Tensor) -> nn.Module:
-        linear = module.get_submodule(name)
-        return _with(linear, linear.weight.index_select(1, rows.to(linear.weight.device)), None)
+    def _cut_out(self, module: nn.Module, name: str, rows: Tensor, bias: bool) -> nn.Module:
+        linear = _linear(module, name)
+        return _with(linear, linear.weight.index_select(1, rows.to(linear.weight.device)), linear.bias if bias else None)
 
     def _copied(self, module: nn.Module, linears: dict[str, nn.Module]) -> nn.Module:
         """A shallow copy of `module` with the modules at these dotted names replaced."""
@@ -169,10 +169,16 @@ def _feed_forward(module: nn.Module) -> Narrowing | str:
     return "is no pair of projections with channels between them"
 
 
-def _with(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A copy of a linear layer with other weights, its own bias where none is given."""
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    found = module.get_submodule(name)
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def _with(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of a linear layer with other weights, which need not be parameters."""
     twin = _shallow(linear)
-    twin._parameters = {"weight": weight, "bias": linear.bias if bias is None else bias}  # type: ignore[dict-item]
+    vars(twin)["_parameters"] = {"weight": weight, "bias": bias}
     vars(twin).update(in_features=weight.shape[1], out_features=weight.shape[0])
     return twin
 

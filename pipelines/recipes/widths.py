@@ -7,7 +7,7 @@ from hasten.caching.stack import StackReuse
 from hasten.caching.stack_stability import PathStability, UnstableTokens
 from hasten.caching.width import StraightWidth, WidthReuse
 from hasten.drift import Drift
-from hasten.forecast import Hold
+from hasten.forecast import Hold, Polynomial
 from hasten.recipe import Recipe
 
 
@@ -35,22 +35,27 @@ def dydit(early: float = 0.75, late: float = 1.0, heads: bool = True, channels: 
     """DyDiT's timestep-dependent width: fewer heads and channels at early steps, the least important left out.
 
     Experimental. Zhao et al. train the router and the weights; without that, quality is lost. The place for a trained router is
-    `reuse.width`: a table, or a class of your own. Differs: importance by the norm of the weights, the same share for all blocks.
+    `reuse.width`: a table, or a class of your own. Differs: importance as measured at the first evaluation of the session, the same
+    share for all blocks.
     """
+    width = StraightWidth(early=early, late=late, heads=heads, channels=channels)
     return Recipe(
-        reuse=WidthReuse(width=StraightWidth(early=early, late=late, heads=heads, channels=channels)),
+        reuse=WidthReuse(width=width, order="measured"),
         paper="DyDiT, arXiv 2410.03456",
     )
 
 
-def held_width(share: float = 0.5, interval: int = 2) -> Recipe:
-    """The most important heads and channels run at every step; what the rest adds is held between full steps.
+def dydit_forecast(share: float = 0.5, interval: int = 2, order: int = 1) -> Recipe:
+    """The most important heads and channels run at every step; what the rest adds is forecast between full steps.
 
-    Experimental. DyDiT's width (Zhao et al.) without training: what is not run is remembered, not dropped.
+    Experimental. DyDiT's width (Zhao et al.) without training: what is not run is extrapolated, not dropped.
     """
     return Recipe(
         reuse=WidthReuse(
-            width=StraightWidth(early=share, late=share), order="measured", rule=Every(interval=interval)
+            width=StraightWidth(early=share, late=share),
+            order="measured",
+            rule=Every(interval=interval),
+            forecast=Polynomial(order=order),
         ),
         paper="after DyDiT, arXiv 2410.03456",
     )
