@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten.errors import RefusedError
 
-Status = Literal["ok", "failed", "absent", "refused"]
+Status = Literal["ok", "failed", "absent", "refused", "inapplicable"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest allowed error relative to the largest true value: a few roundings of each format."""
@@ -33,7 +33,7 @@ _ATTENTION = {
 @dataclass(frozen=True, slots=True)
 class Check:
     """One finding. ok: it works and is right. failed: it is there and wrong. absent: it is not there.
-    refused: hasten knows that it cannot be right here and does not do it."""
+    refused: hasten knows that it cannot be right here and does not do it. inapplicable: it does not arise here."""
 
     name: str
     status: Status
@@ -49,9 +49,13 @@ class Absent(Exception):
     """What is to be checked is not on this machine; the message says why."""
 
 
+class Inapplicable(Exception):
+    """What is to be checked does not arise on this model; the message says why."""
+
+
 def check(name: str, body: Callable[[], str]) -> Check:
     """Run `body`: what it returns is the detail. `AssertionError` means wrong, `Absent` not there, `RefusedError`
-    not done for a reason."""
+    not done for a reason, `Inapplicable` nothing to check."""
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -59,6 +63,8 @@ def check(name: str, body: Callable[[], str]) -> Check:
             detail, status = body(), "ok"
     except Absent as error:
         detail, status = str(error), "absent"
+    except Inapplicable as error:
+        detail, status = str(error), "inapplicable"
     except RefusedError as error:
         detail, status = str(error), "refused"
     except AssertionError as error:

@@ -158,8 +158,8 @@ def _about_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """What diffusers logs about a failed download stands, shorter, in the error that follows."""
+def quiet_diffusers() -> Iterator[None]:
+    """What diffusers logs is left out: about a failed download, what counts stands, shorter, in the error that follows."""
     logger = logging.getLogger("diffusers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -179,7 +179,7 @@ def _load(name_or_path: str, revision: str | None, dtype: torch.dtype) -> Any:
 
     source = str(Path(name_or_path).expanduser()) if kind == "folder" else name_or_path
     try:
-        with warnings.catch_warnings(), _quiet_diffusers():
+        with warnings.catch_warnings(), quiet_diffusers():
             # `torch_dtype` is the one spelling that all versions since our floor take; 0.42 says it is old.
             warnings.simplefilter("ignore", FutureWarning)
             # trust_remote_code is not even passed: diffusers' default is False, and nothing here can change it.

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli.output import JsonOption, Output, hardware, versions
+from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.pipelines.backends import Check
 
-MARKS = {"ok": "ok", "failed": "FAILED", "absent": "absent", "refused": "refused"}
+MARKS = {"ok": "ok", "failed": "FAILED", "absent": "absent", "refused": "refused", "inapplicable": "n/a"}
 
 
 def doctor(
     model: Annotated[str | None, typer.Option(help="Also check hasten's promises on this model.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes longer.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also check torch.compile on the model's blocks, which takes longest.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, mps. [default: the first accelerator]")
     ] = None,
@@ -27,10 +31,14 @@ def doctor(
 ) -> None:
     """Versions, devices, and which backends give right results here; with --model, whether it passes our checks.
 
+    The model is tried in short runs, each check is taken off it again, and at the end its plain result must be the
+    same to the bit. n/a: what is asked does not arise on this model, and why. refused: hasten does not do it there.
     Exit code 1 when something that is present gives wrong results.
     """
     out = Output("doctor", json)
     with out.open():
+        if compiled and model is None:
+            raise UsageError("--compile belongs to a model's checks; name one with --model, or leave it out.")
         from hasten.pipelines.backends import backends
         from hasten.pipelines.doctor import conformance
         from hasten.pipelines.loading import check_name, open_pipeline, pick_device
@@ -45,7 +53,7 @@ def doctor(
         if model is not None:
             pipe = open_pipeline(model, revision=revision, device=device, dtype=dtype, quiet=True)
             out.say(f"\n{model} ({type(pipe).__name__}):")
-            rows += _show(out, conformance(pipe, quick=quick), {"section": "model", "model": model})
+            rows += _show(out, conformance(pipe, quick=quick, compiled=compiled), {"section": "model", "model": model})
         wrong = [row["check"] for row in rows if row["status"] == "failed"]
         out.say(
             f"\n{len(wrong)} wrong: {', '.join(wrong)}."

@@ -16,9 +16,8 @@ from hasten.cli import explain
 from hasten.cli.output import cell, strict
 from hasten.pipelines import backends
 from hasten.pipelines.compare import compare
-from hasten.pipelines.doctor import conformance
 from hasten.pipelines.recipes import catalogue
-from tests.hosts import PIXART_CALL, UNET_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
+from tests.hosts import PIXART_CALL, WAN_CALL, small_pixart, small_wan
 
 COMMANDS = [
     [], ["demo"], ["generate"], ["compare"], ["recipes"], ["doctor"],
@@ -147,26 +146,30 @@ def test_doctor_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["float32 matmul"].status == "ok"
 
 
-@pytest.mark.parametrize("build", [small_wan, small_pixart, small_flux, small_unet])
-def test_conformance(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"WanPipeline": WAN_CALL, "PixArtSigmaPipeline": PIXART_CALL}
-    pipe = build()
-    call = {**calls.get(type(pipe).__name__, UNET_CALL)}
-    monkeypatch.setattr("hasten.pipelines.tiny_models.call_defaults", lambda pipe: dict(call))
-    found = {check.name: check for check in conformance(pipe, quick=True)}
-    wrong = {name: check.detail for name, check in found.items() if check.status == "failed"}
-    assert wrong == {}
-    blocks = "refused" if build is small_unet else "ok"
-    assert found["structure"].status == found["skipping on equal input"].status == blocks
+def test_doctor_on_a_model(hasten: Any, wan: Path) -> None:
+    ran = hasten("doctor", "--quick", "--device", "cpu", "--model", wan, "--json", "-")
+    assert ran.code == 0, ran.err
+    found = {row["check"]: row for row in ran.json["rows"] if row["section"] == "model"}
+    assert found["branch isolation"]["status"] == found["unchanged after all checks"]["status"] == "ok"
+    assert found["injected tensors"]["status"] == "inapplicable"
+    assert not any(name.startswith("recipe ") for name in found), "--quick leaves the recipes out"
+    assert "n/a" in ran.err and "--compile" in ran.err and "Everything that is present is right." in ran.err
 
 
-def test_conformance_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.pipelines.accelerate import Session
+def test_doctor_says_what_is_wrong_with_a_model(hasten: Any, wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.pipelines.doctor.unchanged", _wrong)
+    ran = hasten("doctor", "--quick", "--device", "cpu", "--model", wan)
+    assert ran.code == 1
+    assert "1 wrong: unchanged after all checks." in ran.out and "FAILED" in ran.out
 
-    monkeypatch.setattr(Session, "close", lambda self: None)
-    monkeypatch.setattr("hasten.pipelines.tiny_models.call_defaults", lambda pipe: dict(WAN_CALL))
-    found = {check.name: check.status for check in conformance(small_wan(), quick=True)}
-    assert found["exact restore"] == "failed"
+
+def _wrong(model: Any) -> str:
+    raise AssertionError("not bit-identical")
+
+
+def test_doctor_compiles_only_models(hasten: Any) -> None:
+    ran = hasten("doctor", "--compile")
+    assert ran.code == 2 and "name one with --model" in ran.sentence
 
 
 def test_strict_json() -> None:
