@@ -6,11 +6,12 @@ a host number, so the weights cost nothing on the device; an estimate is one wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hasten.part import Part
@@ -77,17 +78,29 @@ class Polynomial(Forecast):
 
 
 class LeaveOneOut(Forecast):
-    """The polynomial whose order predicted the last computed value best.
+    """The polynomial whose order predicted the computed values best.
 
-    At each computed value every order up to `max_order` first predicts it from the earlier ones; the
-    one with the least L2 error is used until the next. One scalar comparison per computed value.
+    At each computed value every order first predicts it from the earlier ones; the one with the least squared error is
+    used until the next. The choice stays on the device: no synchronisation.
+
+    min_order, max_order: orders to choose from; `min_order` until two values are known. damp: as in `Polynomial`, for
+    every order. memory: share that earlier errors keep, 0 for the last value's alone.
     """
 
     kind: ClassVar[str] = "leave_one_out"
+    min_order: int = Field(0, ge=0, le=4)
     max_order: int = Field(3, ge=0, le=4)
+    damp: float = Field(1.0, ge=0, le=1)
+    memory: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LeaveOneOut:
+        if self.min_order > self.max_order:
+            raise ValueError(f"min_order must be at most max_order, got {self.min_order} and {self.max_order}")
+        return self
 
     def start(self) -> ForecastState:
-        return BestOrder(self.max_order)
+        return BestOrder(self)
 
 
 class Scaled(Forecast):
@@ -148,21 +161,30 @@ class History:
 
     def of_order(self, t: float, order: int) -> Tensor:
         """The polynomial of degree `order` through the newest values, at `t`."""
-        nodes, values = self.nodes[-(order + 1) :], self.values[-(order + 1) :]
-        weights = [self.damp * w for w in lagrange(nodes, t)]
+        values = self.values[-(order + 1) :]
+        return values[-1].clone() if len(values) == 1 else combine(self.weights(t, order), values)
+
+    def weights(self, t: float, order: int) -> list[float]:
+        """What of the newest `order + 1` values, oldest first, makes the estimate at `t`."""
+        weights = [self.damp * w for w in lagrange(self.nodes[-(order + 1) :], t)]
         weights[-1] += 1.0 - self.damp
-        return values[-1].clone() if len(values) == 1 else combine(weights, values)
+        return weights
 
     def tensors(self) -> list[Tensor]:
         return self.values
 
 
 class BestOrder:
-    """A `History` that re-chooses its order at each computed value."""
+    """A `History` that re-chooses its order at each computed value.
 
-    def __init__(self, max_order: int) -> None:
-        self.history = History(max_order)
-        self.order = 0
+    errors: (orders,) float64 on the device, infinite for orders that have not predicted anything. NaN counts as infinite.
+    """
+
+    def __init__(self, policy: LeaveOneOut) -> None:
+        self.policy = policy
+        self.history = History(policy.max_order, policy.damp)
+        self.orders = range(policy.min_order, policy.max_order + 1)
+        self.errors: Tensor | None = None
 
     @property
     def ready(self) -> bool:
@@ -171,14 +193,30 @@ class BestOrder:
     def store(self, t: float, y: Tensor) -> None:
         known = len(self.history.values)
         if known and t not in self.history.nodes:
-            errors = [(self.history.of_order(t, p) - y).float().square().sum() for p in range(known)]
-            best = int(torch.stack(errors).nan_to_num(float("inf")).argmin().item())
-            # One more value is known after this store, so the winning order may be kept or was capped by `known`.
-            self.order = best
+            never = torch.full((), math.inf, dtype=torch.float64, device=y.device)
+            # An order that has too few values yet would be a lower one under its name.
+            new = torch.stack([self._error(p, t, y) if p < known else never for p in self.orders])
+            new = new.nan_to_num(nan=math.inf, posinf=math.inf)
+            keep = self.policy.memory
+            mixed = new if self.errors is None or not keep else keep * self.errors + (1 - keep) * new
+            self.errors = torch.where(mixed.isfinite(), mixed, new)
         self.history.store(t, y)
 
+    def _error(self, order: int, t: float, y: Tensor) -> Tensor:
+        return (self.history.of_order(t, order) - y).double().square().sum()
+
     def estimate(self, t: float) -> Tensor:
-        return self.history.of_order(t, self.order)
+        values = self.history.values
+        if self.errors is None or len(self.orders) == 1:
+            return self.history.of_order(t, self.policy.min_order)
+        # One row of weights per order, for the values from the oldest to the newest; the best row is taken on the device.
+        rows = [self.history.weights(t, min(order, len(values) - 1)) for order in self.orders]
+        table = torch.tensor([[0.0] * (len(values) - len(row)) + row for row in rows], dtype=torch.float32)
+        chosen = table.to(values[0].device, non_blocking=True)[self.errors.argmin()]
+        wide = torch.promote_types(values[0].dtype, torch.float32)
+        # A value without weight stays out even where it is not a number.
+        parts = [torch.where(w == 0, 0.0, value.to(wide) * w) for w, value in zip(chosen, values, strict=True)]
+        return torch.stack(parts).sum(0).to(values[0].dtype)
 
     def tensors(self) -> list[Tensor]:
         return self.history.tensors()

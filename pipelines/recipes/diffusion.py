@@ -52,8 +52,9 @@ def auto(latent_error: float | None = None, psnr: float | None = None, quality: 
     """
     given = {"latent_error": latent_error, "psnr": psnr, "quality": quality}
     chosen = {name: value for name, value in given.items() if value is not None} or {"latent_error": 0.05}
+    forecast = LeaveOneOut(min_order=1, max_order=2, damp=0.75, memory=0.5)
     return Recipe(
-        reuse=NetworkReuse(rule=Ledger(tolerance=Budget(**chosen).tolerance), forecast=Polynomial(order=1), correct=2),
+        reuse=NetworkReuse(rule=Ledger(tolerance=Budget(**chosen).tolerance), forecast=forecast, correct=2),
         models=("any denoiser",),
     )
 

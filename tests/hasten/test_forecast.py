@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from hasten.forecast import Forecast, History, Hold, LeaveOneOut, Polynomial, Scaled, combine, lagrange
@@ -136,3 +137,23 @@ def test_a_repeated_time_leaves_the_degree() -> None:
         history.store(time, curve([1.0, 2.0, -3.0], time))
     assert len(history.nodes) == len(history.values) == 3
     torch.testing.assert_close(history.estimate(0.1), curve([1.0, 2.0, -3.0], 0.1))
+
+
+def test_leave_one_out_keeps_what_it_remembers() -> None:
+    """One lucky value does not change the order when earlier errors count."""
+    straight = [0.0, 1.0, 2.0, 3.0, 4.0, 4.1]  # the last value is nearly what holding predicted
+    quick, slow = LeaveOneOut(max_order=1).start(), LeaveOneOut(max_order=1, memory=0.9).start()
+    for number, value in enumerate(straight):
+        for state in (quick, slow):
+            state.store(1 - number / 10, torch.full((2,), value))
+    torch.testing.assert_close(quick.estimate(0.4), torch.full((2,), 4.1))
+    torch.testing.assert_close(slow.estimate(0.4), torch.full((2,), 4.2))
+    bent = LeaveOneOut(min_order=1, max_order=2, damp=0.75).start()
+    for number, value in enumerate([0.0, 1.0, 4.0, 9.0]):
+        bent.store(1 - number / 10, torch.full((2,), value))
+    torch.testing.assert_close(bent.estimate(0.6), torch.full((2,), 0.75 * 16.0 + 0.25 * 9.0))
+
+
+def test_leave_one_out_refuses_orders_that_leave_nothing() -> None:
+    with pytest.raises(ValidationError, match="min_order must be at most max_order"):
+        LeaveOneOut(min_order=3, max_order=2)

@@ -13,8 +13,8 @@ import torch
 from hasten.errors import ModelError
 from hasten.pipelines import tiny_models
 
-DIFFUSERS = [name for name in ("tiny-image", "tiny-video") if name in tiny_models.names()]
-CLASSES = {"tiny-video": "WanPipeline", "tiny-image": "PixArtSigmaPipeline"}
+DIFFUSERS = [name for name in ("tiny-image", "tiny-video", "tiny-flux") if name in tiny_models.names()]
+CLASSES = {"tiny-video": "WanPipeline", "tiny-image": "PixArtSigmaPipeline", "tiny-flux": "FluxPipeline"}
 
 needs_bundle = pytest.mark.skipif(not DIFFUSERS, reason="the bundled weights are not in this checkout")
 
