@@ -131,7 +131,9 @@ class StackState:
             for number in poisoned:  # a NaN or Inf was computed: forget it and compute afresh
                 del self.branches[number]
             branch = self._branch(step, seen)
-            self.skipping = self.rule.skip(step, self.change) and not poisoned
+            able = not poisoned and any(held.knows(self.pieces(step)) for held in self.branches.values())
+            # A step at which nothing can stand in is a computed one, whatever was measured: the rule counts anew from it.
+            self.skipping = self.rule.skip(step, self.change if able else None) and able
         skips = self.skipping and branch.knows(self.pieces(step))
         if not skips and self.policy.rule.needs_signal:
             branch.signal.computed(step, seen)

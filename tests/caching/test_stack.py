@@ -59,6 +59,28 @@ def test_the_reference_is_the_last_computed_step() -> None:
     assert skipped == [False, True, True, True, False, True, True, True, False]
 
 
+def test_a_step_at_which_nothing_can_stand_in_is_not_counted_as_skipped() -> None:
+    """Nothing was learned at step 0 (the network changed a block's output in place), or it was no number."""
+    for broken in (None, math.nan):
+        state = started(StackReuse(rule=Drift(limit=0.5, accumulate=True, max_skips=2, warmup=0.0)))
+        lead = seeded(0, 4)
+        assert not state.decide(at(0), Evidence([lead], [lead], lead))
+        if broken is not None:
+            state.observe(at(0), state.wanted(at(0))[0], [lead * broken])
+        assert not compute(state, at(1), lead * 1.3, lead)
+        # Both skips are left, and of the limit only what was measured since step 1 is spent.
+        assert [compute(state, at(i), lead * 1.3 * (1 + 0.2 * (i > 1)), lead) for i in (2, 3, 4)] == [True, True, False]
+
+
+def test_a_branch_of_its_own_history_does_not_restart_the_count_of_the_others() -> None:
+    """A new branch computes while the first one stands in: what that one has drifted stays on the account."""
+    state = started(StackReuse(rule=Drift(limit=0.5, accumulate=True, max_skips=2, warmup=0.0)))
+    lead = seeded(0, 4)
+    assert not compute(state, at(0), lead, lead)
+    assert compute(state, at(1), lead, lead) and not compute(state, at(1, branch=1), lead, lead)
+    assert [compute(state, at(i), lead, lead) for i in (2, 3)] == [True, False]
+
+
 def test_estimate_is_the_forecast_of_each_piece_and_stream() -> None:
     policy, run = StackReuse(rule=Every(interval=3, warmup=2), forecast=Polynomial(order=1)), steps(20)
     state, seen = started(policy, 3, 2), Evidence([seeded(0, 4)], [seeded(0, 4)])
