@@ -40,7 +40,8 @@ def _put_back(owner: Any, name: str, shadow: _Shadow) -> None:
 
 def _plain_state(owner: Any) -> Any:
     """What a copy or a pickle of `owner` is made of: its `__dict__` as it was before anything was shadowed."""
-    state = type(owner).__getstate__(owner)
+    kind: Any = type(owner)
+    state = kind.__getstate__(owner)
     if not isinstance(state, dict):
         return state
     plain = {name: value for name, value in state.items() if name not in (_SHADOWS, _STATE)}

@@ -161,7 +161,7 @@ def _summary(seams: list[ProfileSeam], steps: int) -> Profile:
         steps=steps,
         runs=len(runs),
         change=[statistics.median(row[3 + block] for row in table) for block in range(len(table[0]) - 3)],
-        foreground=unseen or [statistics.mean(of) for of in zip(*lifts, strict=True)],  # type: ignore[arg-type]
+        foreground=unseen or [statistics.mean(of) for of in zip(*lifts, strict=True)],
         ratios=[statistics.median(of) if of else 1.0 for of in ratios],
         pairs=pairs,
     )

@@ -66,7 +66,7 @@ class GateList(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.ModuleList:
         """A copy of the blocks alone: gates belong to the network they were put on."""
-        return nn.ModuleList(copy.deepcopy(block, memo) for block in self._modules.values())
+        return nn.ModuleList(copy.deepcopy(block, memo) for block in self.children())
 
 
 class StackGates:
