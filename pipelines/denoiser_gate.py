@@ -18,6 +18,7 @@ from hasten.caching.deep import DeepReuse
 from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
 from hasten.caching.stack import StackReuse
+from hasten.caching.width import WidthReuse
 from hasten.forecast import Hold
 from hasten.pipelines.context_seam import ContextSeam
 from hasten.pipelines.deep_seam import DeepSeam
@@ -26,6 +27,7 @@ from hasten.pipelines.module_seam import ModuleSeam
 from hasten.pipelines.network_seam import NetworkSeam
 from hasten.pipelines.reuse_seam import ReuseSeam
 from hasten.pipelines.stack_seam import StackSeam
+from hasten.pipelines.width_seam import WidthSeam
 from hasten.pipelines.writes import Kind, Writes, kind_of
 from hasten.recipe import ReusePolicy
 from hasten.session import Attachment
@@ -41,6 +43,7 @@ SEAMS: dict[type[ReusePolicy], Callable[[DenoiserGate, Any], ReuseSeam]] = {
     ModuleReuse: ModuleSeam,
     DeepReuse: DeepSeam,
     ContextReuse: ContextSeam,
+    WidthReuse: WidthSeam,
 }
 """Which seam puts which policy onto a network. A new span is one policy, one seam and one entry here."""
 
