@@ -108,7 +108,7 @@ class LedgerState:
         self.node, self.gap, self.pending = _angle(step, step.time), [], 0.0
 
     def _cost(self, step: Step) -> float:
-        return self._effect(step) * (self.rho or 0.0) * self._distance(step) ** self.rule.growth
+        return self._effect(step) * (self.rho or 0.0) * math.pow(self._distance(step), self.rule.growth)
 
     def _affordable(self, step: Step) -> bool:
         """Whether the open gap may go on: the rest of the tolerance, shared with the planned gaps to come."""

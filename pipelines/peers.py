@@ -23,8 +23,10 @@ ATTENTION = r"^(single_)?(transformer_)?blocks\.\d+\.attn\d?$"
 """Attention modules by their real names; TaylorSeer's own default matches none where they are called attn1."""
 
 
-def sweep(pipe: Any, call: dict[str, Any]) -> list[Candidate]:
+def sweep(pipe: Any, call: dict[str, Any], thin: int = 1) -> list[Candidate]:
     """All peers at all settings, for runs of `call` on `pipe`. Runs MagCache's calibration once.
+
+    thin: only every so many settings of each family, the first always.
 
     A family that cannot be had (not in this version, not installed, not calibrated) is one candidate that says why
     when it is put on.
@@ -41,7 +43,7 @@ def sweep(pipe: Any, call: dict[str, Any]) -> list[Candidate]:
     found: list[Candidate] = []
     for name, build in families.items():
         try:
-            found += build()
+            found += build()[::thin]
         except Exception as error:  # noqa: BLE001 - whatever the library raises is the reason in the table
             found.append(unavailable(name, f"peer:{name.partition(' ')[0]}", because(error)))
     return found

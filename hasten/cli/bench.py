@@ -117,6 +117,13 @@ def cache(
     ours: Annotated[str, typer.Option(metavar="NAME", help="The preset that the bars are about.")] = "auto",
     peers: Annotated[bool, typer.Option(help="Run other libraries too, over their settings.")] = True,
     oracle: Annotated[bool, typer.Option(help="Search the best schedules too.")] = True,
+    thin: Annotated[
+        int, typer.Option(metavar="N", help="Every N-th setting of each peer only.", min=1)
+    ] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(metavar="N", help="Processes that share the samples, one thread each (CPU only).", min=1),
+    ] = 1,
     device: Device = None,
     dtype: Dtype = None,
     json: JsonOption = None,
@@ -133,6 +140,10 @@ def cache(
         from hasten.pipelines.tiny_models import call_defaults
 
         chosen = dict(preset(text) for text in presets or all_presets())
+        if jobs > 1:
+            import torch
+
+            torch.set_num_threads(1)  # before anything runs: forks beside other threads hang
         pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
         call = call_defaults(pipe)
         if "num_inference_steps" not in call:
@@ -141,9 +152,17 @@ def cache(
             )
         texts = own_prompts(makes_video(pipe))[:prompts]
         samples = [Sample(text, seed) for text in texts for seed in range(seeds)]
-        others = sweep(pipe, call) if peers else []
+        others = sweep(pipe, call, thin) if peers else []
         bench = bench_cache(
-            pipe, call, samples, chosen, model=model, peers=others, with_oracle=oracle, tell=output.note
+            pipe,
+            call,
+            samples,
+            chosen,
+            model=model,
+            peers=others,
+            oracle_of=ours if oracle else "",
+            jobs=jobs,
+            tell=output.note,
         )
         verdicts = bars(bench.rows, ours, bench.outcomes)
         output.table(bench.rows)

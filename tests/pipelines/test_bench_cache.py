@@ -16,7 +16,7 @@ pytest.importorskip("diffusers.hooks")
 
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 
-from hasten.errors import RecipeError, RefusedError
+from hasten.errors import RecipeError, RefusedError, UsageError
 from hasten.pipelines import bars, peers
 from hasten.pipelines.bench_cache import Bench, all_presets, bench_cache, controls, preset
 from hasten.pipelines.candidates import Candidate, ours
@@ -231,7 +231,7 @@ def bench() -> Bench:
     ]
     others.append(diffusers_cache("wrong", lambda _: object()))
     chosen = dict(preset(text) for text in ("every-other", "held-guidance"))
-    return bench_cache(small_wan(), CALL, SAMPLES, chosen, model="small", peers=others)
+    return bench_cache(small_wan(), CALL, SAMPLES, chosen, model="small", peers=others, oracle_of="every-other")
 
 
 def by_name(bench: Bench) -> dict[str, dict[str, Any]]:
@@ -298,9 +298,61 @@ def test_a_solver_without_oracle_is_said(capsys: pytest.CaptureFixture[str]) -> 
     told: list[str] = []
     call = {**PIXART_CALL, "num_inference_steps": 3}
     pipe = small_pixart(layers=1)
-    found = bench_cache(pipe, call, SAMPLES[:1], dict([preset("every-other")]), tell=told.append)
+    found = bench_cache(pipe, call, SAMPLES[:1], dict([preset("every-other")]), oracle_of="every-other", tell=told.append)
     assert not [row for row in found.rows if row["control"] == "oracle"]
     assert any("no oracle" in line and "DPMSolver" in line for line in told)
+
+
+def test_jobs_share_the_samples_and_find_the_same() -> None:
+    samples = [*SAMPLES, Sample("a four", 2)]
+    chosen = dict([preset("every-other")])
+
+    def crash_on_last(pipe: Any) -> contextlib.AbstractContextManager[None]:
+        return _crash_at(pipe, 2)
+
+    others = [Candidate("late", crash_on_last, "peer:late")]
+    together, apart = (
+        bench_cache(
+            small_wan(layers=1), CALL, samples, chosen, peers=others, oracle_of="every-other", jobs=jobs
+        )
+        for jobs in (1, 2)
+    )
+    assert [row["recipe"] for row in together.rows] == [row["recipe"] for row in apart.rows]
+    for one, two in zip(together.rows, apart.rows, strict=True):
+        assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in two.items() if k not in TIMES}
+    for name, runs in together.outcomes.items():
+        assert [run["psnr"] for run in runs] == [run["psnr"] for run in apart.outcomes[name]]
+    assert by_name(apart)["late"]["note"] == "on 'a four', seed 2: crashed: OSError: disk on fire"
+
+
+TIMES = {"seconds", "speedup"}
+
+
+@contextlib.contextmanager
+def _crash_at(pipe: Any, seed: int) -> Iterator[None]:
+    """Fail in the run of this seed, whichever process it is in: the first noise tells it."""
+    prepare = pipe.prepare_latents
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        latents = prepare(*args, **kwargs)
+        if torch.equal(latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))):
+            raise OSError("disk on fire")
+        return latents
+
+    pipe.prepare_latents = prepared
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
+
+
+def test_jobs_beside_other_threads_are_refused() -> None:
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(UsageError, match="one thread each"):
+            bench_cache(small_wan(layers=1), CALL, SAMPLES, {}, jobs=2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_an_output_that_is_not_finite_is_a_reason() -> None:
