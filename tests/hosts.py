@@ -36,6 +36,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from tests.contract import seeded
+
 WORDS = [
     "a",
     "the",
@@ -218,6 +220,32 @@ def small_unet(*, seed: int = 0) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     return _quiet(pipe)
+
+
+def wan_arguments() -> dict[str, Any]:
+    """One call of `small_wan`'s network alone: 8 tokens of a video, 5 of text."""
+    return {
+        "hidden_states": seeded(0, 1, 16, 2, 4, 4),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": seeded(1, 1, 5, 32),
+    }
+
+
+def flux_arguments(*, joint: int = 0, single: int = 0) -> dict[str, Any]:
+    """One call of a FLUX network alone, as wide as `small_flux`'s: 16 tokens of an image, 7 of text.
+
+    joint, single: how many residuals a ControlNet adds behind the blocks of each list.
+    """
+    controls = {"controlnet_block_samples": (10, joint), "controlnet_single_block_samples": (20, single)}
+    return {
+        "hidden_states": seeded(0, 1, 16, 4),
+        "encoder_hidden_states": seeded(1, 1, 7, 32),
+        "pooled_projections": seeded(2, 1, 32),
+        "timestep": torch.tensor([0.7]),
+        "img_ids": seeded(3, 16, 3),
+        "txt_ids": seeded(4, 7, 3),
+        **{name: [seeded(first + i, 1, 16, 32) for i in range(num)] for name, (first, num) in controls.items() if num},
+    }
 
 
 def saved(pipe: Any, folder: Path) -> Path:

@@ -17,7 +17,16 @@ from hasten.pipelines.accelerate import Session
 from hasten.pipelines.recipes import blocks, catalogue
 from hasten.recipe import Recipe
 from tests.contract import seeded
-from tests.hosts import FLUX_CALL, PIXART_CALL, WAN_CALL, small_flux, small_pixart, small_wan
+from tests.hosts import (
+    FLUX_CALL,
+    PIXART_CALL,
+    WAN_CALL,
+    flux_arguments,
+    small_flux,
+    small_pixart,
+    small_wan,
+    wan_arguments,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:hasten")
 
@@ -53,27 +62,11 @@ def loop(
 
 
 def wan() -> tuple[nn.Module, dict[str, Any]]:
-    call = {
-        "hidden_states": seeded(0, 1, 16, 2, 4, 4),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": seeded(1, 1, 5, 32),
-    }
-    return small_wan().transformer, call
+    return small_wan().transformer, wan_arguments()
 
 
 def flux() -> tuple[nn.Module, dict[str, Any]]:
-    call = {
-        "hidden_states": seeded(0, 1, 16, 4),
-        "encoder_hidden_states": seeded(1, 1, 7, 32),
-        "pooled_projections": seeded(2, 1, 32),
-        "timestep": torch.tensor([0.7]),
-        "guidance": torch.tensor([3.5]),
-        "img_ids": seeded(3, 16, 3),
-        "txt_ids": seeded(4, 7, 3),
-        "controlnet_block_samples": [seeded(10 + i, 1, 16, 32) for i in range(2)],
-        "controlnet_single_block_samples": [seeded(20 + i, 1, 16, 32) for i in range(3)],
-    }
-    return small_flux().transformer, call
+    return small_flux().transformer, {**flux_arguments(joint=2, single=3), "guidance": torch.tensor([3.5])}
 
 
 def stand_ins(run: Session) -> list[int]:

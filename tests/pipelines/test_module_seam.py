@@ -21,7 +21,7 @@ from hasten.pipelines.recipes.modules import (
 )
 from hasten.recipe import Recipe
 from tests.contract import seeded
-from tests.hosts import WAN_CALL, small_pixart, small_unet, small_wan
+from tests.hosts import WAN_CALL, flux_arguments, small_pixart, small_unet, small_wan, wan_arguments
 from tests.pipelines.seam_contract import Case, Inputs, SeamContract, close, loop, plainly
 
 pytestmark = pytest.mark.filterwarnings("ignore:hasten")
@@ -35,12 +35,7 @@ RECIPES = {
 
 
 def wan() -> tuple[nn.Module, Inputs]:
-    call = {
-        "hidden_states": seeded(0, 1, 16, 2, 4, 4),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": seeded(1, 1, 5, 32),
-    }
-    return small_wan().transformer, {**call, "return_dict": False}
+    return small_wan().transformer, {**wan_arguments(), "return_dict": False}
 
 
 def pixart() -> tuple[nn.Module, Inputs]:
@@ -59,16 +54,7 @@ def flux() -> tuple[nn.Module, Inputs]:
         patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    call = {
-        "hidden_states": seeded(0, 1, 16, 4),
-        "encoder_hidden_states": seeded(1, 1, 7, 32),
-        "pooled_projections": seeded(2, 1, 32),
-        "timestep": torch.tensor([0.7]),
-        "img_ids": seeded(3, 16, 3),
-        "txt_ids": seeded(4, 7, 3),
-        "controlnet_block_samples": [seeded(10 + i, 1, 16, 32) for i in range(2)],
-    }
-    return model.eval(), {**call, "return_dict": False}
+    return model.eval(), {**flux_arguments(joint=2), "return_dict": False}
 
 
 def unet() -> tuple[nn.Module, Inputs]:

@@ -21,7 +21,7 @@ from hasten.pipelines.accelerate import Session
 from hasten.recipe import Recipe
 from hasten.samplers.guidance import GuidanceInterval
 from tests.contract import seeded
-from tests.hosts import PIXART_CALL, WAN_CALL, small_flux, small_pixart, small_wan
+from tests.hosts import PIXART_CALL, WAN_CALL, flux_arguments, small_flux, small_pixart, small_wan
 
 pytestmark = pytest.mark.filterwarnings("ignore:hasten")
 
@@ -49,24 +49,12 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
         patch_size=1, in_channels=4, num_layers=3, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    call = {
-        "hidden_states": seeded(0, 1, 16, 4),
-        "encoder_hidden_states": seeded(1, 1, 7, 32),
-        "pooled_projections": seeded(2, 1, 32),
-        "timestep": torch.tensor([0.7]),
-        "img_ids": seeded(3, 16, 3),
-        "txt_ids": seeded(4, 7, 3),
-    }
-    return model.eval(), call
+    return model.eval(), flux_arguments()
 
 
 def flux_with_controls() -> tuple[nn.Module, dict[str, Any]]:
-    model, call = flux()
-    extra = {
-        "controlnet_block_samples": [seeded(10 + i, 1, 16, 32) for i in range(3)],
-        "controlnet_single_block_samples": [seeded(20 + i, 1, 16, 32) for i in range(3)],
-    }
-    return model, call | extra
+    model, _ = flux()
+    return model, flux_arguments(joint=3, single=3)
 
 
 def vace() -> tuple[nn.Module, dict[str, Any]]:

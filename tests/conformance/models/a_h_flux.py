@@ -9,6 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
 
+from tests.conformance.models.arguments import thousand, unit
 from tests.conformance.small import Inputs, Small, normal, register
 
 CHANNELS, TEXT, WIDTH, INNER = 4, 5, 32, 32
@@ -94,23 +95,15 @@ def flux_with_adapter() -> nn.Module:
     return model
 
 
-def thousand(t: float) -> Tensor:
-    return torch.tensor([1000 * t])
-
-
-def fraction(t: float) -> Tensor:
-    return torch.tensor([t])
-
-
 FLUX = register(
-    Small("FluxTransformer2DModel", flux, pooled_text, packed, fraction, injections={"controlnet": controls})
+    Small("FluxTransformer2DModel", flux, pooled_text, packed, unit, injections={"controlnet": controls})
 )
 FLUX_WITH_ADAPTER = Small(
     "FluxTransformer2DModel with IP-Adapter",
     flux_with_adapter,
     lambda seed, size: pooled_text(seed, size) | adapter(0, size),
     packed,
-    fraction,
+    unit,
 )
 """Not registered: the class is; used where adapters are asked about."""
 register(
@@ -145,7 +138,7 @@ register(
         ),
         text,
         packed,
-        fraction,
+        unit,
         injections={"controlnet": controls},
     )
 )
@@ -157,7 +150,7 @@ register(
         ),
         guided,
         packed,
-        fraction,
+        unit,
     )
 )
 register(
@@ -172,6 +165,6 @@ register(
         ),
         four_axes,
         packed,
-        fraction,
+        unit,
     )
 )

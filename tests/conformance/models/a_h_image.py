@@ -6,6 +6,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.conformance.models.arguments import thousand, unit
 from tests.conformance.small import Inputs, Small, exclude, normal, register
 
 CHANNELS, TEXT, WIDTH = 4, 5, 16
@@ -24,10 +25,6 @@ def image(seed: int, size: int) -> Tensor:
 
 def text(seed: int, size: int) -> Inputs:
     return {"encoder_hidden_states": normal(1000 + seed, 1, TEXT, WIDTH)}
-
-
-def thousand(t: float) -> Tensor:
-    return torch.tensor([1000 * t])
 
 
 def sized_text(seed: int, size: int) -> Inputs:
@@ -105,7 +102,7 @@ register(
         ),
         text,
         image,
-        lambda t: torch.tensor([t]),
+        unit,
     )
 )
 register(
@@ -130,7 +127,7 @@ register(
         ),
         layered_text,
         image,
-        lambda t: torch.tensor([t]),
+        unit,
     )
 )
 register(

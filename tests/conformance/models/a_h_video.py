@@ -8,6 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.conformance.models.arguments import thousand, unit
 from tests.conformance.small import Inputs, Small, normal, register
 
 CHANNELS, FRAMES, TEXT, WIDTH = 4, 2, 5, 16
@@ -31,10 +32,6 @@ def frames_first(seed: int, size: int) -> Tensor:
 
 def text(seed: int, size: int) -> Inputs:
     return {"encoder_hidden_states": normal(1000 + seed, 1, TEXT, WIDTH)}
-
-
-def thousand(t: float) -> Tensor:
-    return torch.tensor([1000 * t])
 
 
 def per_frame(t: float) -> Tensor:
@@ -173,7 +170,7 @@ register(
         ),
         sound_conditions,
         sound,
-        lambda t: torch.tensor([t]),
+        unit,
     )
 )
 register(
@@ -283,7 +280,7 @@ register(
         ),
         text,
         clip,
-        lambda t: torch.tensor([t]),
+        unit,
         injections={"controlnet": cosmos_controls},
     )
 )

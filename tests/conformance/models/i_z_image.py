@@ -17,8 +17,8 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
-from tests.conformance.models import i_z_arguments as arguments
-from tests.conformance.models.i_z_arguments import PIXELS, TEXT, tokens
+from tests.conformance.models import arguments
+from tests.conformance.models.arguments import PIXELS, TEXT, tokens
 from tests.conformance.small import Inputs, Small, normal, register
 
 register(

@@ -15,8 +15,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from tests.conformance.models import i_z_arguments as arguments
-from tests.conformance.models.i_z_arguments import GRIDS, PIXELS, TEXT, tokens
+from tests.conformance.models import arguments
+from tests.conformance.models.arguments import GRIDS, PIXELS, TEXT, tokens
 from tests.conformance.small import Inputs, Small, normal, register
 
 

@@ -13,8 +13,8 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerTransformer3DModel
 
-from tests.conformance.models import i_z_arguments as arguments
-from tests.conformance.models.i_z_arguments import GRIDS, TEXT, tokens
+from tests.conformance.models import arguments
+from tests.conformance.models.arguments import GRIDS, TEXT, tokens
 from tests.conformance.small import Inputs, Small, normal, register
 
 

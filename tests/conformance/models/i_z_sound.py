@@ -13,7 +13,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-from tests.conformance.models import i_z_arguments as arguments
+from tests.conformance.models import arguments
 from tests.conformance.small import Inputs, Small, exclude, normal, register
 
 LENGTHS = (16, 24)

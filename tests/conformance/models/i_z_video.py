@@ -14,8 +14,8 @@ from diffusers import (
     SanaWMTransformer3DModel,
 )
 
-from tests.conformance.models import i_z_arguments as arguments
-from tests.conformance.models.i_z_arguments import GRIDS, PIXELS, TEXT, tokens
+from tests.conformance.models import arguments
+from tests.conformance.models.arguments import GRIDS, PIXELS, TEXT, tokens
 from tests.conformance.small import Inputs, Small, normal, register
 
 

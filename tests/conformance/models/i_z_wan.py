@@ -15,8 +15,8 @@ from diffusers import (
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tests.conformance.models import i_z_arguments as arguments
-from tests.conformance.models.i_z_arguments import GRIDS, PIXELS, TEXT, tokens
+from tests.conformance.models import arguments
+from tests.conformance.models.arguments import GRIDS, PIXELS, TEXT, tokens
 from tests.conformance.small import Inputs, Small, normal, register
 
 WAN: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Arguments that many forwards of the classes I to Z share: times, text, grids of tokens."""
+"""Arguments that many forwards share: times (all classes), text and grids of tokens (I to Z)."""
 
 from __future__ import annotations
 
