@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from hasten.agree import Mean, alone
 from hasten.caching.histories import Key, key_of
 from hasten.caching.width import WidthState, kept, ranked
 from hasten.pipelines.host import Output
@@ -90,14 +91,14 @@ class WidthGates:
         finally:
             self._active.visitor = None
 
-    def learn(self, forward: Callable[[], Any], order: Order) -> bool:
+    def learn(self, forward: Callable[[], Any], order: Order, agree: Mean = alone) -> bool:
         """Watch one evaluation: what each module costs, which of its units matter, and that cutting it is right.
 
         Afterwards only the modules that can be cut are gated. False when something was not finite, which teaches
-        nothing; then another evaluation has to be watched.
+        nothing; then another evaluation has to be watched. agree: makes importance one on all ranks that share a sample.
         """
         with Flops() as counter:
-            teacher = Teacher(counter, order)
+            teacher = Teacher(counter, order, agree)
             self.run(forward, teacher)
             self.flops = counter.total - teacher.extra
         if teacher.blinded:
@@ -137,8 +138,8 @@ class Teacher:
     blinded: whether a module returned something that is not finite.
     """
 
-    def __init__(self, counter: Flops, order: Order) -> None:
-        self.counter, self.order, self.extra, self.blinded = counter, order, 0, False
+    def __init__(self, counter: Flops, order: Order, agree: Mean) -> None:
+        self.counter, self.order, self.agree, self.extra, self.blinded = counter, order, agree, 0, False
 
     def module(self, site: WidthSite, full: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site.calls += 1
@@ -161,7 +162,7 @@ class Teacher:
     def _try(self, site: WidthSite, args: tuple[Any, ...], kwargs: dict[str, Any], seen: dict[str, Tensor]) -> None:
         cut, module = site.cut, site.module
         measured = seen if self.order == "measured" else None
-        importance = cut.importance(module, measured)
+        importance = self.agree(cut.importance(module, measured))
         site.order = torch.arange(cut.num, device=importance.device) if self.order == "stored" else ranked(importance)
         half = site.order[: kept(0.5, cut.num)].sort().values
         wanted = cut.masked(module, half)(*args, **kwargs)

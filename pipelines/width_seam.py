@@ -85,7 +85,7 @@ class WidthSeam(ReuseSeam):
         """
         gates, gate, spare = self.gates, self.gate, twin(call)
         assert gates is not None
-        self.learned = gates.learn(lambda: gate.rehearse(spare), self.policy.order)
+        self.learned = gates.learn(lambda: gate.rehearse(spare), self.policy.order, gate.agree)
         if not self.learned:
             return False
         if not gates.sites:

@@ -262,6 +262,27 @@ def test_what_is_wrapped_runs_in_full() -> None:
     assert run.report().computed_fraction < 1.0, "attention is still cut"
 
 
+def test_an_adapter_that_is_loaded_later_runs_in_full() -> None:
+    """Cutting its weights would lose what it adds; the rest of the network stays narrow."""
+
+    class Adapter(nn.Linear):
+        pass
+
+    model, call = pixart()
+    feed_forward = model.transformer_blocks[0].ff.net
+
+    def calls(index: int) -> list[Inputs]:
+        if index == 2:
+            adapter = Adapter(feed_forward[2].in_features, feed_forward[2].out_features)
+            adapter.load_state_dict(feed_forward[2].state_dict())
+            feed_forward[2] = adapter.requires_grad_(False)
+        return [call]
+
+    _, run = loop(model, recipe(), calls, steps=4)
+    shares = [event.share for event in run.trace.events]
+    assert shares[0] == shares[1] < shares[2] == shares[3] < 1.0
+
+
 @pytest.mark.parametrize(("host", "call"), [(small_wan, WAN_CALL), (small_pixart, PIXART_CALL)])
 def test_two_runs_of_a_pipeline_are_alike(host: Any, call: dict[str, Any]) -> None:
     pipe = host()
