@@ -43,14 +43,11 @@ TOLERANCES = tuple(f"psnr={psnr}" for psnr in (20, 25, 30, 35, 40, 45)) + tuple(
     f"latent_error={error}" for error in (0.01, 0.02, 0.05, 0.1)
 )
 
-NEIGHBOURS = 12
+NEIGHBOURS = 20
 """Timed runs after which the plain run is timed again."""
 
-POOL = (
-    NetworkReuse(rule=Listed(at=(0.0,)), forecast=Polynomial(order=1, damp=0.75), correct=2),
-    NetworkReuse(rule=Listed(at=(0.0,)), forecast=Polynomial(order=1), correct=1),
-)
-"""Policies whose best schedule is searched on a recorded run; the oracle is the one that is best when really run."""
+ORACLE = NetworkReuse(rule=Listed(at=(0.0,)), forecast=Polynomial(order=1, damp=0.75), correct=2)
+"""The policy whose best schedule is searched on a recorded run, and then really run."""
 
 
 @dataclass(slots=True)
@@ -86,12 +83,14 @@ def bench_cache(
     model: str = "",
     peers: Sequence[Candidate] = (),
     oracle_of: str = "auto",
+    thin: int = 1,
     jobs: int = 1,
     tell: Tell = lambda _: None,
 ) -> Bench:
     """Measure `presets` on `samples` against the plain run, fewer steps, the oracle and `peers` (`peers.sweep`).
 
-    oracle_of: the family whose settings get an oracle row each; "" for none. jobs: forks that share the samples; all
+    oracle_of: the family whose settings get an oracle row each; "" for none. thin: only every so many step numbers of the
+    fewer-steps controls. jobs: forks that share the samples; all
     runs of one sample stay in one of them. Only on the CPU, and only where PyTorch runs on one thread.
 
     computed_fraction is the share of denoiser work: as reported for ours (median over the samples), the share of steps
@@ -103,7 +102,7 @@ def bench_cache(
     """
     run = Run(pipe, call, samples, tell)
     mine = [ours(name, recipe) for name, recipe in presets.items()]
-    for candidate in (*mine, *controls(call["num_inference_steps"]), *peers):
+    for candidate in (*mine, *controls(call["num_inference_steps"], thin), *peers):
         run.probe(candidate)
     oracles = in_parts(run, oracle_of, jobs)
     columns = [column for column in run.columns if not column.candidate.control]
@@ -127,9 +126,9 @@ def bench_cache(
     return bench
 
 
-def controls(steps: int) -> list[Candidate]:
-    """Fewer steps with each solver, at `SHARES` of the plain number."""
-    numbers = sorted({min(steps, max(2, round(steps * share))) for share in SHARES})
+def controls(steps: int, thin: int = 1) -> list[Candidate]:
+    """Fewer steps with each solver, at `SHARES` of the plain number (every `thin`-th)."""
+    numbers = sorted({min(steps, max(2, round(steps * share))) for share in SHARES[thin - 1 :: thin]})
     return [fewer_steps(solver, number) for solver in SOLVERS for number in numbers]
 
 
@@ -162,6 +161,7 @@ class Run:
         self.plain = Column(ours("plain", "plain"))
         self.columns: list[Column] = []
         self.failed: list[tuple[Candidate, str]] = []
+        self.number, self.total = 0, len(samples)
         self._work: dict[str, Work] = {}
         self.best: dict[tuple[int, int], Shot] = {}
         tell("warm-up")
@@ -219,8 +219,8 @@ class Run:
 
     def measure(self) -> None:
         """Every column on every sample; a column that fails on the way loses its shots."""
-        for number, sample in enumerate(self.samples):
-            self.tell(f"sample {number + 1} of {len(self.samples)}: {sample.prompt}, seed {sample.seed}")
+        for sample in self.samples:
+            self.tell(f"sample {self.number + 1} of {self.total}: {sample.prompt}, seed {sample.seed}")
             self.plain.shots.append(self._shoot(sample))
             self.plain.plain_seconds.append(self.plain.shots[-1].seconds)
             seconds = self.plain.shots[-1].seconds
@@ -271,12 +271,9 @@ class Run:
         return found
 
     def _searched(self, index: int, recording: Recording, computed: int) -> Shot:
-        shots = []
-        for policy in POOL:
-            rule = as_rule(search(policy, [recording], computed, starts=1, rounds=2), len(recording.times))
-            recipe = Recipe(name="oracle", reuse=policy.model_copy(update={"rule": rule}))
-            shots.append(self._shoot(self.samples[index], ours("oracle", recipe)))
-        return max(shots, key=lambda shot: self._psnr(index, shot))
+        rule = as_rule(search(ORACLE, [recording], computed, starts=1, rounds=2), len(recording.times))
+        recipe = Recipe(name="oracle", reuse=ORACLE.model_copy(update={"rule": rule}))
+        return self._shoot(self.samples[index], ours("oracle", recipe))
 
     def _psnr(self, index: int, shot: Shot) -> float:
         return metrics.psnr(self.plain.shots[index].frames, shot.frames)

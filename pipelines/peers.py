@@ -139,18 +139,13 @@ def _taylor_seer() -> list[Candidate]:
         one(
             f"lite, order {order}{SETTING}interval {n}", cache_interval=n, max_order=order, use_lite_mode=True
         )
-        for order in (1, 2)
-        for n in ((2, 3, 4, 5, 7, 10) if order == 1 else (2, 3, 5))
+        for order, n in ((1, 3), (1, 2), (1, 5), (1, 4), (1, 10), (1, 7), (2, 3), (2, 2), (2, 5))
     ]
     attention = [
         one(f"attention{SETTING}interval {n}", cache_interval=n, cache_identifiers=[ATTENTION])
         for n in (3, 5)
     ]
-    return [
-        diffusers_cache(f"TaylorSeer{SETTING}defaults", lambda _: TaylorSeerCacheConfig()),
-        *attention,
-        *lite,
-    ]
+    return [*lite, *attention, diffusers_cache(f"TaylorSeer{SETTING}defaults", lambda _: TaylorSeerCacheConfig())]
 
 
 def _sea() -> list[Candidate]:

@@ -118,7 +118,7 @@ def cache(
     peers: Annotated[bool, typer.Option(help="Run other libraries too, over their settings.")] = True,
     oracle: Annotated[bool, typer.Option(help="Search the best schedules too.")] = True,
     thin: Annotated[
-        int, typer.Option(metavar="N", help="Every N-th setting of each peer only.", min=1)
+        int, typer.Option(metavar="N", help="Every N-th setting of each peer and control only.", min=1)
     ] = 1,
     jobs: Annotated[
         int,
@@ -151,7 +151,7 @@ def cache(
                 f"hasten bench cache needs a bundled model, got {model}. Use hasten compare for others."
             )
         texts = own_prompts(makes_video(pipe))[:prompts]
-        samples = [Sample(text, seed) for text in texts for seed in range(seeds)]
+        samples = [Sample(text, seed) for seed in range(seeds) for text in texts]
         others = sweep(pipe, call, thin) if peers else []
         bench = bench_cache(
             pipe,
@@ -161,6 +161,7 @@ def cache(
             model=model,
             peers=others,
             oracle_of=ours if oracle else "",
+            thin=thin,
             jobs=jobs,
             tell=output.note,
         )
