@@ -97,7 +97,9 @@ class NetworkState:
         self.change, self.poisoned = self._read(signal)
         for branch in self.poisoned:  # a NaN or Inf was computed: forget it and compute afresh
             del self.branches[branch]
-        self.skipping = self.rule.skip(step, self.change) and not self.poisoned
+        able = not self.poisoned and any(branch.ready and branch.fits(x) for branch in self.branches.values())
+        # A step at which nothing can stand in is a computed one, whatever was measured: the rule counts anew from it.
+        self.skipping = self.rule.skip(step, self.change if able else None) and able
         return self.skipping
 
     def _read(self, signal: Tensor | None) -> tuple[float | None, list[int]]:
@@ -182,8 +184,12 @@ class BranchHistory:
         """False once resolution, batch, dtype or device have changed."""
         return self.key == (x.shape, x.dtype, x.device)
 
+    @property
+    def ready(self) -> bool:
+        return all(forecast.ready for forecast in self.forecasts)
+
     def estimate(self, step: Step, x: Tensor) -> list[Tensor] | None:
-        if not all(forecast.ready for forecast in self.forecasts):
+        if not self.ready:
             return None
         at, found = self._coordinate(step), []
         for forecast, dtype in zip(self.forecasts, self.dtypes, strict=True):

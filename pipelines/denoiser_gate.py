@@ -67,7 +67,11 @@ class DenoiserGate:
         group = session.group if session.group is not None else group_of(model)
         self.agree: Mean = alone if group is None else across(group)
         self._attach()
-        self.seam = self._seam()
+        try:
+            self.seam = self._seam()
+        except BaseException:
+            self._attachment.restore()  # the session does not know this gate yet, so nobody else would
+            raise
 
     # --- attach, start, release -------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import nn
 from hasten import metrics
 from hasten.errors import HastenError
 from hasten.pipelines.backends import Check
-from hasten.pipelines.doctor_model import REMEMBERING, Model, raise_refusal, same
+from hasten.pipelines.doctor_model import REMEMBERING, STEPS, Model, raise_refusal, same, stood_in
 from hasten.pipelines.host import Output
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Recipe
@@ -172,10 +172,11 @@ def method(model: Model, name: str, recipe: Recipe) -> Check:
         report = session.report()
         refused.extend(note for note in session.trace.notes if "refused" in note or "in full" in note)
         assert torch.isfinite(result).all(), "the result holds NaN or infinity"
-        distance = metrics.latent_error(result, model.reference)
-        others = [note for note in session.trace.notes if note not in refused]
-        told = f"{report.computed_fraction:.0%} computed, latent error {distance:.2g}"
-        return "; ".join([told, *others])
+        inert = recipe.reuse is not None and not stood_in(session)
+        told = [f"{report.computed_fraction:.0%} computed"]
+        told.append(f"latent error {metrics.latent_error(result, model.reference):.2g}")
+        told += [f"reuse skipped nothing in {STEPS} steps"] if inert else []
+        return "; ".join([", ".join(told), *(note for note in session.trace.notes if note not in refused)])
 
     found = model.attempt(f"recipe {name}", body)
     if refused and found.status == "ok":

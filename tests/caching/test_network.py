@@ -13,6 +13,7 @@ from torch import Tensor
 from hasten.caching.network import NetworkReuse, NetworkState
 from hasten.caching.rules import Every
 from hasten.caching.signals import OutputChange, Signal
+from hasten.drift import Drift
 from hasten.forecast import Forecast, Hold, Polynomial
 from hasten.level import Level
 from hasten.step import Step
@@ -130,6 +131,22 @@ def test_not_a_number_is_forgotten() -> None:
         answers.append((step.index, answer[0] if answer is not None else state.observe(step, x, [y])[0]))
     bad = [index for index, value in answers if not bool(torch.isfinite(value).all())]
     assert bad == [8]
+
+
+@pytest.mark.parametrize("fault", ["poison", "shape"])
+def test_a_step_at_which_nothing_can_stand_in_is_not_counted_as_skipped(fault: str) -> None:
+    """Step 3 computes although the rule would skip: both skips in a row are left after it."""
+    rule = Drift(limit=1e9, accumulate=True, max_skips=2, warmup=0.0, tail=0.0)
+    state, skipped = NetworkReuse(rule=rule, signal=OutputChange()).start(), []
+    for step in steps(12):
+        x = seeded(step.index, 1, 8 if fault == "shape" and step.index >= 4 else 4)
+        if state.decide(step, x):
+            assert state.answer(step, x) is not None
+            skipped.append(step.index)
+        else:
+            bad = fault == "poison" and step.index == 3
+            state.observe(step, x, [torch.full_like(x, math.nan) if bad else seeded(step.index + 20, *x.shape)])
+    assert 4 not in skipped and {5, 6} <= set(skipped), skipped
 
 
 @pytest.mark.parametrize("changed", [seeded(0, 2, 4), seeded(0, 1, 4).double(), seeded(0, 1, 8)])

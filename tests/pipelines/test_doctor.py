@@ -25,7 +25,7 @@ from hasten.pipelines import doctor, doctor_network, doctor_promises, doctor_run
 from hasten.pipelines.accelerate import Session
 from hasten.pipelines.backends import Check
 from hasten.pipelines.denoiser_gate import SEAMS, DenoiserGate
-from hasten.pipelines.doctor_model import STEPS, Model
+from hasten.pipelines.doctor_model import REMEMBERING, STEPS, Model
 from hasten.pipelines.network_seam import NetworkSeam
 from hasten.pipelines.stack_gate import Gate, GateList
 from tests.hosts import (
@@ -109,6 +109,20 @@ def test_suite_on_sound_pipelines(build: Callable[[], Any]) -> None:
 def test_pipelines_that_cannot_be_tried() -> None:
     with pytest.raises(ModelError, match="takes no prompt"):
         next(doctor.conformance(type("NoPrompt", (), {"__call__": lambda self: None})()))
+
+
+def test_recipe_that_does_nothing_says_so() -> None:
+    model = model_of()
+    never = doctor_promises.never_skipping()["whole network"]
+    assert "reuse skipped nothing" in doctor_promises.method(model, "never", never).detail
+    assert "skipped nothing" not in doctor_promises.method(model, "other", REMEMBERING["blocks"]).detail
+
+
+def test_seam_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.delitem(SEAMS, StackReuse)
+    found = doctor_promises.method(model, "unknown", REMEMBERING["blocks"])
+    assert found.status == "failed" and "KeyError" in found.detail and "left on the model" not in found.detail
 
 
 # --- seeded defects: branches ---------------------------------------------------------------------
