@@ -43,7 +43,7 @@ TOLERANCES = tuple(f"psnr={psnr}" for psnr in (20, 25, 30, 35, 40, 45)) + tuple(
     f"latent_error={error}" for error in (0.01, 0.02, 0.05, 0.1)
 )
 
-NEIGHBOURS = 20
+NEIGHBOURS = 30
 """Timed runs after which the plain run is timed again."""
 
 ORACLE = NetworkReuse(rule=Listed(at=(0.0,)), forecast=Polynomial(order=1, damp=0.75), correct=2)

@@ -26,7 +26,7 @@ ATTENTION = r"^(single_)?(transformer_)?blocks\.\d+\.attn\d?$"
 def sweep(pipe: Any, call: dict[str, Any], thin: int = 1) -> list[Candidate]:
     """All peers at all settings, for runs of `call` on `pipe`. Runs MagCache's calibration once.
 
-    thin: only every so many settings of each family, the first always.
+    thin: only every so many settings of each family; the last always, as the first is the most careful.
 
     A family that cannot be had (not in this version, not installed, not calibrated) is one candidate that says why
     when it is put on.
@@ -43,7 +43,7 @@ def sweep(pipe: Any, call: dict[str, Any], thin: int = 1) -> list[Candidate]:
     found: list[Candidate] = []
     for name, build in families.items():
         try:
-            found += build()[::thin]
+            found += build()[::-thin][::-1]
         except Exception as error:  # noqa: BLE001 - whatever the library raises is the reason in the table
             found.append(unavailable(name, f"peer:{name.partition(' ')[0]}", because(error)))
     return found
@@ -139,13 +139,11 @@ def _taylor_seer() -> list[Candidate]:
         one(
             f"lite, order {order}{SETTING}interval {n}", cache_interval=n, max_order=order, use_lite_mode=True
         )
-        for order, n in ((1, 3), (1, 2), (1, 5), (1, 4), (1, 10), (1, 7), (2, 3), (2, 2), (2, 5))
+        for order, n in ((1, 2), (1, 3), (1, 4), (1, 5), (1, 7), (1, 10), (2, 2), (2, 3))
     ]
-    attention = [
-        one(f"attention{SETTING}interval {n}", cache_interval=n, cache_identifiers=[ATTENTION])
-        for n in (3, 5)
-    ]
-    return [*lite, *attention, diffusers_cache(f"TaylorSeer{SETTING}defaults", lambda _: TaylorSeerCacheConfig())]
+    defaults = diffusers_cache(f"TaylorSeer{SETTING}defaults", lambda _: TaylorSeerCacheConfig())
+    attention = one(f"attention{SETTING}interval 5", cache_interval=5, cache_identifiers=[ATTENTION])
+    return [*lite, defaults, attention]
 
 
 def _sea() -> list[Candidate]:
