@@ -133,13 +133,13 @@ def controls(steps: int, thin: int = 1) -> list[Candidate]:
 
 
 def outcome(plain: Shot, shot: Shot, plain_seconds: float) -> dict[str, float | None]:
-    """One run beside the plain run of its sample."""
+    """One run beside the plain run of its sample, in as many digits as mean something: there are thousands of them."""
     psnr = metrics.psnr(plain.frames, shot.frames)
     known = plain.latents is not None and shot.latents is not None
     return {
-        "speedup": plain_seconds / shot.seconds,
-        "psnr": psnr if math.isfinite(psnr) else None,
-        "latent_error": metrics.latent_error(shot.latents, plain.latents) if known else None,
+        "speedup": round(plain_seconds / shot.seconds, 3),
+        "psnr": round(psnr, 3) if math.isfinite(psnr) else None,
+        "latent_error": round(metrics.latent_error(shot.latents, plain.latents), 6) if known else None,
         "nfe": shot.nfe,
     }
 
