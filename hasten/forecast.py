@@ -206,13 +206,19 @@ class BestOrder:
         return (self.history.of_order(t, order) - y).double().square().sum()
 
     def estimate(self, t: float) -> Tensor:
-        values = self.history.values
         if self.errors is None or len(self.orders) == 1:
             return self.history.of_order(t, self.policy.min_order)
+        if self.errors.device.type == "cpu":  # reading the choice waits for nothing here
+            return self.history.of_order(t, self.orders[int(self.errors.argmin())])
+        return self.on_device(t, self.errors.argmin())
+
+    def on_device(self, t: float, best: Tensor) -> Tensor:
+        """The estimate of the order with the index `best`, which stays where it is."""
+        values = self.history.values
         # One row of weights per order, for the values from the oldest to the newest; the best row is taken on the device.
         rows = [self.history.weights(t, min(order, len(values) - 1)) for order in self.orders]
         table = torch.tensor([[0.0] * (len(values) - len(row)) + row for row in rows], dtype=torch.float32)
-        chosen = table.to(values[0].device, non_blocking=True)[self.errors.argmin()]
+        chosen = table.to(values[0].device, non_blocking=True)[best]
         wide = torch.promote_types(values[0].dtype, torch.float32)
         # A value without weight stays out even where it is not a number.
         parts = [torch.where(w == 0, 0.0, value.to(wide) * w) for w, value in zip(chosen, values, strict=True)]

@@ -154,6 +154,19 @@ def test_leave_one_out_keeps_what_it_remembers() -> None:
     torch.testing.assert_close(bent.estimate(0.6), torch.full((2,), 0.75 * 16.0 + 0.25 * 9.0))
 
 
+@settings(max_examples=20, deadline=None)
+@given(grids(6), st.integers(2, 5), st.sampled_from([0.0, 0.5]), st.sampled_from([0.75, 1.0]))
+def test_the_choice_on_the_device_is_the_choice_on_the_host(
+    times: list[float], known: int, memory: float, damp: float
+) -> None:
+    state = LeaveOneOut(max_order=3, memory=memory, damp=damp).start()
+    for number, time in enumerate(times[:known]):
+        state.store(time, seeded(number, 5))
+    torch.testing.assert_close(
+        state.on_device(times[-1], state.errors.argmin()), state.estimate(times[-1]), rtol=1e-4, atol=1e-3
+    )
+
+
 def test_leave_one_out_refuses_orders_that_leave_nothing() -> None:
     with pytest.raises(ValidationError, match="min_order must be at most max_order"):
         LeaveOneOut(min_order=3, max_order=2)
