@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py --model tiny-image --samples 32
     python benchmarks/budget.py --model tiny-video --samples 14 --tolerances 0.025 0.05 0.1
+    python benchmarks/budget.py --model tiny-flux --samples 8 --solver unipc --steps 20
 
 Prints, per tolerance: computed share, median and largest latent error to the plain run, and the share of samples
 within the tolerance; below it `balanced` for comparison, which knows no tolerance.
@@ -20,6 +21,7 @@ from torch import Tensor
 import hasten
 from hasten import metrics
 from hasten.cli.bench import own_prompts
+from hasten.pipelines.solver import other_scheduler
 from hasten.pipelines.tiny_models import call_defaults
 
 
@@ -28,11 +30,15 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-image")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.02, 0.05, 0.1])
+    parser.add_argument("--solver", default="keep", help="keep, or another of diffusers' solvers: euler, unipc, dpm++")
+    parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     pipe = hasten.load(arguments.model)
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = other_scheduler(pipe.scheduler, arguments.solver)
     call: dict[str, Any] = {**call_defaults(arguments.model), "output_type": "latent"}
+    call["num_inference_steps"] = arguments.steps
     prompts = own_prompts(arguments.model == "tiny-video")
     samples = [(prompt, seed) for seed in range(1000, 1000 + arguments.samples) for prompt in prompts][: arguments.samples]
 

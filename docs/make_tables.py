@@ -3,14 +3,16 @@
     python docs/make_tables.py            rewrite them
     python docs/make_tables.py --check    exit 1 when one differs from what it should be
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance, bars, cache, budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -141,11 +143,11 @@ def _value(value: Any) -> str:
 def measured_where() -> dict[str, list[str]]:
     """Recipe name -> hardware folders whose results have a row of it."""
     found: dict[str, list[str]] = {}
-    for file, document in documents("recipes"):
+    for file, document in [*documents("recipes"), *documents("cache")]:
         for row in document["rows"]:
-            if row.get("control"):
+            if row.get("control") or not row.get("n"):
                 continue
-            places = found.setdefault(row["recipe"], [])
+            places = found.setdefault(row["recipe"].partition(" @ ")[0], [])
             if file.parent.name not in places:
                 places.append(file.parent.name)
     return found
@@ -204,8 +206,72 @@ def conformance_table() -> str:
     return f"{body}\nNot built, diffusers {document['versions']['diffusers']}:\n\n{left_out}"
 
 
+# --- caches against peers -------------------------------------------------------------------------
+
+CACHE_COLUMNS = ("n", "speedup", "computed_fraction", "psnr_median", "psnr_worst", "ssim_median", "latent_error", "prompt_accuracy")
+
+
+def bars_table() -> str:
+    """One row per bar of `hasten bench cache`, one column per model: yes or no, and the numbers."""
+    found = [document for _, document in documents("cache")]
+    if not found:
+        return f"{NOT_YET.capitalize()}.\n"
+    models = [str(document["rows"][0]["model"]) for document in found]
+    questions = [bar["bar"] for bar in found[0]["bars"]]
+    rows = []
+    for number, question in enumerate(questions):
+        answers = [document["bars"][number] for document in found]
+        verdict = {True: "**yes**", False: "**no**", None: NOT_YET}
+        rows.append([question, *(f"{verdict[answer['met']]}: {answer['detail']}" for answer in answers)])
+    return table(["bar, for `auto`", *(f"`{model}`" for model in models)], rows, left=len(models) + 1)
+
+
+def cache_table() -> str:
+    """All rows of every `cache-*.json`: what was measured by falling speed-up, then what could not run."""
+    parts = []
+    for file, document in documents("cache"):
+        rows: list[Row] = document["rows"]
+        keys = [*CACHE_COLUMNS, "bytes_held"]
+        measured = sorted((row for row in rows if row.get("n")), key=lambda row: -(row.get("speedup") or 0))
+        body = table(
+            ["run", "what", *(COLUMNS[key][0] for key in keys)],
+            [[row_name(row), kind(row), *(cell(row, key) for key in keys)] for row in measured],
+            left=2,
+        )
+        reasons = "".join(f"- {row['recipe']}: {row['note']}\n" for row in rows if row.get("note"))
+        versions = ", ".join(f"{k} {v}" for k, v in document.get("versions", {}).items() if k in ("torch", "diffusers"))
+        title = f"### `{rows[0]['model']}`\n{hardware_name(document, file)}" + (f" ({versions})" if versions else "")
+        parts.append(f"{title}\n\n{body}" + (f"\nNotes of the run:\n\n{reasons}" if reasons else ""))
+    return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
+
+
+def budget_table() -> str:
+    """How well each named tolerance was met in `hasten bench cache`, by the single runs."""
+    rows = []
+    for _, document in documents("cache"):
+        video = document["rows"][0]["model"] == "tiny-video"
+        definite = [video or " at the " in prompt for prompt, _ in document["samples"]]
+        for row in document["rows"]:
+            metric, equals, value = row["recipe"].rpartition(" @ ")[2].partition("=")
+            runs = document["outcomes"].get(row["recipe"])
+            if row.get("control") or not equals or not runs or metric not in ("psnr", "latent_error"):
+                continue
+            values = [math.inf if run[metric] is None else run[metric] for run in runs]
+            met = [v >= float(value) if metric == "psnr" else v <= float(value) for v in values]
+            sure = [kept for kept, named in zip(met, definite, strict=True) if named]
+            form = _decibel if metric == "psnr" else lambda v: f"{v:.4f}"
+            worst = min(values) if metric == "psnr" else max(values)
+            cells = [form(statistics.median(values)), form(worst), f"{sum(met)} of {len(met)}", f"{sum(sure)} of {len(sure)}"]
+            rows.append([f"`{row['model']}`", f"{metric}={value}", _percent(row["computed_fraction"]), *cells])
+    headings = ["model", "tolerance", "computed", "reached, median", "worst", "runs within", "of prompts that name all"]
+    return table(headings, rows, left=2) if rows else f"{NOT_YET.capitalize()}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes_table,
+    "bars": bars_table,
+    "cache": cache_table,
+    "budget": budget_table,
     "results": results_table,
     "models": models_table,
     "conformance": conformance_table,

@@ -201,7 +201,7 @@ class Report:
         ]
         if self.estimated_error:
             spent = ", ".join(f"{value:.2g}" for value in self.estimated_error.values())
-            lines.append(f"  latents     estimated to be off by {spent} of their size, from the forecasts' measured errors")
+            lines.append(f"  latents     estimated to be off by about {spent} of their size or less, from the forecasts' measured errors")
         for title, facts in (("hardware", self.hardware), ("versions", self.versions)):
             if facts:
                 lines.append(f"  {title:<11} {', '.join(f'{key} {value}' for key, value in facts.items())}")

@@ -51,6 +51,8 @@ class Bar:
 def family(row: Row) -> str:
     """The method without its setting; fewer steps of one solver are a family too."""
     name = str(row["recipe"])
+    if row.get("control") == "oracle":
+        return oracle_name(name.partition(SETTING)[0])
     return name.partition(" ")[0] if row.get("control") == "fewer_steps" else name.partition(SETTING)[0]
 
 

@@ -39,7 +39,7 @@ SOLVERS = ("euler", "unipc", "dpm++")
 SHARES = (0.1, 0.14, 0.18, 0.24, 0.32, 0.45, 0.65)
 """Shares of the plain run's steps that the fewer-steps control is measured at."""
 
-TOLERANCES = tuple(f"psnr={psnr}" for psnr in (20, 25, 30, 35, 40, 45)) + tuple(
+TOLERANCES = tuple(f"psnr={psnr}" for psnr in (15, 20, 25, 30, 35, 40, 45)) + tuple(
     f"latent_error={error}" for error in (0.01, 0.02, 0.05, 0.1)
 )
 

@@ -182,6 +182,7 @@ def cache(
             prompts=texts,
             seeds=list(range(seeds)),
             call=call,
+            samples=[[sample.prompt, sample.seed] for sample in samples],
             bars=[bar.to_dict() for bar in verdicts],
             outcomes=bench.outcomes,
         )

@@ -18,6 +18,7 @@ from hasten.pipelines.bars import (
     curves,
     family,
     named_tolerance,
+    oracle_name,
     psnr_at,
     speedup_at,
     tolerance,
@@ -172,3 +173,9 @@ def test_all_bars_of_one_family_of_ours() -> None:
     assert "ours 4.00x" in found[0].detail, "another preset of ours does not stand in for auto"
     assert all(bar.met is None for bar in bars(rows, "nothing"))
     assert Bar("b", None, "d").to_dict() == {"bar": "b", "met": None, "detail": "d"}
+
+
+def test_oracles_are_a_family_of_their_own() -> None:
+    mine = {"recipe": "auto @ psnr=30", "speedup": 3.0, "psnr_median": 40.0}
+    oracle = {"recipe": oracle_name("auto @ psnr=30"), "control": "oracle", "speedup": 3.0, "psnr_median": 45.0}
+    assert set(curves([mine, oracle])) == {"auto", "auto, oracle schedule"}
