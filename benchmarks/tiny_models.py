@@ -1,6 +1,6 @@
 """How good the bundled tiny models are on their own: what the judge reads from plain runs of unseen seeds.
 
-    python benchmarks/tiny_models.py [--models tiny-video tiny-image] [--seeds 64] [--images docs/images]
+    python benchmarks/tiny_models.py [--models tiny-video tiny-image tiny-flux] [--seeds 64] [--images docs/images]
 
 Writes `benchmarks/results/cpu-2core/tiny_models.json` (rows with prompt accuracy per attribute, Frechet distance
 and recall against unseen real clips, seconds a run) and one grid of samples per model. The Frechet distance of as
@@ -105,7 +105,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int = 4, rows: int = 8, scale:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["tiny-video", "tiny-image"])
+    parser.add_argument("--models", nargs="+", default=["tiny-video", "tiny-image", "tiny-flux"])
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument(
         "--batch", type=int, default=8, help="prompts per call; 1 gives the time of a single run"
@@ -120,6 +120,8 @@ def main() -> None:
         print(json.dumps(row))
         options.images.mkdir(parents=True, exist_ok=True)
         grid(made).save(options.images / f"{name}.png", optimize=True)
+    earlier = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
+    rows = [row for row in earlier if row["model"] not in options.models] + rows
     document = {
         "command": "tiny_models",
         "versions": {"torch": torch.__version__},
