@@ -35,8 +35,8 @@ class Ledger(Rule):
 
     tolerance: |latents - plain latents| / |plain latents| at the end of the run that may be reached (rms). Latents are
         taken to have unit variance at the end, as latent diffusion pipelines normalise them.
-    nodes: a run computes at least nodes * tolerance^(-1/3) steps, whatever the number of solver steps. Chosen so that
-        19 in 20 tuning samples of `tiny-video` and `tiny-image` keep their tolerance (`docs/budget.md`).
+    nodes: a run computes at least nodes * tolerance^(-1/3) steps, whatever the number of solver steps. Chosen on
+        `tiny-video` and `tiny-image`, on other prompts than those of `docs/budget.md`, which says how well it holds.
     growth: exponent q with which a forecast's error grows with the distance, rho |angle - angle'|^q; rho is measured.
     """
 
@@ -92,8 +92,8 @@ class LedgerState:
     def _gap(self, step: Step) -> float:
         """Steps from one computed step to the next, as planned: from where it really is, so that gaps grow smoothly.
 
-        A gap twice as long as the one before it is extrapolated from too short a base; rounding a list of positions
-        makes such pairs (2.4 times the error at 18 steps on tiny-image).
+        A gap twice as long as the one before it is extrapolated from too short a base, and rounding a list of positions
+        makes such pairs.
         """
         way = _before(step.index / step.total)
         return (_along(min(1.0, way + 1 / self.rule.planned), PATH) - _along(way, PATH)) * step.total

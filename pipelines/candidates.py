@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hasten.pipelines.accelerate import Session, accelerate
+from hasten.pipelines.quiet import quiet
 from hasten.pipelines.solver import other_scheduler
 from hasten.recipe import Recipe
 from hasten.session import Attachment
@@ -49,19 +49,3 @@ def fewer_steps(solver: str, steps: int) -> Candidate:
             attachment.restore()
 
     return Candidate(f"{solver} {steps} steps", apply, "fewer_steps", steps)
-
-
-@contextlib.contextmanager
-def quiet(*libraries: str) -> Iterator[None]:
-    """Errors only from these libraries' loggers: what a candidate does is said by its row."""
-    known = [
-        logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(libraries)
-    ]
-    levels = [(logger, logger.level) for logger in known]
-    for logger in known:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in levels:
-            logger.setLevel(level)

@@ -24,7 +24,7 @@ from hasten.pipelines.backends import Check, Inapplicable, check
 from hasten.pipelines.doctor_restore import Snapshot
 from hasten.pipelines.generate import Prompt, Request, plan
 from hasten.pipelines.host import Call, Layout, denoisers
-from hasten.pipelines.loading import quiet_diffusers
+from hasten.pipelines.quiet import quiet
 from hasten.recipe import Recipe
 
 STEPS = 12
@@ -61,7 +61,7 @@ class Model:
         self.pipe = pipe
         request = Request((Prompt(PROMPT),), steps=STEPS)
         self.call = {**plan(pipe, request), "prompt": PROMPT, **(extra or {}), "output_type": "latent"}
-        with recording(pipe) as found, quiet_diffusers():
+        with recording(pipe) as found, quiet("diffusers"):
             self.reference = self._first()
         if not found:
             raise ModelError(f"{type(pipe).__name__} ran without calling any of {', '.join(denoisers(pipe))}.")
@@ -119,7 +119,7 @@ class Model:
 
     def attempt(self, name: str, body: Callable[[], str]) -> Check:
         """One check, after which the pipeline is as it was; whatever the check left on it is taken off and told."""
-        with quiet_diffusers():
+        with quiet("diffusers"):
             found = check(name, body)
         left = self.snapshot.differences()
         if not left:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from hasten.errors import RefusedError, UsageError
-from hasten.pipelines.candidates import Candidate, quiet
+from hasten.pipelines.candidates import Candidate
 from hasten.pipelines.host import denoisers
+from hasten.pipelines.quiet import quiet
 
 Config = Callable[[Callable[[], float]], Any]
 """Makes the peer's configuration object when the peer is put on; given what returns the current timestep, 0..1000."""

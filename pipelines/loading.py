@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from hasten.errors import ModelError, UsageError, nearest
+from hasten.pipelines.quiet import quiet
 
 OFFLOADS = ("none", "model", "group")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -157,18 +155,6 @@ def _about_file(path: Path) -> str:
     return f"{path} is a file; a model is a bundled name, a diffusers folder or a hub id."
 
 
-@contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """What diffusers logs is left out: about a failed download, what counts stands, shorter, in the error that follows."""
-    logger = logging.getLogger("diffusers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def _load(name_or_path: str, revision: str | None, dtype: torch.dtype) -> Any:
     kind = check_name(name_or_path)
     if kind == "bundled":
@@ -179,7 +165,7 @@ def _load(name_or_path: str, revision: str | None, dtype: torch.dtype) -> Any:
 
     source = str(Path(name_or_path).expanduser()) if kind == "folder" else name_or_path
     try:
-        with warnings.catch_warnings(), quiet_diffusers():
+        with warnings.catch_warnings(), quiet("diffusers"):  # about a failed download, what counts stands in the error
             # `torch_dtype` is the one spelling that all versions since our floor take; 0.42 says it is old.
             warnings.simplefilter("ignore", FutureWarning)
             # trust_remote_code is not even passed: diffusers' default is False, and nothing here can change it.

@@ -7,18 +7,16 @@ data, training, sha256 of the weights) and the training's loss curve in `loss.js
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hasten.errors import ModelError, nearest
+from hasten.pipelines.quiet import quiet
 
 _BUNDLED = Path(__file__).parent / "bundled"
 
@@ -52,22 +50,11 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
     library: Any = diffusers
     # The files are float32. `torch_dtype` is the spelling that all versions since our floor take; 0.42 says it is old.
     chosen = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
-    with warnings.catch_warnings(), _without_torchvision():
+    # FluxPipeline names an image processor that nothing here uses; transformers warns where torchvision is absent.
+    with warnings.catch_warnings(), quiet("transformers.utils.import_utils"):
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **chosen)
     return pipe if device is None else pipe.to(device)
-
-
-@contextlib.contextmanager
-def _without_torchvision() -> Iterator[None]:
-    """FluxPipeline names an image processor that nothing here uses; transformers warns where torchvision is absent."""
-    logger = logging.getLogger("transformers.utils.import_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def call_defaults(name_or_pipe: Any) -> dict[str, Any]:
