@@ -1,0 +1,29 @@
+"""Selectors: which pairs of blocks are read, given their scores."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from hasten.part import Part
+from hasten.sparse_attn.blocks import Blocks
+
+
+class Selector(Part):
+    """Base of the selectors. `start()` gives the state of one run, branch and attention site."""
+
+    @abstractmethod
+    def start(self) -> SelectorState:
+        """Fresh state."""
+
+
+class SelectorState:
+    """State of a selector without memory; the closed loop (`TargetRecall`) overrides `observe` too."""
+
+    def keep(self, scores: Tensor, blocks: Blocks) -> Tensor:
+        """bool [P, Cq, Ck] for scores float32 [P, Cq, Ck] (P may be 1). Roles are applied afterwards."""
+        raise NotImplementedError
+
+    def observe(self, rho: Tensor) -> None:
+        """rho: float32 [B * Hq], mean over the queries of each plane of what was read exactly."""
