@@ -55,8 +55,12 @@ def parse(cls: type[P], data: Any, where: str, path: str = "") -> P:
                 f" allowed here: {', '.join(member.model_fields)}.{nearest(str(key), member.model_fields)}"
             )
     for key, value in fields.items():
-        inner = _part_in(member.model_fields[key].annotation)
-        if inner is not None and value is not None:
+        inner, several = _part_in(member.model_fields[key].annotation)
+        if inner is not None and several and isinstance(value, list | tuple):
+            fields[key] = tuple(
+                parse(inner, item, where, _join(path, f"{key}.{number}")) for number, item in enumerate(value)
+            )
+        elif inner is not None and not several and value is not None:
             fields[key] = parse(inner, value, where, _join(path, key))
     try:
         return typing.cast(P, member(**fields))
@@ -82,18 +86,18 @@ def _member(cls: type[Part], fields: dict[str, Any], where: str, path: str) -> t
     )
 
 
-def _part_in(annotation: Any) -> type[Part] | None:
-    """The Part class inside `X` or `X | None`, else None."""
+def _part_in(annotation: Any) -> tuple[type[Part] | None, bool]:
+    """The Part class inside `X`, `X | None` or `tuple[X, ...]`, else None; and whether it is the tuple."""
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Part):
-            return candidate
-    return None
+            return candidate, typing.get_origin(annotation) is tuple
+    return None, False
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.model_dump()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _join(path: str, key: str) -> str:

@@ -44,7 +44,9 @@ class Scorer(Part):
 
 
 class ScorerState:
-    """State of a scorer without memory; those with one override `observe` too."""
+    """State of a scorer without memory; those with one override `observe` and say so in `needs_lse`."""
+
+    needs_lse: bool = False
 
     def scores(self, view: View) -> Tensor:
         """float32 [1 or B * Hq, Cq, Ck]."""
