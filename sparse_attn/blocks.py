@@ -24,12 +24,14 @@ class Order:
     perm: int64 [P1, S], the token that stands at each arranged place; None where tokens keep their order.
     bounds: int32 [P1, C + 1], arranged place of each block's first token; the last is S. Blocks may be empty.
     roles: int8 [C]. means: float32 [P1, C, D] where the layout knows the mean of each block already (k-means).
+    tokens: S, where the layout knows it: reading it from `bounds` would wait for the device.
     """
 
     perm: Tensor | None
     bounds: Tensor
     roles: Tensor
     means: Tensor | None = None
+    tokens: int | None = None
 
     @property
     def count(self) -> int:
@@ -38,7 +40,9 @@ class Order:
 
     @property
     def length(self) -> int:
-        """Tokens, S, where it can be told without reading the device: from `perm`; else from the last bound."""
+        """Tokens, S: as the layout says, else from `perm`, else from the last bound (which waits for the device)."""
+        if self.tokens is not None:
+            return self.tokens
         return self.perm.shape[1] if self.perm is not None else int(self.bounds[0, -1])
 
     @property

@@ -108,7 +108,7 @@ def join(parts: list[tuple[Arrangement, Tensor]], starts: list[int], x: Tensor) 
     means = None
     if len(parts) == 1 and parts[0][0].means is not None:
         means = parts[0][0].means
-    return Order(perm, torch.cat([*bounds, end], 1).int(), torch.cat([roles for _, roles in parts]), means)
+    return Order(perm, torch.cat([*bounds, end], 1).int(), torch.cat([roles for _, roles in parts]), means, s)
 
 
 class Identity(Layout):
