@@ -111,8 +111,8 @@ def block_mean(x: Tensor, order: Order) -> Tensor:
 
 def uniform(length: int, block: int, device: torch.device | None = None) -> Tensor:
     """Bounds of blocks of `block` tokens, the last one shorter: int32 [1, C + 1]."""
-    starts = torch.arange(0, length, block, device=device, dtype=torch.int32)
-    return torch.cat([starts, starts.new_tensor([length])])[None]
+    count = -(-length // block)
+    return (torch.arange(count + 1, device=device, dtype=torch.int32) * block).clamp_(max=length)[None]
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

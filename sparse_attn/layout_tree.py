@@ -1,0 +1,99 @@
+"""Tree: tokens halved again and again along the direction in which they differ most, into exactly equal blocks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hasten.sparse_attn.blocks import uniform
+from hasten.sparse_attn.layout import Arrangement, Blocked, LayoutState
+from hasten.sparse_attn.segments import Segment
+
+ROOM = 1 << 23
+"""Floats that the planes handled at once may take on a GPU; on a CPU it is one plane at a time, which stays in its cache."""
+
+LARGE = 3e38
+
+
+class Tree(Blocked):
+    """Blocks of similar tokens that all have exactly `block` of them (but for the last): no tile is half empty.
+
+    A node is sorted along its leading principal direction and cut in two, until one block is left (a PCA tree: Sproull,
+    Algorithmica 6, 1991; that its equal leaves make good attention blocks is our own finding). k-means has tighter
+    clusters, of any size, at a fixed number of passes more. The order of the blocks is that of the tree's leaves.
+
+    iterations: steps of the power method that finds the direction.
+    """
+
+    kind: ClassVar[str] = "tree"
+    q_block: int | None = Field(128, ge=1)
+    iterations: int = Field(6, ge=1, le=64)
+
+    def start(self) -> LayoutState:
+        return _Tree(self)
+
+
+class _Tree(LayoutState):
+    def __init__(self, part: Tree) -> None:
+        self.part = part
+
+    def arrange(self, x: Tensor, segment: Segment, side: str) -> Arrangement:
+        b, h, n, d = x.shape
+        block = self.part.size(side)
+        return Arrangement(balanced(x.reshape(b * h, n, d), block, self.part.iterations), uniform(n, block, x.device))
+
+
+def balanced(x: Tensor, block: int, iterations: int = 6) -> Tensor:
+    """The tokens of x [P, n, D] in the order of the leaves, of `block` tokens each: int64 [P, n].
+
+    All shapes follow from n and `block`; nothing is read from the device.
+    """
+    planes, n, d = x.shape
+    at_once = 1 if x.device.type == "cpu" else max(1, ROOM // (n * d))
+    return torch.cat([_grown(part, block, iterations) for part in x.split(at_once)]) if planes else x.new_zeros(0, n).long()
+
+
+def _grown(x: Tensor, block: int, iterations: int) -> Tensor:
+    """`balanced` for planes handled together."""
+    planes, n, _ = x.shape
+    perm = torch.arange(n, device=x.device).expand(planes, n)
+    nodes = [-(-n // block)]  # leaves of each node, in order
+    while max(nodes) > 1:
+        ends = torch.tensor(nodes, device=x.device).cumsum(0).mul_(block).clamp_(max=n)
+        perm = _sorted(x, perm, ends, min(n, max(nodes) * block), iterations)
+        nodes = [part for leaves in nodes for part in ((leaves + 1) // 2, leaves // 2) if part]
+    return perm
+
+
+def _sorted(x: Tensor, perm: Tensor, ends: Tensor, width: int, iterations: int) -> Tensor:
+    """`perm` with each node sorted along its direction. ends: int64 [N], places behind each node; width: of the widest."""
+    planes, n, d = x.shape
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    column = torch.arange(width, device=x.device)
+    there = column < (ends - starts)[:, None]
+    place = torch.minimum(starts[:, None] + column, ends[:, None] - 1)
+    tokens = perm[:, place.flatten()]
+    points = x.gather(1, tokens[..., None].expand(-1, -1, d)).float().view(-1, width, d)
+    weight = there.repeat(planes, 1)[..., None]
+    points = (points - (points * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)) * weight
+    along = torch.bmm(points, direction(points.mT @ points, iterations)).view(planes, *there.shape)
+    along = along.nan_to_num(0.0, LARGE, -LARGE).masked_fill(~there, torch.inf)  # what is not there goes last
+    order = along.sort(-1, stable=True).indices
+    tokens = tokens.view(planes, *there.shape).gather(2, order).flatten(1)
+    node = torch.searchsorted(ends, torch.arange(n, device=x.device), right=True)
+    return tokens[:, node * width + torch.arange(n, device=x.device) - starts[node]]
+
+
+def direction(spread: Tensor, iterations: int) -> Tensor:
+    """Leading eigenvectors [M, D, 1] of symmetric matrices [M, D, D], by the power method.
+
+    Begins at the column of the largest variance, so equal matrices give equal vectors, sign included.
+    """
+    largest = spread.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    found = spread.gather(2, largest[:, None, None].expand(-1, spread.shape[1], 1))
+    for _ in range(iterations):
+        found = torch.bmm(spread, found / found.norm(dim=1, keepdim=True).clamp(min=1e-30))
+    return found / found.norm(dim=1, keepdim=True).clamp(min=1e-30)
