@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hasten.part import Part
-from hasten.sparse_attn.blocks import SELECT, SPARSE, Blocks, Order, grouped
+from hasten.sparse_attn.blocks import Blocks, Order
+from hasten.sparse_attn.compensate import approximate_map
 from hasten.sparse_attn.layout import Identity, Layout
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.score import Scorer, View
@@ -35,7 +36,7 @@ class Pattern(Part):
 @dataclass(frozen=True, slots=True)
 class Selection:
     """What a pattern has chosen. keep: bool [P1, Cq, Ck], roles applied. approximate: bool [P1, Cq, Ck], blocks left out
-    for which something may stand in (never padding). view: what it was chosen from."""
+    for which something may stand in (never padding, never what a mask forbids or splits). view: what it was chosen from."""
 
     blocks: Blocks
     keep: Tensor
@@ -60,9 +61,7 @@ class PatternState:
         """Score all pairs and select."""
         blocks = view.blocks
         keep = blocks.force(self.select.keep(self.score.scores(view), blocks))
-        q, k = blocks.q.roles[:, None] == SPARSE, blocks.k.roles[None, :] == SELECT
-        there = grouped(blocks.k.sizes, view.groups)[:, None, :] > 0
-        return Selection(blocks, keep, ~keep & q & k & there, view)
+        return Selection(blocks, keep, approximate_map(blocks, keep, groups=view.groups, mask=view.mask), view)
 
 
 def by_head(found: Sequence[Selection], choice: Tensor, planes: tuple[int, int]) -> Selection:

@@ -1,0 +1,82 @@
+"""What stands in for blocks that are not read: their mean key and value, in the same softmax.
+
+Shapes: see `hasten.sparse_attn.blocks`; Dv value dimension, R rows of the plan.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hasten.part import Part
+from hasten.sparse_attn.blocks import SELECT, SPARSE, Blocks, Order, block_mean, grouped
+from hasten.sparse_attn.extent import FULL, block_states
+from hasten.sparse_attn.mask import Mask
+from hasten.sparse_attn.plan import Compensation
+
+
+class Compensate(Part):
+    """Blocks of keys that are not read count as their mean, as often as they have tokens.
+
+    A block of n keys with mean c and mean value w adds n exp(s q.c) to the softmax's denominator and that times w to
+    its numerator: SVG-EAR (Zhou et al. 2026, "linear compensation") for clusters, Sol-Attn (2026) for raster blocks; the
+    samples of HyperAttention (Han et al. 2023), with their log weights, are the same sum. It costs one key per block.
+
+    order: 1 is the papers' sum. 2 takes the spread of the keys within the block into account: the mean of exp over keys
+    with covariance V is exp(s q.c + s^2 q.V.q / 2) where they are Gaussian; V is kept as its diagonal. exp is convex,
+    so order 1 always underrates a block, and what it says of its own share of the mass (rho) is too good.
+    """
+
+    kind = "centroid"
+    order: Literal[1, 2] = 2
+
+    def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation:
+        """Tables for arranged k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv]; see `centroids`."""
+        return centroids(k, v, order, approximate, second_order=self.order == 2)
+
+
+def centroids(k: Tensor, v: Tensor, order: Order, approximate: Tensor, *, second_order: bool = False) -> Compensation:
+    """Means of each block of `order` (the keys' side): what `approximate` (bool [R, Ck]) lets stand in.
+
+    k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv] arranged. The means are those of these tokens, in float32: centroids that a
+    layout keeps from an earlier step (`Order.means`) would not do, since the sum has to add up to the blocks' own mass.
+    """
+    keys = block_mean(k, order)
+    variances = None
+    if second_order:
+        planes, s = keys.shape[0], k.shape[2]
+        own = order.labels().expand(planes, s)[..., None].expand(-1, -1, k.shape[3])
+        apart = k.float().reshape(planes, s, -1) - keys.gather(1, own)
+        variances = block_mean(apart.square().view(k.shape), order)
+    log_sizes = order.sizes.float().log().expand(keys.shape[0], -1).contiguous()
+    return Compensation(keys, block_mean(v, order), log_sizes, approximate, variances)
+
+
+def approximate_map(
+    blocks: Blocks, keep: Tensor, *, groups: int = 1, mask: Mask | None = None, block_state: Tensor | None = None
+) -> Tensor:
+    """Pairs of blocks for which the mean may stand in: bool [P1, Cq, Ck]; P1 is that of the plan's rows.
+
+    keep: bool [1 or Pq, Cq, Ck], roles applied. Selectable blocks that are not read, for sparse queries, and with a
+    mask only those that lie wholly within what it allows: a mean over a block that a causal mask cuts would tell of
+    the future. groups: query heads per key head. block_state: as in `pack`.
+    """
+    q, k = blocks.q.roles[:, None] == SPARSE, blocks.k.roles[None, :] == SELECT
+    there = (grouped(blocks.k.sizes, groups) > 0)[:, None, :]
+    found = ~keep & q & k & there
+    if mask is None:
+        return found
+    state = block_states(blocks, mask, groups) if block_state is None else block_state
+    return found & (state == FULL)
+
+
+def log_mass(q: Tensor, tables: Compensation, scale: float, groups: int = 1) -> Tensor:
+    """Logarithm of the mass that each block's mean stands for: float32 [Pq, M, Ck] for queries q [Pq, M, D]."""
+    q = q.float()
+    keys = tables.keys.repeat_interleave(groups, 0)
+    found = torch.baddbmm(tables.log_sizes.repeat_interleave(groups, 0)[:, None, :], q, keys.mT, alpha=scale)
+    if tables.variances is None:
+        return found
+    return found.baddbmm(q.square(), tables.variances.repeat_interleave(groups, 0).mT, alpha=scale * scale / 2)
