@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RefusedError, UsageError
-from hasten.sparse_attn.blocks import uniform
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.merge import finite, merge_rows, normalise
 from hasten.sparse_attn.plan import Output
@@ -64,6 +63,13 @@ class Work:
         taken.index_add_(0, self.wk_row.long(), (self.wk_hi - self.wk_lo).long())
         inside = torch.arange(most, device=taken.device) < taken[:, None]
         return (self.chunk_length.view(rows, most) * inside).sum()
+
+
+def workers(device: torch.device) -> int:
+    """Pieces that keep a device busy: two per streaming multiprocessor of a GPU, one per thread of a CPU."""
+    if device.type == "cuda":
+        return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return torch.get_num_threads()
 
 
 def split(chunk_start: Tensor, chunk_length: Tensor, count: Tensor, pieces: int, block: int = BLOCK) -> Work:
@@ -133,12 +139,6 @@ def pages(table: Tensor, lengths: Tensor, heads: int, page: int, pieces: int) ->
     count = (lengths.long() + page - 1) // page
     start, length, count = (x.repeat_interleave(heads, 0) for x in (start, length, count))
     return split(start, length, count, pieces, page)
-
-
-def keep_everything(rows: int, places: int, block: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """keep [R, C] and bounds [1, C + 1] of a cache in blocks of `block` places, all kept: what selections start from."""
-    bounds = uniform(places, block, device)
-    return torch.ones(rows, bounds.shape[1] - 1, dtype=torch.bool, device=device), bounds
 
 
 def decode(
