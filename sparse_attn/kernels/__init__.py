@@ -1,5 +1,5 @@
-"""How is an attention plan computed on one kind of device? One kernel per file, one function each.
+"""How is an attention plan computed on a GPU? One kernel per file, one function each, all in Triton.
 
-Holds nothing yet. This is the only folder that may import triton, and it does so lazily: importing
-`hasten.sparse_attn` works without a GPU and without triton.
+Nothing is imported here, and nothing outside this folder imports triton: `hasten.sparse_attn` works without it.
+Callers ask `hasten.sparse_attn.backends` whether kernels can run and import the one they need then.
 """

@@ -1,0 +1,73 @@
+"""Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: a table, not a search at run time.
+
+Every row was chosen by compiling for that architecture: no register spills, matrix instructions in the loop
+(tests/sparse_attn/test_kernels_compile.py holds it; benchmarks/compile_kernels.py prints registers and memory).
+A search at run time would compile a dozen variants for every new head dimension, and is right on an idle GPU only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hasten.errors import UsageError
+from hasten.sparse_attn.kernels.launch import power
+
+SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+"""KiB of shared memory that one program may have, by compute capability (CUDA programming guide, table of compute
+capabilities). Unknown ones count as the smallest."""
+
+MAX_STAGES = 3
+"""Chunks in flight: more bought no registers back and no instruction in the compiled loops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one kernel is launched. block_m: queries per program; block_c: blocks that one step compensates for."""
+
+    block_m: int
+    block_c: int
+    warps: int
+    stages: int
+
+
+def forward_config(
+    arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, block_m: int, block_n: int, order: int = 0
+) -> Config:
+    """For `forward.forward`. block_m, block_n: of the plan. order: of the compensation, 0 for none.
+
+    Raises `UsageError` where block_n is not a power of two from 16 to 256.
+    """
+    check_block_n(block_n)
+    wide = max(power(head_dim), power(value_dim))
+    size = torch.empty((), dtype=dtype).element_size()
+    rows = 128 if wide <= 128 and size == 2 and block_n <= 128 else 64
+    rows = min(rows, power(block_m))
+    columns = 64 if wide <= 64 else 32
+    warps = 8 if rows == 128 or (rows == 64 and wide > 128) else 4
+    return Config(rows, columns, warps, stages(arch, wide, size, rows, block_n))
+
+
+def decode_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, rows: int, block_n: int) -> Config:
+    """For `decode.decode`. rows: queries that share one key head, times their number."""
+    check_block_n(block_n)
+    wide = max(power(head_dim), power(value_dim))
+    size = torch.empty((), dtype=dtype).element_size()
+    return Config(power(rows), 0, 4, stages(arch, wide, size, power(rows), block_n))
+
+
+def stages(arch: int, wide: int, size: int, rows: int, block_n: int) -> int:
+    """Chunks in flight that shared memory has room for, with the queries of a program."""
+    if arch == 0:
+        return 1
+    room = SHARED.get(arch, min(SHARED.values())) * 1024 - rows * wide * size
+    return max(1, min(MAX_STAGES, room // (2 * block_n * wide * size)))
+
+
+def check_block_n(block_n: int) -> None:
+    """Refuse chunks that are no power of two."""
+    if block_n not in (16, 32, 64, 128, 256):
+        raise UsageError(
+            f"A plan with chunks of {block_n} keys has no kernel; block_n is 16, 32, 64, 128 or 256. Pack it again."
+        )

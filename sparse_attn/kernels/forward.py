@@ -1,0 +1,227 @@
+"""Sparse attention over a plan: one program per tile of queries.
+
+Shapes: B batch, Hq query heads, Hk key heads, Sq, Sk tokens, D, Dv head dimensions, T tiles, R rows, C key blocks. See
+`hasten.sparse_attn.plan` for the plan. A program reads its queries through `q_perm`, walks over the chunks of its row
+and writes its outputs back through `q_perm`, so no permuted copy of q or o is ever made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.errors import UsageError
+from hasten.sparse_attn.kernels import config, launch
+from hasten.sparse_attn.kernels.softmax import allowed, finish, fold, fold_full
+from hasten.sparse_attn.mask import Mask
+from hasten.sparse_attn.plan import Compensation, Output, Plan
+
+MAX_DIM = 256
+"""Largest head dimension: beyond it one chunk of keys and values does not fit into shared memory."""
+
+_PLAIN = ["left", "right", "offset", "tree_keys", "keys", "queries", "q_perm_plane", "k_perm_plane", "blocks"]
+"""Integers that change from call to call: specialising on them would only compile the same code again."""
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _forward(
+    q, k, v, o, lse, lse_exact, q_perm, k_perm,
+    tile_start, tile_length, tile_plane, tile_row, row_start, row_full, row_end, chunk_start, chunk_length,
+    centre, value, log_size, variance, approximate, tree,
+    scale, left, right, offset, tree_keys, keys, queries, q_perm_plane, k_perm_plane, blocks,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    HQ: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
+    ORDER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """scale: of the logits, times log2(e). PIECES programs share a tile. ORDER of the compensation: 0 is none."""
+    tile = tl.program_id(0) // PIECES
+    first = (tl.program_id(0) % PIECES) * BLOCK_M
+    length = tl.load(tile_length + tile) - first
+    if length <= 0:
+        return
+    plane = tl.load(tile_plane + tile).to(tl.int64)
+    batch, head = plane // HQ, plane % HQ
+    key_head = head // GROUPS
+    row = tl.load(tile_row + tile)
+
+    on_m, on_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    on_d, on_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    real_m, real_d, real_dv = on_m < length, on_d < D, on_dv < DV
+    token = tl.load(tile_start + tile) + first + on_m
+    if q_perm is not None:
+        token = tl.load(q_perm + plane * q_perm_plane + token, mask=real_m, other=0).to(tl.int32)
+    q_at = q + batch * q_b + head * q_h + token.to(tl.int64)[:, None] * q_s + on_d[None, :]
+    x = tl.load(q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+
+    k_at = k + batch * k_b + key_head * k_h + on_d[:, None]
+    v_at = v + batch * v_b + key_head * v_h + on_dv[None, :]
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    begin, middle, end = tl.load(row_start + row), tl.load(row_full + row), tl.load(row_end + row)
+
+    for i in tl.range(begin, middle):
+        n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
+        if BLOCK_D == D:
+            y = tl.load(k_at + n[None, :] * k_s)
+        else:
+            y = tl.load(k_at + n[None, :] * k_s, mask=real_d[:, None], other=0.0)
+        if BLOCK_DV == DV:
+            z = tl.load(v_at + n[:, None] * v_s)
+        else:
+            z = tl.load(v_at + n[:, None] * v_s, mask=real_dv[None, :], other=0.0)
+        if UPCAST:
+            y, z = y.to(tl.float32), z.to(tl.float32)
+        s = tl.dot(x, y, input_precision=PRECISION)
+        m, total, acc = fold_full(s, scale, z, m, total, acc, PRECISION)
+
+    for i in tl.range(middle, end):
+        real_n = on_n < tl.load(chunk_length + i)
+        n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
+        y = tl.load(k_at + n[None, :] * k_s, mask=real_n[None, :] & real_d[:, None], other=0.0)
+        z = tl.load(v_at + n[:, None] * v_s, mask=real_n[:, None] & real_dv[None, :], other=0.0)
+        if UPCAST:
+            y, z = y.to(tl.float32), z.to(tl.float32)
+        s = tl.dot(x, y, input_precision=PRECISION) * scale
+        if MASKED:
+            k_pos = n.to(tl.int32)
+            if k_perm is not None:
+                key_plane = (batch * (HQ // GROUPS) + key_head) * k_perm_plane
+                k_pos = tl.load(k_perm + key_plane + n, mask=real_n, other=0).to(tl.int32)
+            read = allowed(token, k_pos, left, right, offset, tree, tree_keys, keys, real_m, real_n, LEFT, RIGHT, TREE)
+            s = tl.where(read, s, -float("inf"))
+        else:
+            s = tl.where(real_n[None, :], s, -float("inf"))
+        m, total, acc = fold(s, z, m, total, acc, PRECISION)
+
+    lse_at = plane * queries + token
+    if ORDER > 0:
+        divisor, exact = finish(m, total)
+        tl.store(lse_exact + lse_at, exact, mask=real_m)
+        table = (batch * (HQ // GROUPS) + key_head) * blocks
+        on_c = tl.arange(0, BLOCK_C)
+        if ORDER == 2:
+            half = x.to(tl.float32) * (scale * 0.6931471805599453)
+            half = (half * half * 0.5).to(variance.dtype.element_ty)
+        for c in tl.range(0, blocks, BLOCK_C):
+            block = c + on_c
+            real_c = block < blocks
+            stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=real_c, other=0) != 0
+            y_at = (table + block)[None, :] * D + on_d[:, None]
+            y = tl.load(centre + y_at, mask=real_c[None, :] & real_d[:, None], other=0.0)
+            z_at = (table + block)[:, None] * DV + on_dv[None, :]
+            z = tl.load(value + z_at, mask=real_c[:, None] & real_dv[None, :], other=0.0)
+            size = tl.load(log_size + table + block, mask=stands, other=-float("inf"))
+            if UPCAST:
+                y, z = y.to(tl.float32), z.to(tl.float32)
+            s = tl.dot(x, y, input_precision=PRECISION) * scale
+            if ORDER == 2:
+                spread = tl.load(variance + y_at, mask=real_c[None, :] & real_d[:, None], other=0.0)
+                s += tl.dot(half, spread, input_precision=PRECISION) * 1.4426950408889634
+            s = s + size[None, :] * 1.4426950408889634
+            m, total, acc = fold(s, z, m, total, acc, PRECISION)
+
+    divisor, whole = finish(m, total)
+    o_at = o + lse_at[:, None] * DV + on_dv[None, :]
+    tl.store(o_at, (acc / divisor[:, None]).to(o.dtype.element_ty), mask=real_m[:, None] & real_dv[None, :])
+    tl.store(lse + lse_at, whole, mask=real_m)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, compensation: Compensation | None = None
+) -> Output:
+    """Attention of q [B, Hq, Sq, D] over what `plan` reads of k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv].
+
+    q is in original order and so is the output; k and v are arranged already (`Order.arrange`). One dtype: float16,
+    bfloat16 or float32; sums are kept in float32. D and Dv up to 256. Every query stands in at most one tile; those in
+    none come back as read by nothing. Raises `UsageError` for tensors or plans that no kernel can read.
+    """
+    dtype = launch.same_dtype(q=q, k=k, v=v)
+    launch.check(_forward, q=q, k=k, v=v, tile_start=plan.tile_start)
+    check_shapes(q, k, v, plan)
+    q, k, v = launch.rows(q), launch.rows(k), launch.rows(v)
+    (b, hq, sq, d), (hk, dv) = q.shape, (k.shape[1], v.shape[3])
+    if scale < 0:
+        q, scale = -q, -scale
+    order = 0 if compensation is None else 1 if compensation.variances is None else 2
+    chosen = config.forward_config(launch.arch(q), d, dv, dtype, plan.block_m, plan.block_n, order)
+    pieces = -(-plan.block_m // chosen.block_m)
+    upcast = launch.interpreted(_forward) and dtype == torch.bfloat16
+    o = torch.zeros(b, hq, sq, dv, device=q.device, dtype=torch.float32 if upcast else dtype)
+    lse = torch.full((b, hq, sq), -torch.inf, device=q.device)
+    lse_exact = torch.full_like(lse, -torch.inf) if order else None
+    mask, tables = plan.mask or Mask(None, None), _tables(compensation, dtype)
+    tree, tree_keys = tree_bytes(mask)
+    with launch.on(q):
+        _forward[(plan.tile_start.numel() * pieces,)](
+            q, k, v, o, lse, lse_exact, plan.q_perm, plan.k_perm,
+            plan.tile_start, plan.tile_length, plan.tile_plane, plan.tile_row,
+            plan.row_start, plan.row_full, plan.row_end, plan.chunk_start, plan.chunk_length,
+            *tables, tree,
+            scale * launch.LOG2E, mask.left or 0, mask.right or 0, mask.offset, tree_keys,
+            k.shape[2], sq, _plane_stride(plan.q_perm), _plane_stride(plan.k_perm),
+            compensation.keys.shape[1] if compensation is not None else 0,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            HQ=hq, GROUPS=hq // hk, D=d, DV=dv, BLOCK_D=launch.power(d), BLOCK_DV=launch.power(dv),
+            BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_N=plan.block_n, BLOCK_C=chosen.block_c or 16,
+            MASKED=plan.mask is not None, LEFT=mask.left is not None, RIGHT=mask.right is not None,
+            TREE=tree is not None, ORDER=order, PRECISION=launch.precision(dtype), UPCAST=upcast,
+            num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+    return Output(o.to(dtype), lse, lse_exact)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    """Refuse tensors that the plan was not made for. Raises `UsageError` with both sides."""
+    b, hq, hk = plan.heads
+    wanted = {"q": (b, hq, plan.queries), "k": (b, hk, plan.keys), "v": (b, hk, plan.keys)}
+    for (name, shape), x in zip(wanted.items(), (q, k, v), strict=True):
+        if tuple(x.shape[:3]) != shape:
+            raise UsageError(
+                f"{name} has (batch, heads, tokens) = {tuple(x.shape[:3])}, the plan was made for {shape}."
+                " Make a plan for these tensors."
+            )
+    if q.shape[3] != k.shape[3]:
+        raise UsageError(f"q has head dimension {q.shape[3]} and k {k.shape[3]}; they have to be the same.")
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[3] <= MAX_DIM:
+            raise UsageError(f"{name} has head dimension {x.shape[3]}; kernels take 1 to {MAX_DIM}; torch takes any.")
+
+
+def tree_bytes(mask: Mask) -> tuple[Tensor | None, int]:
+    """The draft tree of a mask as bytes, and for how many of the last keys it speaks."""
+    if mask.tree is None:
+        return None, 0
+    return mask.tree.contiguous().view(torch.uint8), mask.tree.shape[1]
+
+
+def _plane_stride(perm: Tensor | None) -> int:
+    """Elements from one plane's permutation to the next; 0 where all planes share one."""
+    return perm.stride(0) if perm is not None and perm.shape[0] > 1 else 0
+
+
+def _tables(compensation: Compensation | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Mean keys and values (in the dtype of the keys), log sizes, variances and which blocks stand in, as bytes.
+
+    Variances stay exact enough in float16 (their products with q^2 are added to logits); bfloat16 would cost 1 % of the
+    second-order term. Those that do not fit are clamped.
+    """
+    if compensation is None:
+        return None, None, None, None, None
+    spread = compensation.variances
+    if spread is not None and dtype != torch.float32:
+        spread = spread.clamp(max=torch.finfo(torch.float16).max).half()
+    return (
+        compensation.keys.to(dtype).contiguous(),
+        compensation.values.to(dtype).contiguous(),
+        compensation.log_sizes.contiguous(),
+        spread.contiguous() if spread is not None else None,
+        compensation.approximate.contiguous().view(torch.uint8),
+    )

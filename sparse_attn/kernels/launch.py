@@ -1,0 +1,78 @@
+"""What every launch needs: is this a real device, may these tensors go to a kernel, which powers of two hold them?"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hasten.errors import UsageError
+
+LOG2E = 1.4426950408889634
+"""Kernels work with powers of 2: the device has an instruction for 2^x and none for e^x."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def power(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and at least `least` (matrix instructions want 16)."""
+    return max(least, 1 << (n - 1).bit_length()) if n > 0 else least
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether `kernel` was defined under TRITON_INTERPRET=1: it runs as NumPy on the CPU, for tests."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def check(kernel: Any, **tensors: Tensor | None) -> None:
+    """Refuse what a kernel cannot read. Raises `UsageError` naming the tensor, what it has and what is allowed."""
+    present = {name: x for name, x in tensors.items() if x is not None}
+    first, leader = next(iter(present.items()))
+    wanted = "cpu" if interpreted(kernel) else "cuda"
+    for name, x in present.items():
+        if x.device.type != wanted:
+            raise UsageError(
+                f"Triton kernels need {name} on {wanted}, got {x.device}."
+                ' Use backend="torch" there, or move the tensors to a CUDA device.'
+            )
+        if x.device != leader.device:
+            raise UsageError(f"{name} is on {x.device} and {first} on {leader.device}; put them on one device.")
+        if x.is_floating_point() and x.dtype not in DTYPES:
+            raise UsageError(f"{name} is {x.dtype}; kernels take float16, bfloat16 and float32.")
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, which kernels need; a copy only where it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def same_dtype(**tensors: Tensor) -> torch.dtype:
+    """The one dtype of all `tensors`. Raises `UsageError` where they differ."""
+    (first, leader), *others = tensors.items()
+    for name, x in others:
+        if x.dtype != leader.dtype:
+            raise UsageError(f"{name} is {x.dtype} and {first} {leader.dtype}; cast them to one dtype.")
+    return leader.dtype
+
+
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of x the current one, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: as three TF32 ones (about 1e-6 relative error), or as one where PyTorch's
+    own matrix products may do so (`torch.backends.cuda.matmul.allow_tf32`). Has no meaning for 16-bit inputs."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def arch(x: Tensor) -> int:
+    """Compute capability of x's device as one number (90 for Hopper); 0 in the interpreter."""
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
