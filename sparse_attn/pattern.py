@@ -52,10 +52,14 @@ class PatternState:
         self.score = pattern.score.start()
         self.select = pattern.select.start()
 
-    def view(self, q: Tensor, k: Tensor, q_tokens: Tokens, k_tokens: Tokens, scale: float, mask: Mask | None) -> View:
-        """q [B, Hq, Sq, D] and k [B, Hk, Sk, D] arranged."""
+    def view(
+        self, q: Tensor, k: Tensor, q_tokens: Tokens, k_tokens: Tokens, scale: float, mask: Mask | None,
+        v: Tensor | None = None,
+    ) -> View:  # fmt: skip
+        """q [B, Hq, Sq, D], k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv] arranged."""
         blocks = self.layout.blocks(q, k, q_tokens, k_tokens)
-        return View(blocks.q.arrange(q), blocks.k.arrange(k), blocks, q_tokens, k_tokens, scale, mask)
+        values = blocks.k.arrange(v) if v is not None and self.score.needs_values else None
+        return View(blocks.q.arrange(q), blocks.k.arrange(k), blocks, q_tokens, k_tokens, scale, mask, values)
 
     def choose(self, view: View) -> Selection:
         """Score all pairs and select."""

@@ -168,7 +168,7 @@ class SparseState:
         self, q: Tensor, k: Tensor, v: Tensor, step: Step, q_tokens: Tokens, k_tokens: Tokens,
         scale: float, mask: Mask | None,
     ) -> None:  # fmt: skip
-        views = [state.view(q, k, q_tokens, k_tokens, scale, mask) for state in self._patterns]
+        views = [state.view(q, k, q_tokens, k_tokens, scale, mask, v) for state in self._patterns]
         found = [state.choose(view) for state, view in zip(self._patterns, views, strict=True)]
         selection = found[0]
         if len(found) > 1:
