@@ -1,0 +1,83 @@
+"""The rates of this machine, for predictions: a few calls of what will be run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.sparse_attn.attention import sparse_attention
+from hasten.sparse_attn.blocks import Blocks
+from hasten.sparse_attn.layout import Identity
+from hasten.sparse_attn.pack import pack
+from hasten.sparse_attn.plan import Plan
+from hasten.sparse_attn.roofline import Machine
+from hasten.sparse_attn.segments import plain
+
+DENSITY = 0.25
+"""At which the sparse kernel is timed; its rate hardly depends on it."""
+
+
+def measured(
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokens: int = 1024,
+    heads: int = 4,
+    head_dim: int = 64,
+    repeats: int = 3,
+) -> Machine:
+    """Rates of `device` (a few tenths of a second on two cores): measure once per session and hand the result on.
+
+    Dense attention is PyTorch's; larger calls than this are somewhat more efficient, both dense and sparse. The overhead
+    is what a sparse call on 64 tokens takes.
+    """
+    q, k, v = (torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype) for _ in range(3))
+    work = 4.0 * heads * tokens * tokens * head_dim
+    dense = work / seconds_of(lambda: F.scaled_dot_product_attention(q, k, v), device, repeats)
+    few = [x[:, :, :64].contiguous() for x in (q, k, v)]
+    tiny, some = scattered(few[0], 1.0), scattered(q, DENSITY)
+    overhead = seconds_of(lambda: sparse_attention(few[0], few[1], few[2], tiny), device, repeats)
+    taken = seconds_of(lambda: sparse_attention(q, k, v, some), device, repeats) - overhead
+    sparse = work * DENSITY / max(taken, 0.1 * overhead)
+    a, b = (torch.randn(2048, 1024, device=device, dtype=dtype) for _ in range(2))
+    linear = 2.0 * 2048 * 2048 * 1024 / seconds_of(lambda: a @ b.T, device, repeats)
+    big = torch.zeros(2**24, device=device)
+    bandwidth = 2 * big.numel() * 4 / seconds_of(big.clone, device, repeats)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Machine(name, dense, sparse, linear, bandwidth, overhead, source="measured here")
+
+
+def scattered(q: Tensor, density: float, block: int = 64) -> Plan:
+    """A plan for q [B, H, S, D] that reads about `density` of the blocks, spread evenly and other ones in each row."""
+    tokens = plain(q.shape[2])
+    blocks: Blocks = Identity(block=block).start().blocks(q, q, tokens, tokens)
+    rows = blocks.q.count
+    order = torch.arange(rows, device=q.device)
+    # A multiple of an odd number: a permutation of the columns that shifts from row to row.
+    places = (order[None, :] * 7 + order[:, None] * 3) % rows
+    keep = places < max(1, round(density * rows))
+    keep = keep.expand(q.shape[0] * q.shape[1], rows, rows)
+    return pack(blocks, blocks.force(keep), (q.shape[0], q.shape[1], q.shape[1]))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of a call after one that is not counted; waits for the device."""
+    taken = []
+    for number in range(repeats + 1):
+        began = time.perf_counter()
+        call()
+        wait(device)
+        if number:
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def wait(device: torch.device) -> None:
+    """Until everything given to the device is done. Only for measurements."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
