@@ -10,20 +10,21 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from hasten.sparse_attn.attention import density, sparse_attention
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.pack import pack
-from hasten.sparse_attn.reference import dense as dense_with_lse
+from hasten.sparse_attn.attention import sparse_attention
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from hasten.errors import RecipeError
 from hasten.recipe import Attention
 from hasten.sparse_attn.chooser import Chooser, ChooserState, Sampled
+from hasten.sparse_attn.compensate import Compensate
+from hasten.sparse_attn.density import density
 from hasten.sparse_attn.mask import Mask
+from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.pattern import Pattern, PatternState, Selection, View, by_head, unlike
 from hasten.sparse_attn.plan import Output, Plan
 from hasten.sparse_attn.recover import Recover, RecoverState
+from hasten.sparse_attn.reference import dense as dense_with_lse
 from hasten.sparse_attn.segments import Tokens
 from hasten.step import Step
 
@@ -149,7 +150,7 @@ class SparseState:
             return dense()
         full = dense_with_lse(q, k, v, scale=scale, mask=mask)
         for pattern in learns:
-            view = pattern.view(q, k, q_tokens, k_tokens, scale, mask)
+            view = pattern.view(q, k, v, q_tokens, k_tokens, scale, mask)
             pattern.score.observe(view, view.blocks.q.arrange(full.lse[..., None])[..., 0])
         if self._recover is not None and self._recover.wants(step):
             if not self._current(step, q, k):
