@@ -44,14 +44,19 @@ def centroids(k: Tensor, v: Tensor, order: Order, approximate: Tensor, *, second
     layout keeps from an earlier step (`Order.means`) would not do, since the sum has to add up to the blocks' own mass.
     """
     keys = block_mean(k, order)
-    variances = None
-    if second_order:
-        planes, s = keys.shape[0], k.shape[2]
-        own = order.labels().expand(planes, s)[..., None].expand(-1, -1, k.shape[3])
-        apart = k.float().reshape(planes, s, -1) - keys.gather(1, own)
-        variances = block_mean(apart.square().view(k.shape), order)
+    variances = block_variance(k, order, keys) if second_order else None
     log_sizes = order.sizes.float().log().expand(keys.shape[0], -1).contiguous()
     return Compensation(keys, block_mean(v, order), log_sizes, approximate, variances)
+
+
+def block_variance(x: Tensor, order: Order, mean: Tensor) -> Tensor:
+    """Mean squared distance of arranged x [B, H, S, D] from `mean` [B * H, C, D] of its block, by coordinate.
+
+    float32 [B * H, C, D]. The mean is taken off first: a difference of squares would lose all digits of tight blocks.
+    """
+    own = order.labels().expand(mean.shape[0], -1)[..., None].expand(-1, -1, x.shape[3])
+    apart = x.float().flatten(0, 1) - mean.gather(1, own)
+    return block_mean(apart.square_().view(x.shape), order)
 
 
 def approximate_map(

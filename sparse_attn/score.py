@@ -1,8 +1,8 @@
 """Scorers: how much attention mass a pair of blocks is worth, before any of it is computed.
 
-Shapes: see `hasten.sparse_attn.blocks`. A score is the logarithm of the mass that a query block is expected to give to a
-key block, up to a constant per query block: `softmax(scores, -1)` is the estimated share. -inf: never read. +inf: always
-read, and no part of the shares.
+Shapes: see `hasten.sparse_attn.blocks`. A score is the logarithm of the mass that a query block is expected to give to
+a key block, up to a constant per query block: `softmax(scores, -1)` is the estimated share. -inf: never read. +inf:
+always read, and no part of the shares.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ScorerState:
 
 
 def readable(scores: Tensor, view: View) -> Tensor:
-    """`scores` with -inf for key blocks that no score can make worth reading: no tokens, padding, forbidden by the mask."""
+    """`scores` with -inf for key blocks that cannot be read: without tokens, padding, forbidden by the mask."""
     there = (grouped(view.blocks.k.sizes, view.groups) > 0) & (view.blocks.k.roles != NEVER)
     found = scores.masked_fill(~there[:, None, :], -math.inf)
     if view.mask is None:
@@ -85,7 +85,7 @@ def means(x: Tensor, order: Order) -> Tensor:
 
 
 def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale q.k for q [Pq, M, D] and k [Pk, N, D] in float32: [Pq, M, N]; the query heads of a group share their keys."""
+    """scale q.k for q [Pq, M, D] and k [Pk, N, D] in float32: [Pq, M, N]; heads of a group share their keys."""
     planes, rows, width = q.shape
     stacked = q.float().reshape(k.shape[0], planes // k.shape[0] * rows, width)
     return torch.bmm(stacked, k.float().mT).mul_(scale).view(planes, rows, k.shape[1])
