@@ -37,11 +37,11 @@ def forward_config(
 ) -> Config:
     """For `forward.forward`. block_m, block_n: of the plan. order: of the compensation, 0 for none.
 
-    Raises `UsageError` where block_n is not a power of two from 16 to 256.
+    Raises `UsageError` where block_n is larger than 256.
     """
-    check_block_n(block_n)
+    block_n = chunk(block_n)
     wide = max(power(head_dim), power(value_dim))
-    size = torch.empty((), dtype=dtype).element_size()
+    size = dtype.itemsize
     rows = 128 if wide <= 128 and size == 2 and block_n <= 128 else 64
     rows = min(rows, power(block_m))
     columns = 64 if wide <= 64 else 32
@@ -51,9 +51,7 @@ def forward_config(
 
 def decode_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, rows: int, block_n: int) -> Config:
     """For `decode.decode`. rows: queries that share one key head, times their number."""
-    check_block_n(block_n)
-    wide = max(power(head_dim), power(value_dim))
-    size = torch.empty((), dtype=dtype).element_size()
+    wide, size, block_n = max(power(head_dim), power(value_dim)), dtype.itemsize, chunk(block_n)
     return Config(power(rows), 0, 4, stages(arch, wide, size, power(rows), block_n))
 
 
@@ -65,9 +63,8 @@ def stages(arch: int, wide: int, size: int, rows: int, block_n: int) -> int:
     return max(1, min(MAX_STAGES, room // (2 * block_n * wide * size)))
 
 
-def check_block_n(block_n: int) -> None:
-    """Refuse chunks that are no power of two."""
-    if block_n not in (16, 32, 64, 128, 256):
-        raise UsageError(
-            f"A plan with chunks of {block_n} keys has no kernel; block_n is 16, 32, 64, 128 or 256. Pack it again."
-        )
+def chunk(block_n: int) -> int:
+    """Keys that a kernel reads at once for chunks of up to block_n. Raises `UsageError` beyond what fits on a chip."""
+    if not 1 <= block_n <= 256:
+        raise UsageError(f"A plan with chunks of {block_n} keys has no kernel; allowed are 1 to 256. Pack it again.")
+    return power(block_n)

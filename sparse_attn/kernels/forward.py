@@ -7,6 +7,8 @@ and writes its outputs back through `q_perm`, so no permuted copy of q or o is e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +36,7 @@ def _forward(
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
     HQ: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
     ORDER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +68,8 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     begin, middle, end = tl.load(row_start + row), tl.load(row_full + row), tl.load(row_end + row)
+    if BLOCK_N != CHUNK:  # a full chunk does not fill its tile: ask about every length
+        middle = begin
 
     for i in tl.range(begin, middle):
         n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
@@ -134,48 +138,58 @@ def _forward(
     tl.store(lse + lse_at, whole, mask=real_m)
 
 
+KERNEL = _forward
+"""What runs; `launch.interpreted` tells whether that is Triton's interpreter."""
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, compensation: Compensation | None = None
 ) -> Output:
     """Attention of q [B, Hq, Sq, D] over what `plan` reads of k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv].
 
     q is in original order and so is the output; k and v are arranged already (`Order.arrange`). One dtype: float16,
-    bfloat16 or float32; sums are kept in float32. D and Dv up to 256. Every query stands in at most one tile; those in
-    none come back as read by nothing. Raises `UsageError` for tensors or plans that no kernel can read.
+    bfloat16 or float32; sums are kept in float32. D and Dv up to 256. Queries that stand in no tile come back as having
+    read nothing. Raises `UsageError` for tensors or plans that no kernel can read.
     """
     dtype = launch.same_dtype(q=q, k=k, v=v)
     launch.check(_forward, q=q, k=k, v=v, tile_start=plan.tile_start)
     check_shapes(q, k, v, plan)
+    upcast = launch.interpreted(_forward) and dtype == torch.bfloat16
+    output, job = prepare(q, k, v, plan, scale, compensation, launch.arch(q), upcast=upcast)
+    job.run(q)
+    return Output(output.o.to(dtype), output.lse, output.lse_exact) if upcast else output
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, compensation: Compensation | None, arch: int,
+    *, upcast: bool = False,
+) -> tuple[Output, launch.Launch]:  # fmt: skip
+    """The launch of `forward` on a GPU of capability `arch`, and the output that it fills.
+
+    upcast: compute in float32 (Triton's interpreter gets products of bfloat16 wrong).
+    """
     q, k, v = launch.rows(q), launch.rows(k), launch.rows(v)
-    (b, hq, sq, d), (hk, dv) = q.shape, (k.shape[1], v.shape[3])
     if scale < 0:
         q, scale = -q, -scale
+    (b, hq, sq, d), (hk, dv) = q.shape, (k.shape[1], v.shape[3])
     order = 0 if compensation is None else 1 if compensation.variances is None else 2
-    chosen = config.forward_config(launch.arch(q), d, dv, dtype, plan.block_m, plan.block_n, order)
+    chosen = config.forward_config(arch, d, dv, q.dtype, plan.block_m, plan.block_n, order)
     pieces = -(-plan.block_m // chosen.block_m)
-    upcast = launch.interpreted(_forward) and dtype == torch.bfloat16
-    o = torch.zeros(b, hq, sq, dv, device=q.device, dtype=torch.float32 if upcast else dtype)
+    o = torch.zeros(b, hq, sq, dv, device=q.device, dtype=torch.float32 if upcast else q.dtype)
     lse = torch.full((b, hq, sq), -torch.inf, device=q.device)
     lse_exact = torch.full_like(lse, -torch.inf) if order else None
-    mask, tables = plan.mask or Mask(None, None), _tables(compensation, dtype)
-    tree, tree_keys = tree_bytes(mask)
-    with launch.on(q):
-        _forward[(plan.tile_start.numel() * pieces,)](
-            q, k, v, o, lse, lse_exact, plan.q_perm, plan.k_perm,
-            plan.tile_start, plan.tile_length, plan.tile_plane, plan.tile_row,
-            plan.row_start, plan.row_full, plan.row_end, plan.chunk_start, plan.chunk_length,
-            *tables, tree,
-            scale * launch.LOG2E, mask.left or 0, mask.right or 0, mask.offset, tree_keys,
-            k.shape[2], sq, _plane_stride(plan.q_perm), _plane_stride(plan.k_perm),
-            compensation.keys.shape[1] if compensation is not None else 0,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            HQ=hq, GROUPS=hq // hk, D=d, DV=dv, BLOCK_D=launch.power(d), BLOCK_DV=launch.power(dv),
-            BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_N=plan.block_n, BLOCK_C=chosen.block_c or 16,
-            MASKED=plan.mask is not None, LEFT=mask.left is not None, RIGHT=mask.right is not None,
-            TREE=tree is not None, ORDER=order, PRECISION=launch.precision(dtype), UPCAST=upcast,
-            num_warps=chosen.warps, num_stages=chosen.stages,
-        )  # fmt: skip
-    return Output(o.to(dtype), lse, lse_exact)
+    arguments = (
+        dict(q=q, k=k, v=v, o=o, lse=lse, lse_exact=lse_exact, scale=scale * launch.LOG2E, queries=sq)
+        | plan_arguments(plan)
+        | mask_arguments(plan.mask)
+        | _tables(compensation, q.dtype)
+        | strides(q=q, k=k, v=v)
+        | dict(HQ=hq, GROUPS=hq // hk, D=d, DV=dv, BLOCK_D=launch.power(d), BLOCK_DV=launch.power(dv))
+        | dict(BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_N=launch.power(plan.block_n), CHUNK=plan.block_n, BLOCK_C=chosen.block_c)
+        | dict(ORDER=order, PRECISION=launch.precision(q.dtype), UPCAST=upcast)
+    )
+    grid = (plan.tile_start.numel() * pieces,)
+    return Output(o, lse, lse_exact), launch.Launch(_forward, grid, arguments, chosen.warps, chosen.stages)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
@@ -195,11 +209,30 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             raise UsageError(f"{name} has head dimension {x.shape[3]}; kernels take 1 to {MAX_DIM}; torch takes any.")
 
 
-def tree_bytes(mask: Mask) -> tuple[Tensor | None, int]:
-    """The draft tree of a mask as bytes, and for how many of the last keys it speaks."""
-    if mask.tree is None:
-        return None, 0
-    return mask.tree.contiguous().view(torch.uint8), mask.tree.shape[1]
+def plan_arguments(plan: Plan) -> dict[str, Any]:
+    """The plan's tensors, by the names that kernels give them."""
+    names = ("q_perm", "k_perm", "tile_start", "tile_length", "tile_plane", "tile_row")
+    names += ("row_start", "row_full", "row_end", "chunk_start", "chunk_length")
+    tensors = {name: getattr(plan, name) for name in names}
+    return tensors | dict(
+        q_perm_plane=_plane_stride(plan.q_perm), k_perm_plane=_plane_stride(plan.k_perm), keys=plan.keys
+    )
+
+
+def mask_arguments(mask: Mask | None) -> dict[str, Any]:
+    """A mask, by the names that kernels give its parts; the tree as bytes."""
+    found = Mask(None, None) if mask is None else mask
+    tree = None if found.tree is None else found.tree.contiguous().view(torch.uint8)
+    return dict(
+        left=found.left or 0, right=found.right or 0, offset=found.offset,
+        tree=tree, tree_keys=0 if tree is None else tree.shape[1],
+        MASKED=mask is not None, LEFT=found.left is not None, RIGHT=found.right is not None, TREE=tree is not None,
+    )  # fmt: skip
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of [B, H, S, D] tensors but for the last, as x_b, x_h, x_s."""
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bhs")}
 
 
 def _plane_stride(perm: Tensor | None) -> int:
@@ -207,21 +240,22 @@ def _plane_stride(perm: Tensor | None) -> int:
     return perm.stride(0) if perm is not None and perm.shape[0] > 1 else 0
 
 
-def _tables(compensation: Compensation | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Mean keys and values (in the dtype of the keys), log sizes, variances and which blocks stand in, as bytes.
+def _tables(compensation: Compensation | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The tables of a compensation: means in the dtype of the keys, and which blocks stand in as bytes.
 
-    Variances stay exact enough in float16 (their products with q^2 are added to logits); bfloat16 would cost 1 % of the
+    Variances go as float16, which is exact enough for what is added to logits; bfloat16 would cost 1 % of the
     second-order term. Those that do not fit are clamped.
     """
     if compensation is None:
-        return None, None, None, None, None
+        return dict.fromkeys(("centre", "value", "log_size", "variance", "approximate")) | {"blocks": 0}
     spread = compensation.variances
     if spread is not None and dtype != torch.float32:
         spread = spread.clamp(max=torch.finfo(torch.float16).max).half()
-    return (
-        compensation.keys.to(dtype).contiguous(),
-        compensation.values.to(dtype).contiguous(),
-        compensation.log_sizes.contiguous(),
-        spread.contiguous() if spread is not None else None,
-        compensation.approximate.contiguous().view(torch.uint8),
+    return dict(
+        centre=compensation.keys.to(dtype).contiguous(),
+        value=compensation.values.to(dtype).contiguous(),
+        log_size=compensation.log_sizes.contiguous(),
+        variance=None if spread is None else spread.contiguous(),
+        approximate=compensation.approximate.contiguous().view(torch.uint8),
+        blocks=compensation.keys.shape[1],
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,31 @@ LOG2E = 1.4426950408889634
 """Kernels work with powers of 2: the device has an instruction for 2^x and none for e^x."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch, as data: what runs here is also what `aot.compile` compiles for GPUs that are not here.
+
+    arguments: by name, constants included. warps, stages: per program, and chunks in flight.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self, beside: Tensor) -> None:
+        """Launch on the device of `beside`, which becomes the current one for this long: Triton knows no other."""
+        if not beside.is_cuda:
+            self._run()
+            return
+        with torch.cuda.device(beside.device):
+            self._run()
+
+    def _run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
 def power(n: int, least: int = 16) -> int:
@@ -57,11 +81,6 @@ def same_dtype(**tensors: Tensor) -> torch.dtype:
         if x.dtype != leader.dtype:
             raise UsageError(f"{name} is {x.dtype} and {first} {leader.dtype}; cast them to one dtype.")
     return leader.dtype
-
-
-def on(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of x the current one, which is where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:
