@@ -105,6 +105,7 @@ class _Delta(ReaderState):
     ) -> Output:
         part, s, n = self.part, k.shape[2], q.shape[2]
         if first is not None or s <= part.sinks + part.window + n + 1:
+            self.read = None
             return self.everything.attend(q, k, v, first, scale, tree)
         if not 0 <= s - self.made < part.refresh or self.k.shape[:2] != k.shape[:2]:
             self._summarise(k, v, s, n)
@@ -117,6 +118,8 @@ class _Delta(ReaderState):
         asked = torch.cat([q.float(), torch.ones_like(q[..., :1], dtype=torch.float32)], -1)
         far = exact(asked, torch.cat([self.k, self.bias / scale], -1), self.v, scale)
         parts.append((far.o.to(q.dtype), far.lse))
+        rows = k.shape[0] * k.shape[1]
+        self.read = torch.full((), rows * (s - self.edge + part.sinks + self.k.shape[2]), device=k.device)
         return Output(*merge(parts))
 
     def _summarise(self, k: Tensor, v: Tensor, s: int, n: int) -> None:

@@ -148,6 +148,7 @@ class _Tree(ReaderState):
     ) -> Output:
         part = self.part
         if k.shape[2] <= part.top * part.block + part.sinks + part.window + q.shape[2]:
+            self.read = None
             return self.everything.attend(q, k, v, first, scale, tree)
         return super().attend(q, k, v, first, scale, tree)
 

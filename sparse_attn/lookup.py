@@ -137,10 +137,13 @@ class _Lookup(ReaderState):
     ) -> Output:
         prompt = self.k.shape[2] if self.clusters is not None else 0
         if self.clusters is None or k.shape[2] - q.shape[2] < prompt or self.k.shape[:2] != k.shape[:2]:
+            # A cache that was cut into the prompt may grow again with other tokens.
+            self.clusters, self.k, self.v, self.read = None, torch.empty(0), torch.empty(0), None
             return self.everything.attend(q, k, v, first, scale, tree)
         keep = (shares(q, self.clusters, scale) >= self.limit).any(1)
         work = select(keep, self.clusters.order.bounds, workers(k.device), places=prompt)
         fixed = decode(q, self.k, self.v, work, scale=scale)
+        self.read = work.tokens() + work.rows * (k.shape[2] - prompt)
         after = self.everything.attend(q, k[:, :, prompt:], v[:, :, prompt:], None, scale, tree)
         return Output(*merge([(fixed.o, fixed.lse), (after.o, after.lse)]))
 

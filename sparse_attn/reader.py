@@ -29,7 +29,12 @@ class Reader(Part):
 
 
 class ReaderState:
-    """State of a reader; the simplest ones override `work` alone."""
+    """State of a reader; the simplest ones override `work` alone.
+
+    read: places read in the last call, over all R rows (a scalar tensor that nobody has waited for); None: all.
+    """
+
+    read: Tensor | None = None
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float) -> None:
         """The prompt has been read: its queries q [B, Hq, P, D] and what the cache holds of it, k [B, Hk, P, D], v. first:
@@ -43,7 +48,9 @@ class ReaderState:
         first: int64 [B], places before it are padding; None: there is none. tree: bool [n, n], which of the new tokens
         each new query reads (a draft); None: causal.
         """
-        return decode(q, k, v, self.work(q, k, first, scale), scale=scale, mask=newest(q.shape[2], q.device, tree))
+        work = self.work(q, k, first, scale)
+        self.read = work.tokens()
+        return decode(q, k, v, work, scale=scale, mask=newest(q.shape[2], q.device, tree))
 
     def work(self, q: Tensor, k: Tensor, first: Tensor | None, scale: float) -> Work:
         """What is read of k, the new keys included."""

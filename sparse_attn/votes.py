@@ -56,6 +56,7 @@ class _Votes(ReaderState):
     ) -> Output:
         part, s, n = self.part, k.shape[2], q.shape[2]
         if s <= part.sinks + part.top + part.window + n:
+            self.read = None
             return self.everything.attend(q, k, v, first, scale, tree)
         begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if first is None else first
         if not self._serves(q, s):
@@ -68,6 +69,7 @@ class _Votes(ReaderState):
         k, v = (x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
         keep, bounds = self._reads(begin, k.shape[1], k.shape[2])
         work = select(keep, bounds, workers(k.device), places=k.shape[2])
+        self.read = work.tokens()
         return decode(q, k, v, work, scale=scale, mask=newest(n, q.device, tree))
 
     def num_bytes(self) -> int:
