@@ -52,22 +52,11 @@ class Order:
 
     def arrange(self, x: Tensor) -> Tensor:
         """x [B, H, S, D] in the order of the blocks; x itself where tokens keep their order."""
-        if self.perm is None:
-            return x
-        b, h, s, d = x.shape
-        if self.perm.shape[0] == 1:
-            return x.index_select(2, self.perm[0])
-        return x.gather(2, self.perm.view(b, h, s, 1).expand(b, h, s, d))
+        return arrange(x, self.perm)
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `arrange`, for x [B, H, S, D] or [B, H, S]."""
-        if self.perm is None:
-            return x
-        b, h, s = x.shape[:3]
-        if self.perm.shape[0] == 1:
-            return torch.empty_like(x).index_copy_(2, self.perm[0], x)
-        index = self.perm.view(b, h, s, *[1] * (x.dim() - 3)).expand_as(x)
-        return torch.empty_like(x).scatter_(2, index, x)
+        return restore(x, self.perm)
 
     def labels(self) -> Tensor:
         """The block that each arranged place belongs to: int64 [P1, S]."""
@@ -92,6 +81,27 @@ class Blocks:
         q, k = self.q.roles[:, None], self.k.roles[None, :]
         forced = (k == ALWAYS) | (q == DENSE)
         return (keep | forced) & (k != NEVER) & (q != NONE)
+
+
+def arrange(x: Tensor, perm: Tensor | None) -> Tensor:
+    """x [B, H, S, D] with the tokens `perm` (int64 [1 or B * H, S]) at the places 0 to S - 1; x itself without one."""
+    if perm is None:
+        return x
+    b, h, s, d = x.shape
+    if perm.shape[0] == 1:
+        return x.index_select(2, perm[0])
+    return x.gather(2, perm.view(b, h, s, 1).expand(b, h, s, d))
+
+
+def restore(x: Tensor, perm: Tensor | None) -> Tensor:
+    """The inverse of `arrange`, for x [B, H, S, D] or [B, H, S]."""
+    if perm is None:
+        return x
+    b, h, s = x.shape[:3]
+    if perm.shape[0] == 1:
+        return torch.empty_like(x).index_copy_(2, perm[0], x)
+    index = perm.view(b, h, s, *[1] * (x.dim() - 3)).expand_as(x)
+    return torch.empty_like(x).scatter_(2, index, x)
 
 
 def block_mean(x: Tensor, order: Order) -> Tensor:
