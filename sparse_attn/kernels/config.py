@@ -52,7 +52,8 @@ def forward_config(
 def decode_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, rows: int, block_n: int) -> Config:
     """For `decode.decode`. rows: queries that share one key head, times their number."""
     wide, size, block_n = max(power(head_dim), power(value_dim)), dtype.itemsize, chunk(block_n)
-    return Config(power(rows), 0, 4, stages(arch, wide, size, power(rows), block_n))
+    tile = min(64, power(rows))
+    return Config(tile, 0, 4, stages(arch, wide, size, tile, block_n))
 
 
 def stages(arch: int, wide: int, size: int, rows: int, block_n: int) -> int:

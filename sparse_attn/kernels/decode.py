@@ -141,7 +141,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, work: Work, *, scale: float, mask: M
     """Attention of q [B, Hq, n, D] over the places of k [B or 1, Hk, S, D] and v that `work` names.
 
     The M queries that share a key head are rows of one tile: each key is read once for all of them. Pieces write
-    partial results in float32, which a second launch merges. k and v with a batch of 1 are a pool for all samples (pages).
+    partial results in float32, which a second launch merges. k and v with a batch of 1 are one pool for all samples.
     """
     dtype = launch.same_dtype(q=q, k=k, v=v)
     launch.check(_decode, q=q, k=k, v=v, wk_row=work.wk_row)

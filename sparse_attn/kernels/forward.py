@@ -116,18 +116,17 @@ def _forward(
             half = (half * half * 0.5).to(variance.dtype.element_ty)
         for c in tl.range(0, blocks, BLOCK_C):
             block = c + on_c
-            real_c = block < blocks
-            stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=real_c, other=0) != 0
+            stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=block < blocks, other=0) != 0
             y_at = (table + block)[None, :] * D + on_d[:, None]
-            y = tl.load(centre + y_at, mask=real_c[None, :] & real_d[:, None], other=0.0)
+            y = tl.load(centre + y_at, mask=stands[None, :] & real_d[:, None], other=0.0)
             z_at = (table + block)[:, None] * DV + on_dv[None, :]
-            z = tl.load(value + z_at, mask=real_c[:, None] & real_dv[None, :], other=0.0)
+            z = tl.load(value + z_at, mask=stands[:, None] & real_dv[None, :], other=0.0)
             size = tl.load(log_size + table + block, mask=stands, other=-float("inf"))
             if UPCAST:
                 y, z = y.to(tl.float32), z.to(tl.float32)
             s = tl.dot(x, y, input_precision=PRECISION) * scale
             if ORDER == 2:
-                spread = tl.load(variance + y_at, mask=real_c[None, :] & real_d[:, None], other=0.0)
+                spread = tl.load(variance + y_at, mask=stands[None, :] & real_d[:, None], other=0.0)
                 s += tl.dot(half, spread, input_precision=PRECISION) * 1.4426950408889634
             s = s + size[None, :] * 1.4426950408889634
             m, total, acc = fold(s, z, m, total, acc, PRECISION)
@@ -185,7 +184,8 @@ def prepare(
         | _tables(compensation, q.dtype)
         | strides(q=q, k=k, v=v)
         | dict(HQ=hq, GROUPS=hq // hk, D=d, DV=dv, BLOCK_D=launch.power(d), BLOCK_DV=launch.power(dv))
-        | dict(BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_N=launch.power(plan.block_n), CHUNK=plan.block_n, BLOCK_C=chosen.block_c)
+        | dict(BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_C=chosen.block_c)
+        | dict(BLOCK_N=launch.power(plan.block_n), CHUNK=plan.block_n)
         | dict(ORDER=order, PRECISION=launch.precision(q.dtype), UPCAST=upcast)
     )
     grid = (plan.tile_start.numel() * pieces,)
