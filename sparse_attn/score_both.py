@@ -14,9 +14,9 @@ from hasten.sparse_attn.score import Scorer, ScorerState, View
 class Both(Scorer):
     """Scores of two scorers, joined.
 
-    how: "max", the larger; "sum", the sum of both masses; "union", what `first` would read is read always and `second`
-    chooses among the rest (a window or a sink beside a choice: NABLA, Sol-Attn's neighbours); "within", `second` chooses
-    among what `first` would read.
+    how: "max", the larger; "sum", the sum of both masses; "union", what `first` would read is read always and
+    `second` chooses among the rest (a window or a sink beside a choice: NABLA, Sol-Attn's neighbours); "within",
+    `second` chooses among what `first` would read.
     """
 
     kind = "both"

@@ -21,10 +21,10 @@ from hasten.sparse_attn.sums import key_sums
 class LastQueries(Scorer):
     """Attention of the last queries, summed along columns and diagonals, foretells all rows (MInference, section 3.2).
 
-    A block is expected to get what its columns get from the probing queries, or what its diagonals get, whichever is more.
-    queries: how many probe (64). columns, diagonals: only as many of the best columns of blocks, and of diagonals one
-    block wide, are read at all (their vertical and slash sizes, in blocks; with `All` this is their pattern); None: all
-    are candidates, and the selector decides. The paper gathers single columns; here a column is a block of keys.
+    A block is expected to get what its columns get from the probing queries, or what its diagonals get, whichever is
+    more. queries: how many probe (64). columns, diagonals: only as many of the best columns of blocks, and of diagonals
+    one block wide, are read at all (their vertical and slash sizes, in blocks; with `All` this is their pattern); None:
+    all are candidates, and the selector decides. The paper gathers single columns; here a column is a block of keys.
 
     Tokens have to stand in their order: a layout that permutes them has no diagonals, and is refused.
     """
@@ -103,7 +103,7 @@ def _best(mass: Tensor, count: int | None) -> Tensor:
     """`mass` [P, N] with all but the `count` largest set to 0."""
     if count is None or count >= mass.shape[1]:
         return mass
-    best = mass.topk(count, dim=1).indices
+    best = mass.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(mass).scatter_(1, best, mass.gather(1, best))
 
 

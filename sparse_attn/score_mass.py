@@ -41,8 +41,8 @@ class CachedMass(Scorer):
     """The mass of every pair of blocks at the last dense step (AdaSpa, Xia et al. 2025, "LSE-cached search").
 
     Which blocks matter changes little from step to step. A dense step gives its LSE, with which exact masses are one
-    more pass over q.k, without a softmax of their own; the steps that follow choose by them. AdaSpa fuses this pass with
-    the dense one by the LSE of the dense step before; here it is the LSE of the same step, so the masses are exact.
+    more pass over q.k, without a softmax of their own; the steps that follow choose by them. AdaSpa fuses this pass
+    with the dense one by the LSE of the dense step before; here it is the LSE of the same step, so masses are exact.
 
     samples: queries of each block that are looked at, spread evenly; None: all, as in the paper. Until a dense step was
     seen, everything is read. Blocks have to stay what they are between steps: layouts that follow the values (k-means,

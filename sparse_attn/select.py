@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,7 +12,12 @@ from hasten.sparse_attn.blocks import Blocks
 
 
 class Selector(Part):
-    """Base of the selectors. `start()` gives the state of one run, branch and attention site."""
+    """Base of the selectors. `start()` gives the state of one run, branch and attention site.
+
+    needs_rho: whether it goes by what `observe` tells, which says something with compensation only.
+    """
+
+    needs_rho: ClassVar[bool] = False
 
     @abstractmethod
     def start(self) -> SelectorState:
