@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.sparse_attn.kernels import config, launch
-from hasten.sparse_attn.kernels.forward import check_shapes, mask_arguments, plan_arguments, strides
+from hasten.sparse_attn.kernels.forward import check_shapes
 from hasten.sparse_attn.kernels.softmax import allowed
 from hasten.sparse_attn.plan import Plan
 
@@ -67,7 +67,7 @@ def _columns(
         if k_perm is not None:
             k_pos = tl.load(k_perm + key_plane * k_perm_plane + n, mask=real_n, other=0).to(tl.int32)
         read = real_m[:, None] & real_n[None, :]
-        if MASKED:
+        if MASKED:  # noqa: SIM102  (decided when compiling; the next one on the device)
             if i >= middle:
                 read = allowed(
                     token, k_pos, left, right, offset, tree, tree_keys, keys, real_m, real_n, LEFT, RIGHT, TREE
@@ -103,13 +103,13 @@ def prepare(
     pieces = -(-plan.block_m // chosen.block_m)
     sums = torch.zeros(b, hk, plan.keys, device=q.device)
     arguments = (
-        dict(q=q, k=k, lse=lse.float().contiguous(), sums=sums, scale=scale * launch.LOG2E, queries=sq)
-        | plan_arguments(plan)
-        | mask_arguments(plan.mask)
-        | strides(q=q, k=k)
-        | dict(HQ=hq, GROUPS=hq // hk, D=d, BLOCK_D=launch.power(d))
-        | dict(BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_N=launch.power(plan.block_n))
-        | dict(PRECISION=launch.precision(q.dtype), UPCAST=upcast)
+        {"q": q, "k": k, "lse": lse.float().contiguous(), "sums": sums, "scale": scale * launch.LOG2E, "queries": sq}
+        | launch.plan_arguments(plan)
+        | launch.mask_arguments(plan.mask)
+        | launch.strides(q=q, k=k)
+        | {"HQ": hq, "GROUPS": hq // hk, "D": d, "BLOCK_D": launch.power(d)}
+        | {"BLOCK_M": chosen.block_m, "PIECES": pieces, "BLOCK_N": launch.power(plan.block_n)}
+        | {"PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
     grid = (plan.tile_start.numel() * pieces,)
     return sums, launch.Launch(_columns, grid, arguments, chosen.warps, chosen.stages)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import config, launch
-from hasten.sparse_attn.kernels.forward import mask_arguments, strides
 from hasten.sparse_attn.kernels.softmax import allowed, finish, fold
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Output
@@ -166,22 +165,23 @@ def prepare(
     lse = torch.empty(b, hq, new, device=q.device)
     # A batch of 1 is shared by all samples: its stride is 0, whatever the tensor says.
     shared = {f"{name}_b": 0 for name, x in (("k", k), ("v", v)) if x.shape[0] == 1}
-    tensors = dict(
-        wk_row=work.wk_row, wk_lo=work.wk_lo, wk_hi=work.wk_hi,
-        chunk_start=work.chunk_start, chunk_length=work.chunk_length,
-    )  # fmt: skip
+    tensors = {
+        "wk_row": work.wk_row, "wk_lo": work.wk_lo, "wk_hi": work.wk_hi,
+        "chunk_start": work.chunk_start, "chunk_length": work.chunk_length,
+    }  # fmt: skip
     first = (
-        dict(q=q, k=k, v=v, part=part, part_lse=part_lse, scale=scale * launch.LOG2E, keys=k.shape[2])
+        {"q": q, "k": k, "v": v, "part": part, "part_lse": part_lse, "scale": scale * launch.LOG2E, "keys": k.shape[2]}
         | tensors
-        | mask_arguments(mask)
-        | strides(q=q, k=k, v=v)
+        | launch.mask_arguments(mask)
+        | launch.strides(q=q, k=k, v=v)
         | shared
-        | dict(HK=hk, GROUPS=hq // hk, NEW=new, D=d, DV=dv, BLOCK_D=launch.power(d), BLOCK_DV=launch.power(dv))
-        | dict(BLOCK_M=chosen.block_m, BLOCK_N=launch.power(work.block))
-        | dict(PRECISION=launch.precision(q.dtype), UPCAST=upcast)
+        | {"HK": hk, "GROUPS": hq // hk, "NEW": new, "D": d, "DV": dv}
+        | {"BLOCK_D": launch.power(d), "BLOCK_DV": launch.power(dv)}
+        | {"BLOCK_M": chosen.block_m, "BLOCK_N": launch.power(work.block)}
+        | {"PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
-    second = dict(part=part, part_lse=part_lse, o=o, lse=lse, rw_ptr=work.rw_ptr)
-    second |= dict(M=rows, DV=dv, BLOCK_M=16, BLOCK_DV=launch.power(dv))
+    second = {"part": part, "part_lse": part_lse, "o": o, "lse": lse, "rw_ptr": work.rw_ptr}
+    second |= {"M": rows, "DV": dv, "BLOCK_M": 16, "BLOCK_DV": launch.power(dv)}
     return Output(o, lse), (
         launch.Launch(_decode, (pieces, -(-rows // chosen.block_m)), first, chosen.warps, chosen.stages),
         launch.Launch(_merge_pieces, (b * hk, -(-rows // 16)), second, 4, 2),
@@ -220,6 +220,6 @@ def prepare_merge(
     part_lse = torch.stack([lse.float() for _, lse in outputs])
     o = torch.empty(shape, device=part.device, dtype=torch.float32 if upcast else dtype)
     lse = torch.empty(shape[:-1], device=part.device)
-    arguments = dict(part=part, part_lse=part_lse, o=o, lse=lse, parts=len(outputs), length=lse.numel())
-    arguments |= dict(DV=shape[-1], BLOCK_M=32, BLOCK_DV=launch.power(shape[-1]), UPCAST=upcast)
+    arguments = {"part": part, "part_lse": part_lse, "o": o, "lse": lse, "parts": len(outputs), "length": lse.numel()}
+    arguments |= {"DV": shape[-1], "BLOCK_M": 32, "BLOCK_DV": launch.power(shape[-1]), "UPCAST": upcast}
     return o, lse, launch.Launch(_merge, (-(-lse.numel() // 32),), arguments, 4, 2)

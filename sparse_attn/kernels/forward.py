@@ -17,7 +17,6 @@ from torch import Tensor
 from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import config, launch
 from hasten.sparse_attn.kernels.softmax import allowed, finish, fold, fold_full
-from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 MAX_DIM = 256
@@ -178,15 +177,16 @@ def prepare(
     lse = torch.full((b, hq, sq), -torch.inf, device=q.device)
     lse_exact = torch.full_like(lse, -torch.inf) if order else None
     arguments = (
-        dict(q=q, k=k, v=v, o=o, lse=lse, lse_exact=lse_exact, scale=scale * launch.LOG2E, queries=sq)
-        | plan_arguments(plan)
-        | mask_arguments(plan.mask)
+        {"q": q, "k": k, "v": v, "o": o, "lse": lse, "lse_exact": lse_exact}
+        | {"scale": scale * launch.LOG2E, "queries": sq}
+        | launch.plan_arguments(plan)
+        | launch.mask_arguments(plan.mask)
         | _tables(compensation, q.dtype)
-        | strides(q=q, k=k, v=v)
-        | dict(HQ=hq, GROUPS=hq // hk, D=d, DV=dv, BLOCK_D=launch.power(d), BLOCK_DV=launch.power(dv))
-        | dict(BLOCK_M=chosen.block_m, PIECES=pieces, BLOCK_C=chosen.block_c)
-        | dict(BLOCK_N=launch.power(plan.block_n), CHUNK=plan.block_n)
-        | dict(ORDER=order, PRECISION=launch.precision(q.dtype), UPCAST=upcast)
+        | launch.strides(q=q, k=k, v=v)
+        | {"HQ": hq, "GROUPS": hq // hk, "D": d, "DV": dv, "BLOCK_D": launch.power(d), "BLOCK_DV": launch.power(dv)}
+        | {"BLOCK_M": chosen.block_m, "PIECES": pieces, "BLOCK_C": chosen.block_c}
+        | {"BLOCK_N": launch.power(plan.block_n), "CHUNK": plan.block_n}
+        | {"ORDER": order, "PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
     grid = (plan.tile_start.numel() * pieces,)
     return Output(o, lse, lse_exact), launch.Launch(_forward, grid, arguments, chosen.warps, chosen.stages)
@@ -209,37 +209,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             raise UsageError(f"{name} has head dimension {x.shape[3]}; kernels take 1 to {MAX_DIM}; torch takes any.")
 
 
-def plan_arguments(plan: Plan) -> dict[str, Any]:
-    """The plan's tensors, by the names that kernels give them."""
-    names = ("q_perm", "k_perm", "tile_start", "tile_length", "tile_plane", "tile_row")
-    names += ("row_start", "row_full", "row_end", "chunk_start", "chunk_length")
-    tensors = {name: getattr(plan, name) for name in names}
-    return tensors | dict(
-        q_perm_plane=_plane_stride(plan.q_perm), k_perm_plane=_plane_stride(plan.k_perm), keys=plan.keys
-    )
-
-
-def mask_arguments(mask: Mask | None) -> dict[str, Any]:
-    """A mask, by the names that kernels give its parts; the tree as bytes."""
-    found = Mask(None, None) if mask is None else mask
-    tree = None if found.tree is None else found.tree.contiguous().view(torch.uint8)
-    return dict(
-        left=found.left or 0, right=found.right or 0, offset=found.offset,
-        tree=tree, tree_keys=0 if tree is None else tree.shape[1],
-        MASKED=mask is not None, LEFT=found.left is not None, RIGHT=found.right is not None, TREE=tree is not None,
-    )  # fmt: skip
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of [B, H, S, D] tensors but for the last, as x_b, x_h, x_s."""
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bhs")}
-
-
-def _plane_stride(perm: Tensor | None) -> int:
-    """Elements from one plane's permutation to the next; 0 where all planes share one."""
-    return perm.stride(0) if perm is not None and perm.shape[0] > 1 else 0
-
-
 def _tables(compensation: Compensation | None, dtype: torch.dtype) -> dict[str, Any]:
     """The tables of a compensation: means in the dtype of the keys, and which blocks stand in as bytes.
 
@@ -251,11 +220,11 @@ def _tables(compensation: Compensation | None, dtype: torch.dtype) -> dict[str, 
     spread = compensation.variances
     if spread is not None and dtype != torch.float32:
         spread = spread.clamp(max=torch.finfo(torch.float16).max).half()
-    return dict(
-        centre=compensation.keys.to(dtype).contiguous(),
-        value=compensation.values.to(dtype).contiguous(),
-        log_size=compensation.log_sizes.contiguous(),
-        variance=None if spread is None else spread.contiguous(),
-        approximate=compensation.approximate.contiguous().view(torch.uint8),
-        blocks=compensation.keys.shape[1],
-    )
+    return {
+        "centre": compensation.keys.to(dtype).contiguous(),
+        "value": compensation.values.to(dtype).contiguous(),
+        "log_size": compensation.log_sizes.contiguous(),
+        "variance": None if spread is None else spread.contiguous(),
+        "approximate": compensation.approximate.contiguous().view(torch.uint8),
+        "blocks": compensation.keys.shape[1],
+    }

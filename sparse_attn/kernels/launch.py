@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 
 from hasten.errors import UsageError
+from hasten.sparse_attn.mask import Mask
+from hasten.sparse_attn.plan import Plan
 
 LOG2E = 1.4426950408889634
 """Kernels work with powers of 2: the device has an instruction for 2^x and none for e^x."""
@@ -95,3 +97,35 @@ def arch(x: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
+
+
+def plan_arguments(plan: Plan) -> dict[str, Any]:
+    """The plan's tensors, by the names that kernels give them."""
+    names = ("q_perm", "k_perm", "tile_start", "tile_length", "tile_plane", "tile_row")
+    names += ("row_start", "row_full", "row_end", "chunk_start", "chunk_length")
+    tensors = {name: getattr(plan, name) for name in names}
+    return tensors | {
+        "q_perm_plane": _plane_stride(plan.q_perm), "k_perm_plane": _plane_stride(plan.k_perm), "keys": plan.keys
+    }
+
+
+def mask_arguments(mask: Mask | None) -> dict[str, Any]:
+    """A mask, by the names that kernels give its parts; the tree as bytes."""
+    found = Mask(None, None) if mask is None else mask
+    tree = None if found.tree is None else found.tree.contiguous().view(torch.uint8)
+    return {
+        "left": found.left or 0, "right": found.right or 0, "offset": found.offset,
+        "tree": tree, "tree_keys": 0 if tree is None else tree.shape[1],
+        "MASKED": mask is not None, "LEFT": found.left is not None, "RIGHT": found.right is not None,
+        "TREE": tree is not None,
+    }  # fmt: skip
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of [B, H, S, D] tensors but for the last, as x_b, x_h, x_s."""
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bhs")}
+
+
+def _plane_stride(perm: Tensor | None) -> int:
+    """Elements from one plane's permutation to the next; 0 where all planes share one."""
+    return perm.stride(0) if perm is not None and perm.shape[0] > 1 else 0
