@@ -28,7 +28,7 @@ class ErrorRouting(Scorer):
     error for their cost. The estimate here is ours, from moments of the block. For logits with variance u within the
     block (u = scale^2 mean(q^2) . var(k)), keys that are Gaussian, a mean value w and values with variance t,
         error = mass (sqrt(exp(u) - 1) sqrt(t) + (exp(u / 2) - 1) |w - o|),
-    the first part because weights and values vary together, at worst, the second because the block's mass is underrated;
+    the first part because weights and values vary together, at worst; the second because the block's mass is too low;
     with second-order compensation (order=2) there is no second part. o is the estimated output of the query block.
 
     Without values (`View.v`), |w - o| and t are 1. per_token: divide by the tokens of a block, its cost; with equal

@@ -63,6 +63,12 @@ class SparseAttention(Attention):
     def _has_patterns(self) -> SparseAttention:
         if not self.patterns:
             raise RecipeError("attention.patterns is empty; name at least one pattern (layout, score, select).")
+        blind = [pattern.select.kind for pattern in self.patterns if pattern.select.needs_rho]
+        if blind and self.compensate is None:
+            raise RecipeError(
+                f"attention: the selector {blind[0]} goes by the share of the mass that was read, which is known with"
+                " compensation only. Set attention.compensate, or use top-p."
+            )
         return self
 
     def is_dense(self, step: Step, layer: int) -> bool:

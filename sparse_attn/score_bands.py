@@ -44,7 +44,7 @@ class Radial(Static):
     """The further apart two frames are, the narrower the band of cells they share (Li et al. 2025, Radial Attention).
 
     Frames at distance 0 or 1 see each other whole. At distance d, with g = bits of d and 2^b the power of two above
-    the tokens of a frame, the band reaches 2^(b-g) decay cells, at least `least`; where 2^(b-g) itself is below `least`,
+    the tokens of a frame, the band reaches 2^(b-g) decay cells, at least `least`; where 2^(b-g) itself is less,
     only distances that are multiples of least / 2^(b-g) are kept at all. sink: the first frame is read by all (Wan).
 
     decay: 0.2 for Wan and 0.95 for HunyuanVideo in the paper's code. least: 128 tokens there, its block. That code
