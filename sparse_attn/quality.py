@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.sparse_attn.blocks import SELECT, SPARSE, Blocks, Order, grouped
+from hasten.sparse_attn.blocks import Blocks, Order
 from hasten.sparse_attn.plan import Compensation, Output
 from hasten.sparse_attn.reference import reference
+from hasten.sparse_attn.select_top import within_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,35 +46,23 @@ def quality(found: Output, truth: Output) -> Quality:
     return Quality(*(column.flatten().float() for column in columns))
 
 
-def within(scores: Tensor, blocks: Blocks, density: float, groups: int = 1) -> Tensor:
+def within(scores: Tensor, blocks: Blocks, density: float) -> Tensor:
     """For each query block the key blocks with the highest scores that hold `density` of the selectable tokens.
 
-    bool [P, Cq, Ck], roles applied. By tokens, not by blocks, so that layouts with blocks of any size can be compared: a
-    block is taken where at least half of it fits. scores: float32 [P1, Cq, Ck]; +inf first, -inf never. groups: query
-    heads per key head.
+    bool [P, Cq, Ck], roles applied. By tokens, not by blocks, so that layouts with blocks of any size can be compared.
     """
-    sizes = grouped(blocks.k.sizes * (blocks.k.roles == SELECT), groups).float()[:, None, :]
-    planes = max(scores.shape[0], sizes.shape[0])
-    sizes = sizes.expand(planes, scores.shape[1], -1)
-    order = scores.expand(planes, -1, -1).argsort(-1, descending=True, stable=True)
-    sorted_sizes = sizes.gather(-1, order)
-    before = sorted_sizes.cumsum(-1) - sorted_sizes
-    budget = density * sizes.sum(-1, keepdim=True)
-    fits = before + sorted_sizes / 2 <= budget
-    fits[..., 0] = True
-    keep = torch.zeros_like(fits).scatter_(-1, order, fits)
-    return blocks.force(keep & (scores > float("-inf")))
+    return blocks.force(within_tokens(scores, blocks, density))
 
 
 def at_tile_density(
-    scores: Tensor, blocks: Blocks, target: float, tiles: Callable[[Tensor], float], groups: int = 1
+    scores: Tensor, blocks: Blocks, target: float, tiles: Callable[[Tensor], float]
 ) -> Tensor:
     """`within` with the budget at which the work of whole tiles, `tiles(keep)`, is `target` of dense attention's."""
     low, high = 0.0, min(1.0, target * 1.5)
     for _ in range(6):
         middle = (low + high) / 2
-        low, high = (middle, high) if tiles(within(scores, blocks, middle, groups)) <= target else (low, middle)
-    return within(scores, blocks, low, groups)
+        low, high = (middle, high) if tiles(within(scores, blocks, middle)) <= target else (low, middle)
+    return within(scores, blocks, low)
 
 
 def sampled_error(
@@ -93,11 +82,6 @@ def sampled_error(
     if not bool(got.isfinite().all()):
         return float("inf")
     return float((got - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
-
-
-def sparse_queries(blocks: Blocks) -> Tensor:
-    """Which arranged places hold queries that selection decides about: bool [P1, Sq]."""
-    return blocks.q.roles[blocks.q.labels()] == SPARSE
 
 
 def _counted(bounds: Tensor, places: Tensor) -> Tensor:

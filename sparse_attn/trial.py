@@ -90,14 +90,13 @@ class Trial:
 
     def select(self, scores: Tensor, blocks: Blocks, density: float, budget: Budget = "tokens") -> None:
         """Select by `scores` (float32 [P1, Cq, Ck]) and pack."""
-        groups = self.inputs.heads[1] // self.inputs.heads[2]
         if budget == "tiles":
             def tiles(keep: Tensor) -> float:
                 return float(tile_density(self._packed(blocks, keep)))
 
-            keep = at_tile_density(scores, blocks, density, tiles, groups)
+            keep = at_tile_density(scores, blocks, density, tiles)
         else:
-            keep = within(scores, blocks, density, groups)
+            keep = within(scores, blocks, density)
         self.use(blocks, keep)
 
     def use(self, blocks: Blocks, keep: Tensor) -> None:

@@ -1,0 +1,315 @@
+"""What is lost by reading part of the keys: every way of being sparse at equal density and at equal work, beside the oracle.
+
+    python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-flux] [--json FILE]
+
+Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds) and queries, keys and values recorded from the bundled models.
+For each method, density and head: the mass that was read, that of the oracle (the same blocks chosen by their true mass),
+the relative error of the output with and without what stands in for the rest, how far rho is from the mass, the work of
+whole tiles over that of the pairs, and the time of a plan. Static patterns and recipes of several patterns run at the
+density that they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hasten.cli.output import Output as Streams
+from hasten.errors import HastenError
+from hasten.pipelines import tiny_models
+from hasten.pipelines.bench_attention import grid_of
+from hasten.pipelines.recipes import catalogue
+from hasten.sparse_attn.compensate import Compensate
+from hasten.sparse_attn.density import cost
+from hasten.sparse_attn.error_routing import ErrorRouting
+from hasten.sparse_attn.layout import Identity
+from hasten.sparse_attn.layout_kmeans import KMeans
+from hasten.sparse_attn.layout_tiles import Tiles
+from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.pattern import by_head
+from hasten.sparse_attn.plan import Output
+from hasten.sparse_attn.policy import SparseAttention
+from hasten.sparse_attn.quality import quality
+from hasten.sparse_attn.reference import dense
+from hasten.sparse_attn.score_mass import Oracle
+from hasten.sparse_attn.score_pooled import Centroid, Pooled
+from hasten.sparse_attn.score_static import Static
+from hasten.sparse_attn.segments import Segment, Tokens, text, video
+from hasten.sparse_attn.synthetic import CLUSTERED, HEADS, heads
+from hasten.sparse_attn.trial import Inputs, Method, Trial
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core" / "attention-quality.json"
+DENSITIES = (0.1, 0.2, 0.3)
+GRID = (15, 16, 16)
+SEEDS = (0, 1)
+STEPS, LAYERS = (5, 20, 40), (1, 5, 9)
+"""Which evaluations (of the conditional branch) and attention calls of a bundled model are recorded."""
+
+Row = dict[str, Any]
+
+
+def methods(small: bool) -> list[Method]:
+    """The parts in combination. small: blocks for sequences of a few hundred tokens."""
+    block, q_size, k_size, tile = (16, 32, 8, 16) if small else (64, 252, 76, 64)
+    tall = {"block_m": 32, "block_n": 16} if small else {}
+    clusters, second = KMeans(q_size=q_size, k_size=k_size), Compensate(order=2)
+    found = [
+        Method("raster blocks, pooled", Identity(block=block), Pooled(), second),
+        Method("3-D tiles, centroid", Tiles(block=tile), Centroid(), second),
+        Method("balanced tree, centroid", Tree(block=block, q_block=2 * block), Centroid(), second),
+        Method("k-means, centroid", clusters, Centroid(), second),
+        Method("k-means, first order", clusters, Centroid(), Compensate(order=1)),
+        Method("k-means in order, centroid", clusters.model_copy(update={"ordered": True}), Centroid(), second),
+        Method("k-means, routed by error", clusters, ErrorRouting(), second),
+        Method("k-means, 2 % outliers exact", clusters.model_copy(update={"outliers": 0.02}), Centroid(), second),
+    ]
+    return [replace(method, **tall) for method in found]  # type: ignore[arg-type]
+
+
+def recipes() -> Iterator[tuple[str, SparseAttention]]:
+    """Every recipe of the catalogue that sets the attention axis."""
+    for entry in catalogue():
+        if isinstance(entry.recipe.attention, SparseAttention):
+            yield entry.name, entry.recipe.attention
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def synthetic() -> Iterator[tuple[str, list[str], Inputs]]:
+    """All archetypes on one grid, once for each seed."""
+    for seed in SEEDS:
+        q, k, v = heads(GRID, 64, seed=seed)
+        yield f"synthetic, seed {seed}", list(HEADS), Inputs(q, k, v, Tokens((video(*GRID),)))
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps q, k, v of self- and joint attention: every call of `scaled_dot_product_attention` over as many keys as queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value")
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            q, k, v = (given[name] for name in names)
+            if q.shape[-2] == k.shape[-2]:
+                self.calls.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(model: str) -> Iterator[tuple[str, list[str], Inputs]]:
+    """Attention of a bundled model at some steps and layers of one run of its first prompt; a head is named by layer and number."""
+    pipe, call = tiny_models.load(model), tiny_models.call_defaults(model)
+    pipe.set_progress_bar_config(disable=True)
+    network, found, count = pipe.transformer, [], 0
+    plain = network.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if (count - 1) // 2 not in STEPS or count % 2 == 0:  # two branches: every other evaluation
+            return plain(*args, **kwargs)
+        with Recorder() as recorder:
+            result = plain(*args, **kwargs)
+        found.append(((count - 1) // 2, recorder.calls))
+        return result
+
+    network.forward = watched
+    try:
+        pipe(tiny_models.card(model)["prompts"][0], generator=torch.Generator().manual_seed(0), **call)
+    finally:
+        del network.forward
+    for step, calls in found:
+        for layer in LAYERS:
+            if layer < len(calls):
+                q, k, v = (x[:1] for x in calls[layer])
+                yield f"{model}, step {step}", [f"layer {layer}, head {h}" for h in range(q.shape[1])], Inputs(
+                    q, k, v, tokens_of(model, q.shape[2], call)
+                )
+
+
+def tokens_of(model: str, length: int, call: dict[str, Any]) -> Tokens:
+    """Segments of a recorded call: all video, or the prompt before the picture."""
+    words = int(call["max_sequence_length"]) if model == "tiny-flux" else 0
+    rest = length - words
+    frames = 1 if model == "tiny-flux" else next(n for n in range(1, rest + 1) if rest % n == 0 and (rest // n) ** 0.5 % 1 == 0)
+    side = round((rest // frames) ** 0.5)
+    grid = (frames, side, side) if frames * side * side == rest else grid_of(rest)
+    shown: Segment = video(*grid)
+    return Tokens((text(words), shown) if words else (shown,))
+
+
+# --- trials ---------------------------------------------------------------------------------------
+
+
+def at_budgets(method: Method, inputs: Inputs, truth: Output) -> Iterator[tuple[Row, Trial]]:
+    """A method at every density, by tokens and by tiles; with the time of the second plan and the oracle's mass."""
+    trial = Trial(method, inputs)
+    view = trial.look()
+    best = Oracle().start().scores(view)
+    mine = method.score.start().scores(view)
+    for density in DENSITIES:
+        for budget in ("tokens", "tiles"):
+            trial.select(best, view.blocks, density, budget)  # type: ignore[arg-type]
+            ceiling = quality(trial.attend(compensated=False), truth).mass
+            trial.select(mine, view.blocks, density, budget)  # type: ignore[arg-type]
+            yield {"budget": budget, "asked": density, "oracle_mass": ceiling}, trial
+
+
+def plan_seconds(method: Method, inputs: Inputs) -> float:
+    """Median time of a plan that goes on from an earlier one."""
+    trial, taken = Trial(method, inputs), []
+    for _ in range(4):
+        began = time.perf_counter()
+        trial.choose(0.2)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+def as_it_is(name: str, policy: SparseAttention, inputs: Inputs, truth: Output) -> Trial:
+    """The selection that a policy makes with its own settings."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    states = [pattern.start() for pattern in policy.patterns]
+    views = [state.view(q, k, inputs.tokens, inputs.tokens, inputs.scale, None, v) for state in states]
+    for state, view in zip(states, views, strict=True):
+        if state.score.needs_lse:
+            state.score.observe(view, view.blocks.q.arrange(truth.lse[..., None])[..., 0])
+    found = [state.choose(view) for state, view in zip(states, views, strict=True)]
+    selection = found[0]
+    if len(found) > 1:
+        choice = policy.chooser.start().choose(q, k, v, found, inputs.scale, None)
+        selection = by_head(found, choice, (q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]))
+    first = policy.patterns[0]
+    method = Method(name, first.layout, first.score, policy.compensate, policy.block_m, policy.block_n)
+    trial = Trial(method, inputs)
+    trial.use(selection.blocks, selection.keep)
+    return trial
+
+
+def judged(trial: Trial, truth: Output, names: Sequence[str], head: Row) -> list[Row]:
+    """One row for each head: with what stands in, and without it as `dropped_error`."""
+    spent = cost(trial.plan, trial.inputs.q.shape[-1])
+    with_rest, without = quality(trial.attend(), truth), quality(trial.attend(compensated=False), truth)
+    rows = []
+    for number, name in enumerate(names):
+        row = head | {
+            "head": name, "density": spent.density, "tile_density": spent.tile_density,
+            "mass": float(with_rest.mass[number]), "output_error": float(with_rest.output_error[number]),
+            "dropped_error": float(without.output_error[number]),
+        }  # fmt: skip
+        if "oracle_mass" in row:
+            row["oracle_mass"] = float(row["oracle_mass"][number])
+        if trial.method.compensate is not None:
+            row |= {"rho": float(with_rest.rho[number]), "rho_error": float(with_rest.rho_error[number])}
+        rows.append(row)
+    return rows
+
+
+def study(name: str, names: Sequence[str], inputs: Inputs, small: bool, tell: Any) -> list[Row]:
+    """All methods and recipes on one set of inputs."""
+    truth = dense(inputs.q, inputs.k, inputs.v, inputs.scale)
+    rows = []
+    for method in methods(small):
+        head = {"model": name, "recipe": method.name, "planning_seconds": plan_seconds(method, inputs)}
+        for facts, trial in at_budgets(method, inputs, truth):
+            rows += judged(trial, truth, names, head | facts)
+        tell(f"{name}: {method.name}")
+    for recipe, policy in recipes():
+        head = {"model": name, "recipe": recipe}
+        only = policy.patterns[0]
+        try:
+            if len(policy.patterns) == 1 and not isinstance(only.score, Static) and not only.score.start().needs_lse:
+                method = Method(recipe, only.layout, only.score, policy.compensate, policy.block_m, policy.block_n)
+                head["planning_seconds"] = plan_seconds(method, inputs)
+                for facts, trial in at_budgets(method, inputs, truth):
+                    rows += judged(trial, truth, names, head | facts)
+            trial = as_it_is(recipe, policy, inputs, truth)
+            rows += judged(trial, truth, names, head | {"budget": "own"})
+        except HastenError as error:
+            rows.append(head | {"note": str(error)})
+        tell(f"{name}: {recipe}")
+    return rows
+
+
+def bars(rows: Sequence[Row]) -> list[Row]:
+    """The three questions of the study, answered on synthetic heads at equal density."""
+    measured = [row for row in rows if row["model"].startswith("synthetic") and row.get("budget") == "tokens"]
+
+    def chosen(recipe: str, density: float, kinds: Sequence[str]) -> list[Row]:
+        return [r for r in measured if r["recipe"] == recipe and r["asked"] == density and r["head"] in kinds]
+
+    sharp = chosen("k-means, centroid", 0.1, CLUSTERED)
+    ratio = max(row["output_error"] / row["dropped_error"] for row in sharp)
+    rho = max(row["rho_error"] for row in sharp)
+    svg2 = chosen("svg2", 0.2, tuple(HEADS)) or chosen("k-means, centroid", 0.2, tuple(HEADS))
+    share = min(row["mass"] / row["oracle_mass"] for row in svg2)
+    return [
+        {"bar": "k-means and compensation at 10 %: at most a tenth of the drop-only error on clustered heads",
+         "met": ratio <= 0.1, "detail": f"largest ratio {ratio:.3f}"},
+        {"bar": "rho within 0.01 of the truth there", "met": rho <= 0.01, "detail": f"largest mean distance {rho:.4f}"},
+        {"bar": "SVG2 at 20 %: at least 95 % of the oracle's mass", "met": share >= 0.95,
+         "detail": f"least share {share:.3f} over all heads"},
+    ]  # fmt: skip
+
+
+def averaged(rows: Sequence[Row]) -> list[Row]:
+    """One line per model, method, budget and density: means over heads and seeds, for people."""
+    keys = ("density", "tile_density", "mass", "oracle_mass", "output_error", "dropped_error", "rho_error", "planning_seconds")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "note" not in row:
+            name = row["model"].partition(",")[0]
+            groups.setdefault((name, row["recipe"], row["budget"], row.get("asked")), []).append(row)
+    lines = []
+    for (model, recipe, budget, asked), group in groups.items():
+        line = {"model": model, "recipe": recipe, "budget": budget, "asked": asked}
+        for key in keys:
+            values = [row[key] for row in group if row.get(key) is not None]
+            if values:
+                line[key] = statistics.mean(values)
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = ["synthetic", "tiny-video", "tiny-flux"]
+    parser.add_argument("--inputs", nargs="+", default=known, choices=known)
+    parser.add_argument("--json", default=str(RESULTS))
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    streams, rows = Streams("attention quality", arguments.json), []
+    with streams.open(), torch.no_grad():
+        for source in arguments.inputs:
+            for name, names, inputs in synthetic() if source == "synthetic" else recorded(source):
+                rows += study(name, names, inputs, source != "synthetic", streams.note)
+        shown = averaged(rows)
+        streams.table(shown, {key: key.replace("_", " ") for key in shown[0]} | {"rho_error": "rho error"})
+        answers = bars(rows) if "synthetic" in arguments.inputs else []
+        if answers:
+            streams.table(answers, {"bar": "bar", "met": "met", "detail": "numbers"})
+        streams.finish([_short(row) for row in rows], bars=answers)
+
+
+def _short(row: Row) -> Row:
+    """Five digits are more than mean anything, and there are thousands of rows."""
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+if __name__ == "__main__":
+    main()
