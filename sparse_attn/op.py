@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,28 +49,42 @@ def ticket(site: Site) -> Tensor:
     return torch.tensor(number, dtype=torch.int64)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, site: Tensor) -> Tensor:
-    """`site.attend(q, k, v)`, where `site` is the ticket of one: o [B, Hq, Sq, Dv], contiguous."""
-    found: Tensor = torch.ops.hasten.attend(q, k, v, site)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`site.attend(q, k, v)`, where `site` is the ticket of one: o [B, Hq, Sq, Dv], contiguous. The rest are the arguments
+    of `torch.nn.functional.scaled_dot_product_attention` and reach the site where they are not the defaults."""
+    found: Tensor = torch.ops.hasten.attend(q, k, v, site, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return found
 
 
 @torch.library.custom_op("hasten::attend", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, site: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     owner = _sites.get(int(site))
     if owner is None:
         raise UsageError(
             f"This compiled attention belongs to site {int(site)}, which is gone: its acceleration has ended."
             " Call the model through its own forward, or accelerate it again."
         )
-    o = owner.attend(q, k, v)
-    shared = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    named: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    named |= {} if dropout_p == 0.0 else {"dropout_p": dropout_p}
+    named |= {"is_causal": True} if is_causal else {}
+    named |= {} if scale is None else {"scale": scale}
+    named |= {"enable_gqa": True} if enable_gqa else {}
+    o = owner.attend(q, k, v, **named)
     # The graph was promised a tensor of its own, of this layout.
-    return o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in shared else o.contiguous()
+    return o.clone(memory_format=torch.contiguous_format) if o is q or o is v or o is k else o.contiguous()
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, site: Tensor) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
