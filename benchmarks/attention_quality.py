@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from hasten.cli.output import Output as Streams
 from hasten.errors import HastenError
 from hasten.pipelines import tiny_models
-from hasten.pipelines.bench_attention import grid_of
+from hasten.pipelines.bench_attention_parts import grid_of
 from hasten.pipelines.recipes import catalogue
 from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import cost

@@ -7,19 +7,26 @@ say, in float64 on sampled queries, has no speed-up.
 
 from __future__ import annotations
 
-import importlib
-import statistics
+import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from hasten.errors import HastenError
-from hasten.sparse_attn.calibrate import measured, wait
+from hasten.errors import HastenError, UsageError, nearest
+from hasten.pipelines.bench_attention_parts import (
+    LOSSY,
+    Size,
+    Timed,
+    dense_backends,
+    dense_output,
+    flex_call,
+    synthetic,
+    take_turns,
+)
+from hasten.sparse_attn.calibrate import measured
 from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import cost
 from hasten.sparse_attn.layout import Identity
@@ -28,16 +35,12 @@ from hasten.sparse_attn.layout_tiles import Tiles
 from hasten.sparse_attn.layout_tree import Tree
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.quality import quality, sampled_error
-from hasten.sparse_attn.reference import dense as dense_with_lse
-from hasten.sparse_attn.roofline import Machine, Shape, predict
+from hasten.sparse_attn.roofline import Machine, predict
 from hasten.sparse_attn.score_pooled import Centroid, Pooled
-from hasten.sparse_attn.segments import Tokens, video
-from hasten.sparse_attn.synthetic import HEADS, heads
-from hasten.sparse_attn.trial import Inputs, Method, Trial
+from hasten.sparse_attn.trial import Method, Trial
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
-Call = Callable[[], object]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Error relative to the largest output up to which a row is right: a few roundings of inputs and output."""
@@ -55,72 +58,84 @@ METHODS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """One column of the benchmark. heads: of one sample."""
+class Defaults:
+    """What is measured where nothing is named. seconds: see `bench_attention`."""
 
-    tokens: int
-    head_dim: int
+    tokens: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    densities: tuple[float, ...]
     heads: int
-
-    @property
-    def shape(self) -> Shape:
-        """For predictions: this one call."""
-        return Shape(f"{self.tokens} tokens", self.tokens, 1, self.heads, self.head_dim)
+    seconds: float | None
 
 
-@dataclass(slots=True)
-class Timed:
-    """A candidate's calls, seconds each."""
+ON_CPU = Defaults((4096, 8192, 16_384), (64,), (0.05, 0.1, 0.2, 0.3, 0.5), 4, None)
+ON_GPU = Defaults((16_384, 32_760, 75_600, 118_800), (64, 128), (0.1, 0.2, 0.3), 24, 540.0)
+"""On a GPU: a round size, Wan at 480p and 720p, HunyuanVideo at 720p; one call ends within ten minutes."""
 
-    call: Call
-    inner: int = 1
-    seconds: list[float] = field(default_factory=list)
+FOR_KERNELS = 0.6
+"""Share of the time limit that goes to single calls where whole networks are to follow."""
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
+
+def defaults(device: torch.device) -> Defaults:
+    """Of this kind of device."""
+    return ON_GPU if device.type == "cuda" else ON_CPU
+
+
+def named(names: Sequence[str] | None) -> tuple[Method, ...]:
+    """The methods called so, all for None. Raises `UsageError` naming the nearest."""
+    known = {method.name: method for method in METHODS}
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"There is no method {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}")
+    return tuple(known[name] for name in names) if names else METHODS
 
 
 def bench_attention(
     device: torch.device,
     *,
-    tokens: Sequence[int] = (4096, 8192, 16_384),
-    head_dims: Sequence[int] = (64,),
-    densities: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
-    num_heads: int = 4,
+    tokens: Sequence[int] = ON_CPU.tokens,
+    head_dims: Sequence[int] = ON_CPU.head_dims,
+    densities: Sequence[float] = ON_CPU.densities,
+    num_heads: int = ON_CPU.heads,
     dtype: torch.dtype = torch.float32,
     methods: Sequence[Method] = METHODS,
     repeats: int = 5,
     flex: bool = True,
+    models: bool = False,
     machine: Machine | None = None,
     seconds: float | None = None,
     tell: Tell = lambda _: None,
 ) -> list[Row]:
     """Rows for every size, density and method, dense attention first; docs/attention-bench.md says what the keys mean.
 
-    machine: rates for the predicted column; None measures this machine. seconds: after so many no new size or density
-    is begun, and a row says so.
+    machine: rates for the predicted column; None measures this machine. models: whole networks at 720p too. seconds: after
+    so many nothing new is begun, and a row says what was left out.
     """
     began = time.perf_counter()
     rates = machine or measured(device, dtype=dtype)
+    until = math.inf if seconds is None else seconds * (FOR_KERNELS if models else 1.0)
     rows: list[Row] = []
     for head_dim in head_dims:
         for number in tokens:
-            size = Size(number, head_dim, num_heads)
-            if seconds is not None and time.perf_counter() - began > seconds:
-                rows.append(_named(size, "left out") | {"note": f"more than {seconds:.0f} s had passed"})
+            size, left = Size(number, head_dim, num_heads), until - (time.perf_counter() - began)
+            if left <= 0:
+                rows.append(_named(size, "left out") | {"note": f"{until:.0f} s had passed"})
                 continue
-            left = None if seconds is None else seconds - (time.perf_counter() - began)
             rows += at_size(
                 device, size, densities, methods, dtype=dtype, repeats=repeats, flex=flex, machine=rates, seconds=left,
                 tell=tell,
             )  # fmt: skip
+    if models:
+        from hasten.pipelines.bench_attention_gpu import bench_models
+
+        left = math.inf if seconds is None else seconds - (time.perf_counter() - began)
+        rows += bench_models(device, dtype=dtype, machine=rates, seconds=left, tell=tell)
     return rows
 
 
 def at_size(
     device: torch.device, size: Size, densities: Sequence[float], methods: Sequence[Method], *, dtype: torch.dtype,
-    repeats: int, flex: bool, machine: Machine, seconds: float | None = None, tell: Tell = lambda _: None,
+    repeats: int, flex: bool, machine: Machine, seconds: float = math.inf, tell: Tell = lambda _: None,
 ) -> list[Row]:  # fmt: skip
     """The rows of one size."""
     inputs, began = synthetic(size, device, dtype), time.perf_counter()
@@ -132,8 +147,8 @@ def at_size(
     rows = [_dense_row(size, name, each, alone[fastest], name == fastest, truth) for name, each in alone.items()]
     trials = {method.name: (Trial(method, inputs)) for method in methods}
     for density in densities:
-        if seconds is not None and time.perf_counter() - began > seconds:
-            rows.append(_named(size, "left out") | {"density": density, "note": f"more than {seconds:.0f} s had passed"})
+        if time.perf_counter() - began > seconds:
+            rows.append(_named(size, "left out") | {"density": density, "note": f"{seconds:.0f} s had passed"})
             continue
         found = _at_density(size, density, trials, backends[fastest], device, repeats, flex, machine, truth)
         rows += found
@@ -143,7 +158,7 @@ def at_size(
 
 
 def _at_density(
-    size: Size, density: float, trials: dict[str, Trial], dense: Call, device: torch.device, repeats: int, flex: bool,
+    size: Size, density: float, trials: dict[str, Trial], dense: Callable[[], object], device: torch.device, repeats: int, flex: bool,
     machine: Machine, truth: Output,
 ) -> list[Row]:  # fmt: skip
     """All methods at one density, in turns with dense attention."""
@@ -178,105 +193,6 @@ def _at_density(
         _named(size, name) | {"density": density, "control": "peer:flex" if name == "flex" else None, "note": reason}
         for name, reason in failed.items()
     ]
-
-
-# --- candidates -----------------------------------------------------------------------------------
-
-
-def synthetic(size: Size, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Heads of all kinds in turn on the grid of `grid_of`."""
-    grid = grid_of(size.tokens)
-    kinds = tuple(HEADS)[: size.heads]
-    parts = heads(grid, size.head_dim, kinds, seed=seed)
-    repeated = (x.repeat(1, -(-size.heads // len(kinds)), 1, 1)[:, : size.heads] for x in parts)
-    q, k, v = (x.to(device, dtype).contiguous() for x in repeated)
-    return Inputs(q, k, v, Tokens((video(*grid),)))
-
-
-def grid_of(tokens: int) -> tuple[int, int, int]:
-    """Frames, height and width whose product is `tokens` and whose sides are as alike as they can be."""
-    best = (1, 1, tokens)
-    for frames in range(1, round(tokens ** (1 / 3)) + 1):
-        if tokens % frames:
-            continue
-        rest = tokens // frames
-        height = next(h for h in range(int(rest**0.5), 0, -1) if rest % h == 0)
-        best = min(best, (frames, height, rest // height), key=lambda grid: max(grid))
-    return best
-
-
-LOSSY = ("sage",)
-"""Dense backends that round their inputs to 8 bits: they have a row, but nothing is compared with them."""
-
-
-def dense_backends(inputs: Inputs) -> Iterator[tuple[str, Call]]:
-    """Every dense attention there is on this machine that can take `inputs`, by name."""
-    if inputs.q.device.type == "cuda":
-        from hasten.pipelines.bench_attention_gpu import cuda_backends
-
-        yield from cuda_backends(inputs)
-    else:
-        yield "sdpa", lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, enable_gqa=_grouped(inputs))
-
-
-def dense_output(inputs: Inputs) -> Output:
-    """Dense attention and its LSE: what everything is judged by. In half precision the flash kernel's, which has both."""
-    if inputs.q.device.type == "cuda" and inputs.q.dtype != torch.float32:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention(inputs.q, inputs.k, inputs.v, scale=inputs.scale)[:2]
-        return Output(o, lse)
-    return dense_with_lse(inputs.q, inputs.k, inputs.v, inputs.scale)
-
-
-def _grouped(inputs: Inputs) -> bool:
-    return inputs.heads[1] != inputs.heads[2]
-
-
-def flex_call(trial: Trial) -> Call | str:
-    """FlexAttention, compiled, on the plan of `trial`; or why it cannot be."""
-    home = importlib.import_module("hasten.sparse_attn.backend_flex")
-    reason = home.not_uniform(trial.plan)
-    if reason is not None:
-        return str(reason)
-    flex = importlib.import_module("torch.nn.attention.flex_attention")
-    x, mask = trial.inputs, home.block_mask(trial.plan, trial.inputs.q.device)
-    attend = torch.compile(flex.flex_attention, dynamic=False)
-
-    def call() -> torch.Tensor:
-        found: torch.Tensor = attend(x.q, x.k, x.v, block_mask=mask, scale=x.scale, enable_gqa=_grouped(x))
-        return found
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            call()
-    except Exception as error:  # noqa: BLE001 - whatever the compiler says is the finding
-        return f"FlexAttention does not compile here: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-    return call
-
-
-# --- clock ----------------------------------------------------------------------------------------
-
-
-def take_turns(calls: dict[str, Timed], device: torch.device, repeats: int) -> None:
-    """Time every call `repeats` times, one after the other in each round, after one round that is not counted.
-
-    Calls that take less than 20 ms are repeated within a round, so that the clock and the launch do not matter.
-    """
-    for each in calls.values():
-        each.inner = 1
-        each.inner = max(1, min(20, round(0.02 / max(_once(each, device), 1e-6))))
-    for _ in range(repeats):
-        for each in calls.values():
-            each.seconds.append(_once(each, device))
-
-
-def _once(each: Timed, device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    for _ in range(each.inner):
-        each.call()
-    wait(device)
-    return (time.perf_counter() - began) / each.inner
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,11 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hasten.errors import HastenError
 from hasten.pipelines.accelerate import accelerate
-from hasten.pipelines.model_shapes import ModelShape
+from hasten.pipelines.model_shapes import MODELS, ModelShape
 from hasten.recipe import Recipe
 from hasten.sparse_attn.calibrate import wait
+from hasten.sparse_attn.compensate import Compensate
+from hasten.sparse_attn.layout_kmeans import KMeans
+from hasten.sparse_attn.pattern import Pattern
+from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.roofline import SHAPES, Machine, predict
+from hasten.sparse_attn.score_pooled import Centroid
+from hasten.sparse_attn.select_top import TopK
 from hasten.sparse_attn.trial import Inputs
 
 Row = dict[str, Any]
@@ -34,8 +41,8 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
-TOKENS = (16_384, 32_760, 75_600, 118_800)
-"""Default sizes: a round one, Wan at 480p and 720p, HunyuanVideo at 720p."""
+SHARE = 0.2
+"""Density at which whole networks run."""
 
 MORE = 2
 """Blocks of one kind added to tell what one of them costs."""
@@ -80,6 +87,38 @@ def _candidates(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 # --- whole networks -------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, Recipe]:
+    """Clusters at `SHARE`, never dense, with a new plan at every step and with one plan for all: the difference is planning."""
+    pattern = Pattern(layout=KMeans(), score=Centroid(), select=TopK(share=SHARE, by="tokens"))
+    policy = SparseAttention(patterns=(pattern,), compensate=Compensate(), warm=0.0, min_tokens=0)
+    kept = policy.model_copy(update={"refresh": 1000})
+    return {
+        f"clusters at {SHARE:.0%}": Recipe(name="clusters", attention=policy),
+        f"clusters at {SHARE:.0%}, one plan": Recipe(name="clusters-one-plan", attention=kept),
+    }
+
+
+def bench_models(
+    device: torch.device, *, dtype: torch.dtype, machine: Machine, seconds: float, models: Iterable[ModelShape] | None = None,
+    tell: Tell = lambda _: None,
+) -> list[Row]:  # fmt: skip
+    """All of `MODELS`; what cannot run has the reason in its row. seconds: no network is begun after so many."""
+    began, rows = time.perf_counter(), []
+    for model in MODELS.values() if models is None else models:
+        if time.perf_counter() - began > seconds:
+            rows.append({"model": model.name, "recipe": "left out", "note": f"{max(0.0, seconds):.0f} s had passed"})
+            continue
+        try:
+            found = bench_model(model, recipes(), device, dtype=dtype, machine=machine, density=SHARE, tell=tell)
+        except (HastenError, torch.OutOfMemoryError) as error:
+            rows.append({"model": model.name, "recipe": "clusters", "note": f"{type(error).__name__}: {str(error)[:200]}"})
+            continue
+        plain, fresh, kept = (row["seconds"] for row in found)
+        found[1]["planning_seconds"], found[1]["planning_fraction"] = fresh - kept, (fresh - kept) / plain
+        rows += found
+    return rows
 
 
 def bench_model(
