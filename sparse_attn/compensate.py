@@ -5,6 +5,7 @@ Shapes: see `hasten.sparse_attn.blocks`; Dv value dimension, R rows of the plan.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -17,7 +18,15 @@ from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Compensation
 
 
-class Compensate(Part):
+class StandIn(Part):
+    """Base of what stands in for blocks that are not read."""
+
+    @abstractmethod
+    def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation:
+        """Tables for arranged k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv]. approximate: bool [P1, Cq, Ck], of `approximate_map`."""
+
+
+class Compensate(StandIn):
     """Blocks of keys that are not read count as their mean, as often as they have tokens.
 
     A block of n keys with mean c and mean value w adds n exp(s q.c) to the softmax's denominator and that times w to
@@ -33,8 +42,8 @@ class Compensate(Part):
     order: Literal[1, 2] = 2
 
     def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation:
-        """Tables for arranged k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv]; see `centroids`."""
-        return centroids(k, v, order, approximate, second_order=self.order == 2)
+        """Tables for arranged k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv]; see `centroids`. approximate: bool [P1, Cq, Ck]."""
+        return centroids(k, v, order, approximate.flatten(0, 1), second_order=self.order == 2)
 
 
 def centroids(k: Tensor, v: Tensor, order: Order, approximate: Tensor, *, second_order: bool = False) -> Compensation:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from hasten.sparse_attn.attention import sparse_attention
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from hasten.errors import RecipeError
 from hasten.recipe import Attention
+from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.chooser import Chooser, ChooserState, Sampled
-from hasten.sparse_attn.compensate import Compensate
+from hasten.sparse_attn.compensate import StandIn
 from hasten.sparse_attn.density import density
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.pack import pack
@@ -38,7 +38,8 @@ class SparseAttention(Attention):
     patterns: what is read. With several, `chooser` picks one for each head.
     compensate: what stands in for what is not read; None drops it.
     recover: how outputs are corrected by what dense steps have shown (Re-ttention); None: not at all.
-    warm, tail: share of a run's first and last steps that stay dense. dense_layers: as many first attention layers.
+    warm, tail: share of a run's first and last steps that stay dense. every: so is every N-th step in between (0: none).
+    dense_layers: as many first attention layers.
     refresh: steps for which a selection is used before it is made anew.
     share_branches: the branches of guidance use one selection (and warm-started clusters), made by the first.
     block_m: queries per tile, block_n: keys per chunk. min_tokens: sequences shorter than this stay dense; None leaves
@@ -48,10 +49,11 @@ class SparseAttention(Attention):
     kind: ClassVar[str] = "sparse"
     patterns: tuple[Pattern, ...]
     chooser: Chooser = Sampled()
-    compensate: Compensate | None = None
+    compensate: StandIn | None = None
     recover: Recover | None = None
     warm: float = Field(default=0.1, ge=0, le=1)
     tail: float = Field(default=0.0, ge=0, le=1)
+    every: int = Field(default=0, ge=0)
     dense_layers: int = Field(default=0, ge=0)
     refresh: int = Field(default=1, ge=1)
     share_branches: bool = False
@@ -74,7 +76,8 @@ class SparseAttention(Attention):
     def is_dense(self, step: Step, layer: int) -> bool:
         """Does this step stay dense at this layer, whatever the tensors are? layer: number of the attention site."""
         first, last = round(self.warm * step.total), step.total - round(self.tail * step.total)
-        return layer < self.dense_layers or step.index < first or step.index >= last
+        again = self.every > 0 and step.index % self.every == 0
+        return layer < self.dense_layers or step.index < first or step.index >= last or again
 
     def start(self, layer: int = 0) -> SparseState:
         """Fresh state for one run, branch (or all branches, with `share_branches`) and attention site."""
@@ -193,8 +196,7 @@ class SparseState:
         k, v = blocks.k.arrange(k), blocks.k.arrange(v)
         stand_in = None
         if self.policy.compensate is not None:
-            rows = self._selection.approximate.reshape(-1, blocks.k.count)
-            stand_in = self.policy.compensate.tables(k, v, blocks.k, rows)
+            stand_in = self.policy.compensate.tables(k, v, blocks.k, self._selection.approximate)
         return sparse_attention(q, k, v, self._plan, scale=scale, compensation=stand_in, arranged=True)
 
 
