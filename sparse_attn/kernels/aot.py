@@ -18,6 +18,7 @@ import triton.backends.nvidia
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hasten.errors import RefusedError
 from hasten.sparse_attn.kernels.launch import Launch
@@ -93,6 +94,8 @@ def _type(value: Any, *, constant: bool, plain: bool) -> tuple[str, bool]:
         return "constexpr", False
     if isinstance(value, Tensor):
         return POINTERS[value.dtype], True
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>", False
     if isinstance(value, float):
         return "fp32", False
     return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0 and not plain

@@ -24,12 +24,14 @@ MAX_STAGES = 3
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How one kernel is launched. block_m: queries per program; block_c: blocks that one step compensates for."""
+    """How one kernel is launched. block_m: queries per program; block_c: blocks that one step compensates for; tma:
+    full chunks are read by the copy engine of sm_90 and later."""
 
     block_m: int
     block_c: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 def forward_config(

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import config, launch
@@ -28,7 +29,7 @@ _PLAIN = ["left", "right", "offset", "tree_keys", "keys", "queries", "q_perm_pla
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _forward(
-    q, k, v, o, lse, lse_exact, q_perm, k_perm,
+    q, k, v, k_view, v_view, o, lse, lse_exact, q_perm, k_perm,
     tile_start, tile_length, tile_plane, tile_row, row_start, row_full, row_end, chunk_start, chunk_length,
     centre, value, log_size, variance, approximate, tree,
     scale, left, right, offset, tree_keys, keys, queries, q_perm_plane, k_perm_plane, blocks,
@@ -39,7 +40,8 @@ def _forward(
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
     ORDER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """scale: of the logits, times log2(e). PIECES programs share a tile. ORDER of the compensation: 0 is none."""
+    """scale: of the logits, times log2(e). PIECES programs share a tile. ORDER of the compensation: 0 is none.
+    k_view, v_view: descriptors of k and v for the copy engine (TMA), or None: full chunks are read through pointers."""
     tile = tl.program_id(0) // PIECES
     first = (tl.program_id(0) % PIECES) * BLOCK_M
     length = tl.load(tile_length + tile) - first
@@ -48,6 +50,7 @@ def _forward(
     plane = tl.load(tile_plane + tile).to(tl.int64)
     batch, head = plane // HQ, plane % HQ
     key_head = head // GROUPS
+    key_plane = batch * (HQ // GROUPS) + key_head
     row = tl.load(tile_row + tile)
 
     on_m, on_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -71,15 +74,14 @@ def _forward(
         middle = begin
 
     for i in tl.range(begin, middle):
-        n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
-        if BLOCK_D == D:
-            y = tl.load(k_at + n[None, :] * k_s)
+        start = tl.load(chunk_start + i)
+        if k_view is not None:
+            y = k_view.load([batch.to(tl.int32), key_head.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D).T
+            z = v_view.load([batch.to(tl.int32), key_head.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_DV)
         else:
-            y = tl.load(k_at + n[None, :] * k_s, mask=real_d[:, None], other=0.0)
-        if BLOCK_DV == DV:
-            z = tl.load(v_at + n[:, None] * v_s)
-        else:
-            z = tl.load(v_at + n[:, None] * v_s, mask=real_dv[None, :], other=0.0)
+            n = (start + on_n).to(tl.int64)
+            y = _read(k_at + n[None, :] * k_s, real_d[:, None], BLOCK_D == D)
+            z = _read(v_at + n[:, None] * v_s, real_dv[None, :], BLOCK_DV == DV)
         if UPCAST:
             y, z = y.to(tl.float32), z.to(tl.float32)
         s = tl.dot(x, y, input_precision=PRECISION)
@@ -93,47 +95,70 @@ def _forward(
         if UPCAST:
             y, z = y.to(tl.float32), z.to(tl.float32)
         s = tl.dot(x, y, input_precision=PRECISION) * scale
+        read = real_n[None, :]
         if MASKED:
             k_pos = n.to(tl.int32)
             if k_perm is not None:
-                key_plane = (batch * (HQ // GROUPS) + key_head) * k_perm_plane
-                k_pos = tl.load(k_perm + key_plane + n, mask=real_n, other=0).to(tl.int32)
+                k_pos = tl.load(k_perm + key_plane * k_perm_plane + n, mask=real_n, other=0).to(tl.int32)
             read = allowed(token, k_pos, left, right, offset, tree, tree_keys, keys, real_m, real_n, LEFT, RIGHT, TREE)
-            s = tl.where(read, s, -float("inf"))
-        else:
-            s = tl.where(real_n[None, :], s, -float("inf"))
+        s = tl.where(read, s, -float("inf"))
         m, total, acc = fold(s, z, m, total, acc, PRECISION)
 
-    lse_at = plane * queries + token
+    place = plane * queries + token
     if ORDER > 0:
-        divisor, exact = finish(m, total)
-        tl.store(lse_exact + lse_at, exact, mask=real_m)
-        table = (batch * (HQ // GROUPS) + key_head) * blocks
-        on_c = tl.arange(0, BLOCK_C)
-        if ORDER == 2:
-            half = x.to(tl.float32) * (scale * 0.6931471805599453)
-            half = (half * half * 0.5).to(variance.dtype.element_ty)
-        for c in tl.range(0, blocks, BLOCK_C):
-            block = c + on_c
-            stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=block < blocks, other=0) != 0
-            y_at = (table + block)[None, :] * D + on_d[:, None]
-            y = tl.load(centre + y_at, mask=stands[None, :] & real_d[:, None], other=0.0)
-            z_at = (table + block)[:, None] * DV + on_dv[None, :]
-            z = tl.load(value + z_at, mask=stands[:, None] & real_dv[None, :], other=0.0)
-            size = tl.load(log_size + table + block, mask=stands, other=-float("inf"))
-            if UPCAST:
-                y, z = y.to(tl.float32), z.to(tl.float32)
-            s = tl.dot(x, y, input_precision=PRECISION) * scale
-            if ORDER == 2:
-                spread = tl.load(variance + y_at, mask=stands[None, :] & real_d[:, None], other=0.0)
-                s += tl.dot(half, spread, input_precision=PRECISION) * 1.4426950408889634
-            s = s + size[None, :] * 1.4426950408889634
-            m, total, acc = fold(s, z, m, total, acc, PRECISION)
-
+        _, exact = finish(m, total)
+        tl.store(lse_exact + place, exact, mask=real_m)
+        m, total, acc = _stand_in(
+            x, m, total, acc, centre, value, log_size, variance, approximate, key_plane, row, blocks, scale,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_C, ORDER, PRECISION, UPCAST,
+        )  # fmt: skip
     divisor, whole = finish(m, total)
-    o_at = o + lse_at[:, None] * DV + on_dv[None, :]
+    o_at = o + place[:, None] * DV + on_dv[None, :]
     tl.store(o_at, (acc / divisor[:, None]).to(o.dtype.element_ty), mask=real_m[:, None] & real_dv[None, :])
-    tl.store(lse + lse_at, whole, mask=real_m)
+    tl.store(lse + place, whole, mask=real_m)
+
+
+@triton.jit
+def _read(at, real, WHOLE: tl.constexpr):
+    """A tile of a full chunk; without any mask where the head dimension fills it."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=real, other=0.0)
+
+
+@triton.jit
+def _stand_in(
+    x, m, total, acc, centre, value, log_size, variance, approximate, key_plane, row, blocks, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr,
+    ORDER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds the mean of every block that stands in for its tokens: logit s q.c + log n (+ s^2 q^2.var / 2).
+
+    Means of other blocks are not even read: those of padding may hold anything.
+    """
+    on_c, on_d, on_dv = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    real_d, real_dv = on_d < D, on_dv < DV
+    if ORDER == 2:
+        half = x.to(tl.float32) * (scale * 0.6931471805599453)
+        half = (half * half * 0.5).to(variance.dtype.element_ty)
+    for c in tl.range(0, blocks, BLOCK_C):
+        block = c + on_c
+        stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=block < blocks, other=0) != 0
+        at = key_plane * blocks + block
+        y = tl.load(centre + at[None, :] * D + on_d[:, None], mask=stands[None, :] & real_d[:, None], other=0.0)
+        z = tl.load(value + at[:, None] * DV + on_dv[None, :], mask=stands[:, None] & real_dv[None, :], other=0.0)
+        size = tl.load(log_size + at, mask=stands, other=-float("inf"))
+        if UPCAST:
+            y, z = y.to(tl.float32), z.to(tl.float32)
+        s = tl.dot(x, y, input_precision=PRECISION) * scale
+        if ORDER == 2:
+            spread_at = variance + at[None, :] * D + on_d[:, None]
+            spread = tl.load(spread_at, mask=stands[None, :] & real_d[:, None], other=0.0)
+            s += tl.dot(half, spread, input_precision=PRECISION) * 1.4426950408889634
+        s = s + size[None, :] * 1.4426950408889634
+        m, total, acc = fold(s, z, m, total, acc, PRECISION)
+    return m, total, acc
 
 
 KERNEL = _forward
@@ -178,6 +203,7 @@ def prepare(
     lse_exact = torch.full_like(lse, -torch.inf) if order else None
     arguments = (
         {"q": q, "k": k, "v": v, "o": o, "lse": lse, "lse_exact": lse_exact}
+        | (_views(k, v, launch.power(plan.block_n)) if chosen.tma else {"k_view": None, "v_view": None})
         | {"scale": scale * launch.LOG2E, "queries": sq}
         | launch.plan_arguments(plan)
         | launch.mask_arguments(plan.mask)
@@ -207,6 +233,18 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     for name, x in (("q", q), ("v", v)):
         if not 1 <= x.shape[3] <= MAX_DIM:
             raise UsageError(f"{name} has head dimension {x.shape[3]}; kernels take 1 to {MAX_DIM}; torch takes any.")
+
+
+def _views(k: Tensor, v: Tensor, block_n: int) -> dict[str, TensorDescriptor | None]:
+    """What the copy engine needs to read chunks of k and v; None where it cannot, since it wants steps of 16 bytes."""
+    size = k.element_size()
+    steps = [step * size for step in (*k.stride()[:3], *v.stride()[:3])]
+    if any(step % 16 for step in (*steps, k.data_ptr(), v.data_ptr())):
+        return {"k_view": None, "v_view": None}
+    return {
+        f"{name}_view": TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, block_n, launch.power(x.shape[3])])
+        for name, x in (("k", k), ("v", v))
+    }
 
 
 def _tables(compensation: Compensation | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Every kernel compiles for GPUs that are not here: matrix instructions are there, and no register is spilled."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.compile_kernels import variants
+from hasten.sparse_attn.kernels import aot
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"),
+    pytest.mark.skipif(not aot.available(), reason="this Triton brings no ptxas and no disassembler"),
+]
+
+VARIANTS = dict(variants())
+PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+"""The matrix instructions of each architecture."""
+
+QUICK = [
+    ("forward 128 bf16 order 0", 90),
+    ("forward 128 bf16 order 2", 80),
+    ("forward 64 bf16 causal order 2", 90),
+    ("forward 64 bf16 order 1", 100),
+    ("decode 128 bf16", 90),
+    ("merge pieces 128 bf16", 90),
+    ("merge 128 bf16", 90),
+    ("columns 128 bf16", 90),
+]
+"""One of each kind; `pytest -m slow` compiles all of them for all architectures (some minutes)."""
+
+
+def check(name: str, arch: int) -> None:
+    launch = VARIANTS[name](arch)
+    found = aot.compile(launch, arch)
+    assert found.spills == 0 and found.stack == 0, f"{name} on sm_{arch}: {found}"
+    assert found.registers * found.warps * 32 <= 65536, "one program has more registers than a multiprocessor"
+    if name.startswith("merge"):
+        return
+    products = PRODUCTS[arch]
+    if "fp32" in name or name.startswith("decode"):
+        assert found.counts["mma"] + found.counts[products] > 0, f"{name} on sm_{arch} has no matrix instructions: {found}"
+    else:
+        assert found.counts[products] > 0, f"{name} on sm_{arch} has no {products}: {found}"
+
+
+@pytest.mark.parametrize(("name", "arch"), QUICK)
+def test_one_of_each_kind(name: str, arch: int) -> None:
+    check(name, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", PRODUCTS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all(name: str, arch: int) -> None:
+    check(name, arch)
