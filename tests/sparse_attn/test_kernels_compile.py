@@ -40,11 +40,10 @@ def check(name: str, arch: int) -> None:
     assert found.registers * found.warps * 32 <= 65536, "one program has more registers than a multiprocessor"
     if name.startswith("merge"):
         return
-    products = PRODUCTS[arch]
-    if "fp32" in name or name.startswith("decode"):
-        assert found.counts["mma"] + found.counts[products] > 0, f"{name} on sm_{arch} has no matrix instructions: {found}"
-    else:
-        assert found.counts[products] > 0, f"{name} on sm_{arch} has no {products}: {found}"
+    # Products of float32, and of fewer than 64 rows, are those of sm_80 everywhere.
+    small = "fp32" in name or name.startswith("decode")
+    products = found.counts[PRODUCTS[arch]] + (found.counts["mma"] if small else 0)
+    assert products > 0, f"{name} on sm_{arch} has no matrix instructions: {found}"
 
 
 @pytest.mark.parametrize(("name", "arch"), QUICK)

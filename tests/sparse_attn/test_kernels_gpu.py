@@ -51,7 +51,8 @@ def test_forward(dtype: torch.dtype, dim: int, compensation: int) -> None:
 
 @pytest.mark.parametrize("mask", [causal(700, 1100), Mask(left=90, right=30)])
 def test_masks(mask: Mask) -> None:
-    problem = case(1, tokens=(700, 1100), dims=(64, 64), tile=(128, 64), counts=(6, 12), mask=mask, dtype=torch.bfloat16)
+    short = torch.bfloat16
+    problem = case(1, tokens=(700, 1100), dims=(64, 64), tile=(128, 64), counts=(6, 12), mask=mask, dtype=short)
     k, v = problem.arranged()
     q, k, v = (x.cuda() for x in (problem.q, k, v))
     agree(moved(forward(q, k, v, moved(problem.plan, "cuda"), problem.scale), "cpu"), problem)
