@@ -71,7 +71,8 @@ def _means(
     at = (plane * count + block) * D + on_d
     if old is not None:
         kept = tl.load(old + at, mask=real_d, other=0.0).to(tl.float32)
-        mean = tl.where(end > begin, mean, kept)
+        finite = (mean - mean) == 0.0
+        mean = tl.where((end > begin) & finite, mean, kept)
     tl.store(out + at, mean, mask=real_d)
 
 
@@ -85,32 +86,42 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
 
     Raises `UsageError` for shapes that do not fit, no clusters, or tensors that are not on the kernel's device.
     """
-    planes, n, d = _shape(x)
+    _check_shape(x)
+    planes, _, d = x.shape
     if centroids.dim() != 3 or (centroids.shape[0], centroids.shape[2]) != (planes, d) or not centroids.shape[1]:
         raise UsageError(
             f"centroids have shape {tuple(centroids.shape)}; for x of {tuple(x.shape)} they are [{planes}, C, {d}], C > 0."
         )
     launch.check(_assign, x=x, centroids=centroids)
-    x, count = x.contiguous(), centroids.shape[1]
-    middle = centroids.float().mean(1, keepdim=True)
-    step = (centroids.float() - middle).to(x.dtype)
-    exact = step.float()
-    norm = exact.square().sum(-1) + 2 * (exact * middle).sum(-1)
-    labels = torch.empty(planes, n, dtype=torch.int32, device=x.device)
-    block_d = launch.power(d)
-    block_n, block_c, warps = ASSIGN.get(block_d, (64, 32, 8))
-    if n:
-        with launch.on(x):
-            _assign[(triton.cdiv(n, block_n), planes)](
-                x, step, norm, labels, n, count, D=d, BLOCK_D=block_d, BLOCK_N=block_n, BLOCK_C=block_c,
-                PRECISION=launch.precision(x.dtype),
-                UPCAST=launch.interpreted(_assign) and x.dtype == torch.bfloat16, num_warps=warps,
-            )  # fmt: skip
+    labels, job = prepare_assign(x, centroids)
+    if labels.numel():
+        job.run(x)
     return labels
 
 
-ASSIGN = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 64, 8)}
-"""Padded D -> (tokens per program, centroids per step, warps). `test_kernels_compile_other` holds that none spills."""
+def prepare_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, launch.Launch]:
+    """The launch of `assign`, and the labels that it fills."""
+    (planes, n, d), count = x.shape, centroids.shape[1]
+    middle = centroids.float().mean(1, keepdim=True)
+    step = (centroids.float() - middle).to(x.dtype)
+    exact = step.float()
+    labels = torch.empty(planes, n, dtype=torch.int32, device=x.device)
+    block_n, block_c, warps, stages = ASSIGN.get(launch.power(d), (32, 32, 8, 1))
+    if x.dtype == torch.float32:
+        block_c, stages = 32, 1
+    arguments = {
+        "x": x.contiguous(), "step": step, "norm": (exact.square() + 2 * exact * middle).sum(-1), "labels": labels,
+        "n": n, "count": count, "D": d, "BLOCK_D": launch.power(d), "BLOCK_N": block_n, "BLOCK_C": block_c,
+        "PRECISION": launch.precision(x.dtype), "UPCAST": launch.interpreted(_assign) and x.dtype == torch.bfloat16,
+    }  # fmt: skip
+    return labels, launch.Launch(_assign, (triton.cdiv(n, block_n), planes), arguments, warps, stages)
+
+
+ASSIGN = {
+    16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2),
+}  # fmt: skip
+"""Padded D -> (tokens per program, centroids per step, warps, stages). `test_kernels_compile_other` holds that none
+spills."""
 
 
 def runs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -126,27 +137,32 @@ def runs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def means(x: Tensor, bounds: Tensor, perm: Tensor | None = None, old: Tensor | None = None) -> Tensor:
-    """Mean of each block of tokens: float32 [P, C, D] for x [P, n, D], any strides that are contiguous.
+    """Mean of each block of tokens: float32 [P, C, D] for x [P, n, D].
 
     bounds: int32 [1 or P, C + 1]. perm: int64 [1 or P, n], the order that bounds speak of; None: that of x. Empty
-    blocks get old [P, C, D], or 0 without it. One program adds up one block in a fixed order, without atomics: the same
-    input gives the same bits.
+    blocks, and coordinates whose mean is not finite, get those of old [P, C, D]; without it an empty block's mean is 0.
+    One program adds up one block in a fixed order, without atomics: the same input gives the same bits.
     """
-    planes, n, d = _shape(x)
+    _check_shape(x)
     launch.check(_means, x=x, bounds=bounds, perm=perm, old=old)
-    x, count = x.contiguous(), bounds.shape[1] - 1
-    out = torch.empty(planes, count, d, dtype=torch.float32, device=x.device)
-    bounds = bounds.contiguous()
-    perm, old = perm.contiguous() if perm is not None else None, old.contiguous() if old is not None else None
-    if count:
-        with launch.on(x):
-            _means[(count, planes)](
-                x, perm, bounds, old, out, n, count,
-                perm.stride(0) if perm is not None and perm.shape[0] > 1 else 0,
-                bounds.stride(0) if bounds.shape[0] > 1 else 0,
-                D=d, BLOCK_D=launch.power(d), BLOCK_N=32, num_warps=2,
-            )  # fmt: skip
-    return out
+    found, job = prepare_means(x, bounds, perm, old)
+    if found.numel():
+        job.run(x)
+    return found
+
+
+def prepare_means(x: Tensor, bounds: Tensor, perm: Tensor | None, old: Tensor | None) -> tuple[Tensor, launch.Launch]:
+    """The launch of `means`, and the means that it fills."""
+    (planes, n, d), count = x.shape, bounds.shape[1] - 1
+    found = torch.empty(planes, count, d, dtype=torch.float32, device=x.device)
+    arguments = {
+        "x": x.contiguous(), "bounds": bounds.contiguous(), "out": found, "n": n, "count": count,
+        "perm": None if perm is None else perm.contiguous(), "old": None if old is None else old.contiguous(),
+        "perm_plane": n if perm is not None and perm.shape[0] > 1 else 0,
+        "bounds_plane": count + 1 if bounds.shape[0] > 1 else 0,
+        "D": d, "BLOCK_D": launch.power(d), "BLOCK_N": 32,
+    }  # fmt: skip
+    return found, launch.Launch(_means, (count, planes), arguments, 2, 2)
 
 
 def update(x: Tensor, labels: Tensor, count: int, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +176,6 @@ def update(x: Tensor, labels: Tensor, count: int, old: Tensor) -> tuple[Tensor, 
     return means(x, bounds, perm, old), bounds[:, 1:] - bounds[:, :-1]
 
 
-def _shape(x: Tensor) -> tuple[int, int, int]:
+def _check_shape(x: Tensor) -> None:
     if x.dim() != 3:
         raise UsageError(f"x has shape {tuple(x.shape)}; tokens to cluster are [planes, tokens, head dimension].")
-    return x.shape[0], x.shape[1], x.shape[2]

@@ -64,21 +64,28 @@ def restore(x: Tensor, perm: Tensor) -> Tensor:
 
 
 def _launch(x: Tensor, y: Tensor | None, perm: Tensor, back: bool) -> tuple[Tensor, Tensor | None]:
-    b, h, s, d = x.shape
+    b, h, s, _ = x.shape
     if perm.shape[1] != s or perm.shape[0] not in (1, b * h):
         raise UsageError(f"perm is {tuple(perm.shape)}; for {tuple(x.shape)} it is [1, {s}] or [{b * h}, {s}].")
     launch.check(_permute, x=x, y=y, perm=perm)
-    perm = perm.contiguous()
-    x_out = torch.empty(b, h, s, d, dtype=x.dtype, device=x.device)
-    y_out = torch.empty(y.shape, dtype=y.dtype, device=y.device) if y is not None else None
-    dy = y.shape[-1] if y is not None else 1
-    block = max(1, 4096 // launch.power(max(d, dy)))
-    if x.numel():
-        with launch.on(x):
-            _permute[(triton.cdiv(s, block), b * h)](
-                x, y, x_out, y_out, perm, s, s if perm.shape[0] > 1 else 0,
-                *x.stride()[:3], *(y.stride()[:3] if y is not None else (0, 0, 0)),
-                HEADS=h, DX=d, DY=dy, BLOCK_DX=launch.power(d, 1), BLOCK_DY=launch.power(dy, 1),
-                BLOCK_N=block, BACK=back, num_warps=4,
-            )  # fmt: skip
+    x_out, y_out, job = prepare(launch.rows(x), None if y is None else launch.rows(y), perm, back=back)
+    if s and b * h:
+        job.run(x)
     return x_out, y_out
+
+
+def prepare(x: Tensor, y: Tensor | None, perm: Tensor, *, back: bool) -> tuple[Tensor, Tensor | None, launch.Launch]:
+    """The launch of `arrange` or, with `back`, of `restore`, and the tensors that it fills."""
+    b, h, s, d = x.shape
+    x_out = torch.empty(b, h, s, d, dtype=x.dtype, device=x.device)
+    y_out = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    dy = 1 if y is None else y.shape[-1]
+    block = max(1, 4096 // launch.power(max(d, dy)))
+    arguments = {
+        "x": x, "y": y, "x_out": x_out, "y_out": y_out, "perm": perm.contiguous(), "n": s,
+        "perm_plane": s if perm.shape[0] > 1 else 0, "HEADS": h, "DX": d, "DY": dy, "BLOCK_DX": launch.power(d, 1),
+        "BLOCK_DY": launch.power(dy, 1), "BLOCK_N": block, "BACK": back,
+    }  # fmt: skip
+    arguments |= {f"x_{axis}": x.stride(i) for i, axis in enumerate("bhs")}
+    arguments |= {f"y_{axis}": 0 if y is None else y.stride(i) for i, axis in enumerate("bhs")}
+    return x_out, y_out, launch.Launch(_permute, (triton.cdiv(s, block), b * h), arguments, 4, 1)
