@@ -172,7 +172,7 @@ def join(parts: Sequence[Placed], x: Tensor) -> Order:
     starts = _side_by_side([part.found.bounds[:, :-1] + part.start for part in parts])
     end = starts.new_full((starts.shape[0], 1), x.shape[2])
     roles = torch.cat([part.roles for part in parts])
-    return Order(_perm(parts, x), torch.cat([starts, end], 1), roles, _means(parts, x))
+    return Order(_perm(parts, x), torch.cat([starts, end], 1), roles, _means(parts, x), x.shape[2])
 
 
 def _perm(parts: Sequence[Placed], x: Tensor) -> Tensor | None:
@@ -197,7 +197,7 @@ def _means(parts: Sequence[Placed], x: Tensor) -> Tensor | None:
     for part in parts:
         own = part.found.means
         if own is None:
-            order = Order(part.found.perm, part.found.bounds, part.roles)
+            order = Order(part.found.perm, part.found.bounds, part.roles, tokens=part.length)
             own = order.mean(order.arrange(x[:, :, part.start : part.start + part.length]))
         pieces.append(own)
     return torch.cat(pieces, 1)

@@ -41,7 +41,7 @@ class _LSH(LayoutState):
     def arrange(self, x: Tensor, segment: Segment, side: str) -> Arrangement:
         b, h, n, d = x.shape
         rank = hashed(x.reshape(b * h, n, d), self._for(d, x.device))
-        perm = rank.sort(-1, stable=True).indices
+        perm = rank.sort(stable=True, dim=-1).indices
         return Arrangement(perm, uniform(n, self.part.size(side), x.device))
 
     def _for(self, d: int, device: torch.device) -> Tensor:

@@ -81,7 +81,7 @@ def _sorted(x: Tensor, perm: Tensor, ends: Tensor, width: int, iterations: int) 
     points = (points - (points * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)) * weight
     along = torch.bmm(points, direction(points.mT @ points, iterations)).view(planes, *there.shape)
     along = along.nan_to_num(0.0, LARGE, -LARGE).masked_fill(~there, torch.inf)  # what is not there goes last
-    order = along.sort(-1, stable=True).indices
+    order = along.sort(stable=True, dim=-1).indices
     tokens = tokens.view(planes, *there.shape).gather(2, order).flatten(1)
     node = torch.searchsorted(ends, torch.arange(n, device=x.device), right=True)
     return tokens[:, node * width + torch.arange(n, device=x.device) - starts[node]]

@@ -1,0 +1,193 @@
+"""K-means: tokens that look alike stand together, head by head; clusters go on from one step to the next.
+
+Shapes: see `hasten.sparse_attn.blocks`; n tokens of one segment, C clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hasten.sparse_attn.layout import Arrangement, Layout, LayoutState
+from hasten.sparse_attn.layout_tree import balanced
+from hasten.sparse_attn.segments import Segment
+
+ROOM = 1 << 21
+"""Distances that are in memory at once: 8 MB, which most caches hold."""
+
+Metric = Literal["euclidean", "cosine"]
+
+
+class KMeans(Layout):
+    """Clusters of queries and of keys, found for each head on what attention multiplies, after rotary embedding
+    (SVG2, arXiv 2505.18875, section 4.1).
+
+    q_size, k_size: tokens per cluster on average; q_clusters, k_clusters: numbers of clusters instead (SVG2: 300 and 1000
+    for 75,600 tokens of Wan 720p, which are 252 and 76 tokens). Never more clusters than tokens.
+    first, warm: passes of Lloyd's algorithm at the first call of a run, and at later ones, which begin with the clusters
+    of the one before (SVG2: 50 and 2). Their number is fixed: nothing is read from the device.
+    init: where the first call begins. "spread": one token out of each of C equal stretches of the sequence. "random": any
+    C tokens, as SVG2. Both by `seed`, the same for all heads.
+    metric: "cosine" clusters directions (Squeezed attention, arXiv 2411.09688, section 3.1); means are of the vectors as
+    they are, so long ones count for more.
+    ordered: neighbouring clusters are similar, so that what is read is fewer, longer ranges.
+    outliers: share of the keys, those with the lowest cosine to their cluster's mean, that every query reads (ShadowKV,
+    arXiv 2410.21465, section 4.1, sets whole chunks of 8 tokens aside; here it is single tokens).
+
+    Clusters have any size, and may be empty: those keep their place and wait for tokens. Unlike the official code, the
+    state belongs to one run, branch and site, every `start()` begins anew, and there may be any number of samples.
+    """
+
+    kind: ClassVar[str] = "kmeans"
+    q_size: float = Field(252, ge=1)
+    k_size: float = Field(76, ge=1)
+    q_clusters: int | None = Field(None, ge=1)
+    k_clusters: int | None = Field(None, ge=1)
+    first: int = Field(10, ge=1)
+    warm: int = Field(2, ge=1)
+    init: Literal["spread", "random"] = "spread"
+    seed: int = 0
+    metric: Metric = "euclidean"
+    ordered: bool = False
+    outliers: float = Field(0.0, ge=0, lt=1)
+
+    def clusters(self, tokens: int, side: str) -> int:
+        """C for n tokens of "q" or "k"."""
+        number, size = (self.q_clusters, self.q_size) if side == "q" else (self.k_clusters, self.k_size)
+        return min(tokens, number if number is not None else max(1, round(tokens / size)))
+
+    def begin(self, tokens: int, clusters: int) -> Tensor:
+        """Tokens that the first clusters begin with: int64 [C], on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.init == "random":
+            return torch.randperm(tokens, generator=generator)[:clusters]
+        edges = torch.arange(clusters + 1) * tokens // clusters
+        share = torch.rand(clusters, generator=generator, dtype=torch.float64)
+        return edges[:-1] + (share * edges.diff()).long()
+
+    def start(self) -> LayoutState:
+        return _KMeans(self)
+
+
+class _KMeans(LayoutState):
+    def __init__(self, part: KMeans) -> None:
+        self.part = part
+        self._centroids: dict[tuple[str, str], Tensor] = {}
+
+    def arrange(self, x: Tensor, segment: Segment, side: str) -> Arrangement:
+        b, h, n, d = x.shape
+        points, part = x.reshape(b * h, n, d), self.part
+        count = part.clusters(n, side)
+        old = self._centroids.get((side, segment.name))
+        warm = old is not None and old.shape == (b * h, count, d) and old.device == x.device
+        if not warm:
+            old = points[:, part.begin(n, count).to(x.device)].float()
+        assert old is not None
+        labels, centroids, sizes = lloyd(points, old, part.warm if warm else part.first, part.metric)
+        if part.ordered and not warm:
+            labels, centroids, sizes = in_line(labels, centroids, sizes)
+        self._centroids[side, segment.name] = centroids
+        apart = int(part.outliers * n) if side == "k" else 0
+        if not apart:
+            return Arrangement(*runs(labels, count), means=centroids.masked_fill(sizes[..., None] == 0, 0.0))
+        labels = set_apart(points, labels, centroids, apart)
+        _, to_means = two_steps(x)
+        means, _ = to_means(points, labels, count + 1, centroids.new_zeros(b * h, count + 1, d))
+        always = torch.arange(count + 1, device=x.device) == count
+        return Arrangement(*runs(labels, count + 1), means=means, always=always)
+
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._centroids.values())
+
+
+def lloyd(x: Tensor, centroids: Tensor, passes: int, metric: Metric = "euclidean") -> tuple[Tensor, Tensor, Tensor]:
+    """Labels [P, n], means float32 [P, C, D] of what they name (an empty cluster's: as before), sizes [P, C].
+
+    x: [P, n, D] in any floating dtype, centroids: [P, C, D]. On a CPU one plane after the other, which stays in its cache
+    (and does not depend on the others, bit by bit).
+    """
+    to_nearest, to_means = two_steps(x)
+    found = []
+    for part, old in zip(x.split(1), centroids.split(1), strict=True) if x.device.type == "cpu" else [(x, centroids)]:
+        for _ in range(passes):
+            labels = to_nearest(part, normalize(old, dim=-1) if metric == "cosine" else old)
+            old, sizes = to_means(part, labels, old.shape[1], old)
+        found.append((labels, old, sizes))
+    labels, means, sizes = (torch.cat(each) for each in zip(*found, strict=True))
+    return labels, means, sizes
+
+
+Assign = Callable[[Tensor, Tensor], Tensor]
+Update = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
+
+
+def two_steps(x: Tensor) -> tuple[Assign, Update]:
+    """Lloyd's two steps for the device and dtype of x: Triton's where it runs, else those below."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and find_spec("triton") is not None:
+        from hasten.sparse_attn.kernels import kmeans
+
+        return kmeans.assign, kmeans.update
+    return assign, update
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest centroid of each token: int64 [P, n] for x [P, n, D] and centroids [P, C, D].
+
+    Of equal distances the lowest index wins. Centroids enter as steps e from their mean m, as arg min of
+    |e|^2 + 2 m.e - 2 x.e: the large offset that keys of trained models share would take digits.
+    """
+    planes, n, _ = x.shape
+    middle = centroids.mean(1, keepdim=True)
+    e = centroids - middle
+    norm = (e.square() + 2 * e * middle).sum(-1)[:, None]
+    labels = torch.empty(planes, n, dtype=torch.int64, device=x.device)
+    at_once = max(1, ROOM // (planes * centroids.shape[1]))
+    for first in range(0, n, at_once):
+        distances = torch.baddbmm(norm, x[:, first : first + at_once].float(), e.mT, alpha=-2)
+        torch.argmin(distances, -1, out=labels[:, first : first + at_once])
+    return labels
+
+
+def update(x: Tensor, labels: Tensor, count: int, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each cluster, float32 [P, C, D], and its number of tokens, int32 [P, C].
+
+    x: [P, n, D], labels: int [P, n], old: [P, C, D], kept by clusters that have no tokens, and by those whose mean is not
+    finite: one bad call leaves no trace in later ones.
+    """
+    planes, d = x.shape[0], x.shape[2]
+    flat = (labels + torch.arange(planes, device=x.device)[:, None] * count).flatten()
+    sums = torch.zeros(planes * count, d, device=x.device).index_add_(0, flat, x.reshape(-1, d).float())
+    sizes = torch.zeros(planes * count, device=x.device).index_add_(0, flat, torch.ones(1, device=x.device).expand(flat.shape))
+    found = (sums / sizes[:, None]).view(planes, count, d)
+    return torch.where(found.isfinite(), found, old), sizes.view(planes, count).int()
+
+
+def runs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens sorted by label, those of one cluster in their own order: perm int64 [P, n] and bounds int32 [P, C + 1]."""
+    keys = labels.to(torch.int16) if count < 2**15 else labels  # sorting short keys takes fewer passes
+    found, perm = keys.sort(stable=True, dim=-1)
+    edges = torch.arange(count + 1, device=labels.device, dtype=found.dtype).expand(labels.shape[0], -1)
+    return perm, torch.searchsorted(found, edges.contiguous(), out_int32=True)
+
+
+def in_line(labels: Tensor, centroids: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same clusters numbered so that neighbours are similar: the leaves of a balanced tree over their means."""
+    order = balanced(centroids, 1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    means = centroids.gather(1, order[..., None].expand_as(centroids))
+    return rank.gather(1, labels.long()), means, sizes.gather(1, order)
+
+
+def set_apart(x: Tensor, labels: Tensor, centroids: Tensor, number: int) -> Tensor:
+    """Labels in which the `number` tokens of each plane that point least along their centroid have label C."""
+    found = []
+    for points, own, means in zip(x, labels, centroids, strict=True):
+        cosine = (normalize(points.float(), dim=-1) * normalize(means, dim=-1)[own.long()]).sum(-1)
+        found.append(cosine.nan_to_num(-2.0).topk(number, largest=False).indices)
+    return labels.scatter(1, torch.stack(found), centroids.shape[1])
