@@ -35,7 +35,7 @@ class Samples(StandIn):
 
     def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation:
         """Tables with one entry per sample. A sample stands in where its block does."""
-        b, hk, sk, d = k.shape
+        b, hk, sk, _ = k.shape
         places = self.places(sk).to(k.device)
         block = order.labels()[:, places]
         planes, rows, _ = approximate.shape
