@@ -5,11 +5,15 @@ Shapes: see `hasten.sparse_attn.blocks` and `hasten.sparse_attn.plan`.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn import pack_chunks
+from hasten.sparse_attn.backends import installed
 from hasten.sparse_attn.blocks import Blocks, Order, grouped
 from hasten.sparse_attn.extent import FULL, PARTIAL, block_states
 from hasten.sparse_attn.mask import Mask
@@ -115,4 +119,9 @@ def _bounded_tiles(order: Order, planes: int, block_m: int, queries: int) -> tup
 
 
 def _on_device(whole: Tensor, split: Tensor | None, bounds: Tensor, block_n: int, keys: int) -> pack_chunks.Chunks:
+    """By the kernel where there is Triton and it can hold a row; else by the torch version, which is slower."""
+    if whole.is_cuda and installed("triton"):
+        kernel = import_module("hasten.sparse_attn.kernels.pack")
+        if whole.shape[2] <= kernel.MOST_BLOCKS:
+            return cast(pack_chunks.Chunks, kernel.fill(whole, split, bounds, block_n, keys))
     return pack_chunks.bounded(whole, split, bounds, block_n, keys)
