@@ -45,8 +45,8 @@ def execute(
 class _Run:
     """Inputs in the working precision, one row per token, and the outputs as they fill up.
 
-    q: [Pq * Sq, D], k, v: [Pk, Sk, D], both padded to one head dimension. o: [Pq * Sq + 1, Dv], lse: [parts, Pq * Sq + 1];
-    the last place of both takes what padding computes.
+    q: [Pq * Sq, D], k, v: [Pk, Sk, D], all padded to one head dimension. o: [Pq * Sq + 1, D], lse: [1, Pq * Sq + 1], with
+    compensation [2, ...], without it second; the last place of both takes what padding computes.
     """
 
     plan: Plan
@@ -78,7 +78,8 @@ class _Run:
         at = self._tensor(index.places)
         q = self.q.index_select(0, at.view(-1)).view(*at.shape, -1)
         parts = self._exact(jobs, batch, q, at)
-        o, lse = parts[0] if len(parts) == 1 else merge(parts or [(torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf))])
+        nothing = (torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf))
+        o, lse = parts[0] if len(parts) == 1 else merge([nothing, *parts])
         found = [lse]
         if self.stand_in is not None:
             rows, planes = (self._tensor(x[batch.jobs]) for x in (jobs.row, jobs.key_plane))
@@ -162,10 +163,13 @@ class _StandIn:
 
     @classmethod
     def of(cls, found: Compensation, wide: int, scale: float, exact: torch.dtype) -> _StandIn:
-        keys = widened(found.keys.to(exact), wide)
+        # The means of padding may be anything; the weight of what nobody asks for is 0, but 0 times NaN is not.
+        unused = ~found.approximate.any(0)[:, None]
+        keys = widened(found.keys.to(exact), wide).masked_fill(unused, 0)
         if found.variances is not None:
-            keys = torch.cat([keys, widened(found.variances.to(exact), wide) * (scale / 2)], -1)
-        values = widened(found.values.to(exact), keys.shape[-1])
+            spread = widened(found.variances.to(exact), wide).masked_fill(unused, 0)
+            keys = torch.cat([keys, spread * (scale / 2)], -1)
+        values = widened(found.values.to(exact), keys.shape[-1]).masked_fill(unused, 0)
         return cls(keys, values, found.log_sizes.to(exact), found.approximate, found.variances is not None)
 
     def part(self, q: Tensor, rows: Tensor, planes: Tensor, scale: float) -> Part:
@@ -180,13 +184,21 @@ class _StandIn:
 def softmax_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Part:
     """softmax(scale q k^T + bias) v and its LSE, for q [G, M, D], k, v [G, N, D], bias [G, 1 or M, N].
 
-    0 and -inf where every bias of a query is -inf.
+    0 and -inf where every bias of a query is -inf. On a CPU by PyTorch's fused kernel; it has to have one head dimension.
     """
-    if q.device.type == "cpu":
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, None], k[:, None], v[:, None], attn_mask=None if bias is None else bias[:, None], scale=scale
-        )
+    if q.device.type != "cpu":
+        return plain_part(q, k, v, bias, scale)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[:, None], k[:, None], v[:, None], attn_mask=None if bias is None else bias[:, None], scale=scale
+    )
+    if bias is None:
         return o[:, 0], lse[:, 0]
+    # Where everything is masked that kernel says 0, for the LSE too.
+    return o[:, 0], lse[:, 0].masked_fill(bias.amax(-1) == -math.inf, -math.inf)
+
+
+def plain_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Part:
+    """As `softmax_part`, in matrix products and exponentials."""
     logits = q @ k.mT * scale
     logits = logits if bias is None else logits + bias
     lse = logits.logsumexp(-1)
