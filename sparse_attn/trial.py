@@ -71,7 +71,7 @@ class Trial:
     plan: Plan = field(init=False)
     _layout: LayoutState = field(init=False)
     _score: ScorerState = field(init=False)
-    _rows: Tensor = field(init=False)
+    _left: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self._layout, self._score = self.method.layout.start(), self.method.score.start()
@@ -103,7 +103,7 @@ class Trial:
         """Read what `keep` (bool [P1, Cq, Ck], roles applied) says."""
         self.blocks, self.keep, self.plan = blocks, keep, self._packed(blocks, keep)
         groups = self.inputs.heads[1] // self.inputs.heads[2]
-        self._rows = approximate_map(blocks, keep, groups=groups).reshape(-1, blocks.k.count)
+        self._left = approximate_map(blocks, keep, groups=groups)
 
     def attend(self, compensated: bool = True) -> Output:
         """Arrange keys and values, make what stands in (unless not `compensated`), attend."""
@@ -123,7 +123,7 @@ class Trial:
     def _tables(self, k: Tensor, v: Tensor) -> Compensation | None:
         if self.method.compensate is None:
             return None
-        return self.method.compensate.tables(k, v, self.blocks.k, self._rows)
+        return self.method.compensate.tables(k, v, self.blocks.k, self._left)
 
     def _packed(self, blocks: Blocks, keep: Tensor) -> Plan:
         method = self.method
