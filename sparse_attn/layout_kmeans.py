@@ -6,7 +6,6 @@ Shapes: see `hasten.sparse_attn.blocks`; n tokens of one segment, C clusters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hasten.sparse_attn.backends import HALF, WIDEST, installed
 from hasten.sparse_attn.layout import Arrangement, Layout, LayoutState
 from hasten.sparse_attn.layout_tree import balanced
 from hasten.sparse_attn.segments import Segment
@@ -93,7 +93,7 @@ class _KMeans(LayoutState):
         if part.ordered and not warm:
             labels, centroids, sizes = in_line(labels, centroids, sizes)
         self._centroids[side, segment.name] = centroids
-        apart = int(part.outliers * n) if side == "k" else 0
+        apart = round(part.outliers * n) if side == "k" else 0
         if not apart:
             return Arrangement(*runs(labels, count), means=centroids.masked_fill(sizes[..., None] == 0, 0.0))
         labels = set_apart(points, labels, centroids, apart)
@@ -128,8 +128,8 @@ Update = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
 
 
 def two_steps(x: Tensor) -> tuple[Assign, Update]:
-    """Lloyd's two steps for the device and dtype of x: Triton's where it runs, else those below."""
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and find_spec("triton") is not None:
+    """Lloyd's two steps for the device and dtype of x: the kernels where they run, else those below."""
+    if x.is_cuda and x.dtype in (*HALF, torch.float32) and x.shape[-1] <= WIDEST and installed("triton"):
         from hasten.sparse_attn.kernels import kmeans
 
         return kmeans.assign, kmeans.update
