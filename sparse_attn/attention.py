@@ -25,8 +25,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, compensation: Compensation | None = None,
-    backend: str | Backend = "auto", arranged: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None,
+    compensation: Compensation | None = None, backend: str | Backend = "auto", arranged: bool = False,
 ) -> Output:  # fmt: skip
     """softmax(scale q k^T) v over the keys that `plan` reads, with its logarithmic denominators.
 
@@ -62,7 +62,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, compensation: Compensatio
     """Refuse what does not go together, with a `UsageError` that says what was got and what is allowed."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise UsageError(f"sparse_attention: {name} is {list(x.shape)}; it has to be [batch, heads, tokens, head dim].")
+            raise UsageError(f"sparse_attention: {name} is {list(x.shape)}; allowed is [batch, heads, tokens, head dim].")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise UsageError(
                 f"sparse_attention: {name} is {x.dtype} and q {q.dtype}; all three have one dtype, float16, bfloat16,"
@@ -82,8 +82,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, compensation: Compensatio
     for name, (x, shape) in wanted.items():
         if tuple(x.shape) != shape:
             raise UsageError(
-                f"sparse_attention: {name} is {list(x.shape)}; the plan is for {list(shape)} (batch, heads, tokens, head"
-                f" dim). A plan belongs to one shape: make another with hasten.sparse_attn.pack.pack."
+                f"sparse_attention: {name} is {list(x.shape)}; the plan is for {list(shape)} (batch, heads, tokens,"
+                " head dim). A plan belongs to one shape: make another with hasten.sparse_attn.pack.pack."
             )
     if compensation is not None:
         _check_compensation(compensation, (b * hk, q.shape[3], v.shape[3]), plan)

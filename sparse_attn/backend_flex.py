@@ -1,4 +1,4 @@
-"""FlexAttention as a backend: plans whose tiles and chunks stand on a grid, as its BlockMask. Taken when asked for by name.
+"""FlexAttention as a backend: plans whose tiles and chunks stand on a grid. Taken when asked for by name.
 
 Shapes: Pq planes of queries, Tq tiles and Ck chunks of the grid.
 """
@@ -70,7 +70,7 @@ def _compiled(flex: Any) -> Callable[..., Any]:
 
 
 def block_mask(plan: Plan, device: torch.device) -> Any:
-    """The plan as a BlockMask. Its `mask_mod` looks pairs of blocks up, too: run without compilation, FlexAttention asks
+    """The plan as a BlockMask. Its `mask_mod` looks pairs of blocks up, too: without compilation FlexAttention asks
     nothing else, and without one it would silently be dense."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     b, hq, _ = plan.heads

@@ -42,8 +42,8 @@ def not_diagonal(plan: Plan) -> str | None:
     jobs = jobs_of(plan)
     if not jobs.rows.whole[jobs.row].all():
         return "a row of the plan reads several ranges of keys; xformers runs those that read one."
-    _, order = _ranges(jobs)
-    start, tokens = jobs.key_plane[order] * plan.keys + jobs.rows.low[jobs.row[order]], jobs.rows.tokens[jobs.row[order]]
+    start, order = _ranges(jobs)
+    tokens = jobs.rows.tokens[jobs.row[order]]
     if (start[1:] < start[:-1] + tokens[:-1]).any():
         return "rows of the plan read overlapping ranges of keys; xformers runs block-diagonal plans."
     return None
@@ -64,7 +64,7 @@ def execute(
         kv_seqlen=jobs.rows.tokens[jobs.row[order]].tolist(),
     )
     found, found_lse = fmha.memory_efficient_attention_forward_requires_grad(
-        q.reshape(-1, q.shape[-1])[at][None, :, None], k.reshape(1, -1, 1, k.shape[-1]), v.reshape(1, -1, 1, v.shape[-1]),
+        q.reshape(-1, q.shape[-1])[at][None, :, None], *(x.reshape(1, -1, 1, x.shape[-1]) for x in (k, v)),
         attn_bias=bias, scale=scale,
     )  # fmt: skip
     o = q.new_zeros(*q.shape[:3], v.shape[-1])

@@ -51,7 +51,9 @@ class Call:
     compensated: bool
 
 
-def choose(q: Tensor, v: Tensor, plan: Plan, compensation: Compensation | None = None, backend: str = "auto") -> Backend:
+def choose(
+    q: Tensor, v: Tensor, plan: Plan, compensation: Compensation | None = None, backend: str = "auto"
+) -> Backend:
     """The backend for calls like this one.
 
     Raises `UsageError` for an unknown name, `RefusedError` with the reason where the one that was named cannot run.
@@ -66,7 +68,8 @@ def choose(q: Tensor, v: Tensor, plan: Plan, compensation: Compensation | None =
             return Backend("triton", _load("triton"))
         return Backend("torch", _load("torch"), (f"Triton kernels cannot run: {reason} Plain torch does, slowly.",))
     if backend not in HOMES:
-        raise UsageError(f"There is no backend {backend!r}; allowed: auto, {', '.join(HOMES)}.{nearest(backend, HOMES)}")
+        allowed = ("auto", *HOMES)
+        raise UsageError(f"There is no backend {backend!r}; allowed: {', '.join(allowed)}.{nearest(backend, allowed)}")
     reason = _triton_refuses(call) if backend == "triton" else None
     if backend in ("xformers", "flex"):
         reason = importlib.import_module(f"hasten.sparse_attn.{HOMES[backend]}").refuses(call)

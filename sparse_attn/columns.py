@@ -1,7 +1,7 @@
 """How much attention each key gets: the torch twin of the kernel that sums columns.
 
-Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D head dimension, Pk = B * Hk planes of keys; G jobs of one batch, M queries
-and N keys of each.
+Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D head dimension, Pk = B * Hk planes of keys; G jobs of one batch, M
+queries and N keys of each.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, plan: Plan, scale: float) -> 
     """Sum over queries of exp(scale q.k - lse), for the pairs that `plan` reads: float32 [B, Hk, Sk], original order.
 
     q [B, Hq, Sq, D] in original order, k [B, Hk, Sk, D] arranged, lse float [B, Hq, Sq] (of this plan or of any other
-    attention, so sums need not be shares). The query heads of a key head are summed: a key is kept or dropped for all of
-    them. Queries whose lse is -inf count nothing. This is the accumulated attention score of H2O (2306.14048) and the
+    attention, so sums need not be shares). The query heads of a key head are summed: a key is kept or dropped for all
+    of them. Queries whose lse is -inf count nothing. This is the accumulated attention score of H2O (2306.14048) and the
     column mass of AdaSpa (2502.21079, section 4), here of what was read only. Reads the plan on the host.
     """
     with torch.no_grad():

@@ -45,8 +45,8 @@ def execute(
 class _Run:
     """Inputs in the working precision, one row per token, and the outputs as they fill up.
 
-    q: [Pq * Sq, D], k, v: [Pk, Sk, D], all padded to one head dimension. o: [Pq * Sq + 1, D], lse: [1, Pq * Sq + 1], with
-    compensation [2, ...], without it second; the last place of both takes what padding computes.
+    q: [Pq * Sq, D], k, v: [Pk, Sk, D], all padded to one head dimension. o: [Pq * Sq + 1, D], lse: [1, Pq * Sq + 1],
+    with compensation [2, ...], without it second; the last place of both takes what padding computes.
     """
 
     plan: Plan
@@ -184,7 +184,7 @@ class _StandIn:
 def softmax_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Part:
     """softmax(scale q k^T + bias) v and its LSE, for q [G, M, D], k, v [G, N, D], bias [G, 1 or M, N].
 
-    0 and -inf where every bias of a query is -inf. On a CPU by PyTorch's fused kernel; it has to have one head dimension.
+    0 and -inf where every bias of a query is -inf. On a CPU by PyTorch's fused kernel, which has one head dimension.
     """
     if q.device.type != "cpu":
         return plain_part(q, k, v, bias, scale)

@@ -1,7 +1,7 @@
 """What the torch executor has to do for a plan: tiles that read the same keys put together, similar ones in one batch.
 
-Shapes: J jobs, G jobs of one batch, M queries and N keys of each (padded to the longest), R rows, T tiles. Everything is
-counted on the host, in numpy: index arithmetic over a few thousand rows, a few microseconds per call.
+Shapes: J jobs, G jobs of one batch, M queries and N keys of each (padded to the longest), R rows, T tiles. Everything
+is counted on the host, in numpy: index arithmetic over a few thousand rows, a few microseconds per call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOM = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Where the tokens of a batch stand. places: [G, N] (padding repeats a real token); real: bool [G, N], None: all."""
+    """Where the tokens of a batch are. places: [G, N] (padding repeats a real token); real: bool [G, N], None: all."""
 
     places: Ints
     real: Bools | None
@@ -99,8 +99,8 @@ class Jobs:
 class Rows:
     """The rows of a plan on the host. start, full, end: [R]; chunk_start, chunk_length: [N chunks].
 
-    up_to: tokens in all chunks before each one. tokens: [R], keys of each row. low: [R], its first key; whole: bool [R],
-    it is one range of keys that are all read, so that no gathering is needed.
+    up_to: tokens in all chunks before each one. tokens: [R], keys of each row. low: [R], its first key; whole: bool
+    [R], it is one range of keys that are all read, so that no gathering is needed.
     """
 
     start: Ints

@@ -1,7 +1,7 @@
 """Attention as operators that `torch.compile` sees as one opaque node each.
 
 `hasten::attend` asks a *site* (the state of one attention module in one run) what to do, at run time: the compiled
-graph stays the same whether a step is dense, sparse, or reuses. `hasten::sparse_attention` is for those who hold a plan.
+graph stays the same whether a step is dense, sparse or reuses. `hasten::sparse_attention` is for those who hold a plan.
 
 Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D, Dv head dimensions.
 """
@@ -22,7 +22,7 @@ from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 
 class Site(Protocol):
-    """What decides about one attention module. Must be weakly referenceable (a class with slots needs `__weakref__`)."""
+    """What decides about one attention module. Has to allow weak references (a class with slots: `__weakref__`)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o [B, Hq, Sq, Dv] for q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], in the dtype of q.
@@ -33,7 +33,7 @@ class Site(Protocol):
 
 
 _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
-"""Operators take tensors and numbers, so a graph names its site by number; the site lives as long as its owner keeps it."""
+"""Operators take tensors and numbers, so a graph names its site by number; it lives as long as its owner keeps it."""
 
 _numbers = itertools.count()
 
@@ -53,8 +53,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, site: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`site.attend(q, k, v)`, where `site` is the ticket of one: o [B, Hq, Sq, Dv], contiguous. The rest are the arguments
-    of `torch.nn.functional.scaled_dot_product_attention` and reach the site where they are not the defaults."""
+    """`site.attend(q, k, v)`, where `site` is the ticket of one: o [B, Hq, Sq, Dv], contiguous. The rest are the
+    arguments of `torch.nn.functional.scaled_dot_product_attention` and reach the site where they are not the defaults."""
     found: Tensor = torch.ops.hasten.attend(q, k, v, site, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return found
 
@@ -76,8 +76,9 @@ def _attend(
     named |= {} if scale is None else {"scale": scale}
     named |= {"enable_gqa": True} if enable_gqa else {}
     o = owner.attend(q, k, v, **named)
+    shared = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     # The graph was promised a tensor of its own, of this layout.
-    return o.clone(memory_format=torch.contiguous_format) if o is q or o is v or o is k else o.contiguous()
+    return o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in shared else o.contiguous()
 
 
 @_attend.register_fake
@@ -96,8 +97,8 @@ UNLIMITED = -1
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, compensation: Compensation | None = None,
-    arranged: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None,
+    compensation: Compensation | None = None, arranged: bool = False,
 ) -> Output:  # fmt: skip
     """As `attention.sparse_attention`, as one node of a compiled graph. Its backend is chosen when it runs."""
     mask, tables = plan.mask, compensation

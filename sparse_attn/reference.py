@@ -1,7 +1,7 @@
-"""The truth: attention computed pair by pair in float64, from the map of blocks and not from a plan; and dense attention.
+"""The truth: attention computed pair by pair in float64, from the map of blocks and not from a plan; and dense.
 
-Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D, Dv head dimensions, Pq = B * Hq planes of queries (Pk = B * Hk of keys),
-Cq, Ck blocks, R rows. Everything here is in original token order.
+Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D, Dv head dimensions, Pq = B * Hq planes of queries, Pk = B * Hk of
+keys, Cq, Ck blocks, R rows. Everything here is in original token order.
 """
 
 from __future__ import annotations

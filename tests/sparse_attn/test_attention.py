@@ -22,13 +22,11 @@ from tests.sparse_attn.kernel_cases import case
 def test_keys_are_arranged_here_or_by_the_caller() -> None:
     problem = case(0, poison=False)
     k, v = problem.arranged()
-    direct = execute(problem.q, k, v, problem.plan, problem.scale)
+    direct, chosen = execute(problem.q, k, v, problem.plan, problem.scale), choose(problem.q, v, problem.plan)
     for found in (
         sparse_attention(problem.q, problem.k, problem.v, problem.plan, scale=problem.scale),
         sparse_attention(problem.q, k, v, problem.plan, scale=problem.scale, arranged=True),
-        sparse_attention(
-            problem.q, k, v, problem.plan, scale=problem.scale, arranged=True, backend=choose(problem.q, v, problem.plan)
-        ),
+        sparse_attention(problem.q, k, v, problem.plan, scale=problem.scale, arranged=True, backend=chosen),
     ):
         assert torch.equal(found.o, direct.o) and torch.equal(found.lse, direct.lse)
 
@@ -51,7 +49,7 @@ def test_strided_inputs() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: {"q": p.q[0]}, r"q is \[2, 70, 16\]; it has to be \[batch, heads, tokens, head dim\]"),
+        (lambda p: {"q": p.q[0]}, r"q is \[2, 70, 16\]; allowed is \[batch, heads, tokens, head dim\]"),
         (lambda p: {"k": p.k.half()}, "k is torch.float16 and q torch.float32"),
         (lambda p: {"q": p.q.long(), "k": p.k.long(), "v": p.v.long()}, "q is torch.int64"),
         (lambda p: {"v": p.v[:, :, :-1]}, r"v is \[1, 1, 89, 16\]; the plan is for \[1, 1, 90, 16\]"),

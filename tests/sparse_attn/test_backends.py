@@ -139,7 +139,9 @@ def test_xformers_refuses(monkeypatch: pytest.MonkeyPatch, changes: dict[str, ob
 def test_xformers_is_asked_for_the_ranges_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """xformers is not there: what its documentation says that these two functions do stands in for it."""
 
-    def from_seqlens(*, q_seqlen: list[int], kv_seqstarts: list[int], kv_seqlen: list[int]) -> list[tuple[int, int, int]]:
+    def from_seqlens(
+        *, q_seqlen: list[int], kv_seqstarts: list[int], kv_seqlen: list[int]
+    ) -> list[tuple[int, int, int]]:
         assert len(kv_seqstarts) == len(kv_seqlen) + 1 and kv_seqstarts == sorted(kv_seqstarts)
         return list(zip(q_seqlen, kv_seqstarts, kv_seqlen, strict=False))
 
