@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -136,8 +136,12 @@ class Call:
 
     def blinded(self) -> Call:
         """A copy with NaN in place of the latents, to find out what depends on them."""
+        return self.changed(_blind)
+
+    def changed(self, change: Callable[[Any], Any]) -> Call:
+        """A copy with `change(latents)` in place of the latents, which may be a list."""
         name, twin = self.layout.sample, self.copy()
-        value = _blind(twin.get(name))
+        value = change(twin.get(name))
         if name in twin.kwargs:
             twin.kwargs[name] = value
         else:
