@@ -62,7 +62,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, compensation: Compensatio
     """Refuse what does not go together, with a `UsageError` that says what was got and what is allowed."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise UsageError(f"sparse_attention: {name} is {list(x.shape)}; allowed is [batch, heads, tokens, head dim].")
+            raise UsageError(f"sparse_attention: {name} is {list(x.shape)}, not [batch, heads, tokens, head dim].")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise UsageError(
                 f"sparse_attention: {name} is {x.dtype} and q {q.dtype}; all three have one dtype, float16, bfloat16,"

@@ -54,7 +54,7 @@ def attend(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """`site.attend(q, k, v)`, where `site` is the ticket of one: o [B, Hq, Sq, Dv], contiguous. The rest are the
-    arguments of `torch.nn.functional.scaled_dot_product_attention` and reach the site where they are not the defaults."""
+    arguments of `torch.nn.functional.scaled_dot_product_attention` and reach the site where they are not defaults."""
     found: Tensor = torch.ops.hasten.attend(q, k, v, site, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return found
 
@@ -76,9 +76,9 @@ def _attend(
     named |= {} if scale is None else {"scale": scale}
     named |= {"enable_gqa": True} if enable_gqa else {}
     o = owner.attend(q, k, v, **named)
-    shared = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     # The graph was promised a tensor of its own, of this layout.
-    return o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in shared else o.contiguous()
+    shared = o.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    return o.clone(memory_format=torch.contiguous_format) if shared else o.contiguous()
 
 
 @_attend.register_fake

@@ -49,7 +49,7 @@ def test_strided_inputs() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: {"q": p.q[0]}, r"q is \[2, 70, 16\]; allowed is \[batch, heads, tokens, head dim\]"),
+        (lambda p: {"q": p.q[0]}, r"q is \[2, 70, 16\], not \[batch, heads, tokens, head dim\]"),
         (lambda p: {"k": p.k.half()}, "k is torch.float16 and q torch.float32"),
         (lambda p: {"q": p.q.long(), "k": p.k.long(), "v": p.v.long()}, "q is torch.int64"),
         (lambda p: {"v": p.v[:, :, :-1]}, r"v is \[1, 1, 89, 16\]; the plan is for \[1, 1, 90, 16\]"),
