@@ -41,6 +41,10 @@ DRAFT = 32
 """Up to so many new queries at once are a continuation (one token, a draft); more are a piece of prompt."""
 
 
+ONCE = Step(1, 3, 0.5)
+"""The step that prompts are read at, as far as the policy of a diffusion model's steps is concerned: a middle one."""
+
+
 def attach(model: Any, attention: CausalAttention | SparseAttention) -> TextSession:
     """Let the self-attention of a causal language model read what `attention` says, until the session is closed.
 
@@ -64,9 +68,8 @@ def attach(model: Any, attention: CausalAttention | SparseAttention) -> TextSess
         raise ModelError(f"{type(model).__name__} has no causal self-attention with a layer number.")
     if any(SITE in module.__dict__ for module in modules):
         raise UsageError(f"This {type(model).__name__} is attached already. Close the other session first.")
-    policy = attention if isinstance(attention, CausalAttention) else CausalAttention(prompt=attention)
     _register()
-    return TextSession(model, modules, policy)
+    return TextSession(model, modules, _of_prompts(attention))
 
 
 @dataclass(slots=True)
@@ -263,7 +266,7 @@ class Site:
         assert prompt is not None
         state = prompt.start(self.layer)
         o = state.attend(
-            q, k, v, Step(0, 1, 0.0), plain(q.shape[2]), plain(k.shape[2]), scale,
+            q, k, v, ONCE, plain(q.shape[2]), plain(k.shape[2]), scale,
             lambda: exact(q, k, v, scale, mask).o, mask,
         )  # fmt: skip
         fact = state.facts[-1]
@@ -316,6 +319,15 @@ def _register() -> None:
     disabled: Callable[..., Any] = torch.compiler.disable(_attention)
     AttentionInterface.register(NAME, disabled)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _of_prompts(attention: CausalAttention | SparseAttention) -> CausalAttention:
+    """The causal policy, without what its prompt part says about steps of a diffusion model."""
+    policy = attention if isinstance(attention, CausalAttention) else CausalAttention(prompt=attention)
+    if policy.prompt is None:
+        return policy
+    still = policy.prompt.model_copy(update={"warm": 0.0, "tail": 0.0, "every": 0, "refresh": 1})
+    return policy.model_copy(update={"prompt": still})
 
 
 def _is_site(module: nn.Module) -> bool:

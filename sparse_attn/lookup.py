@@ -155,7 +155,7 @@ class ShareAbove(Selector):
     """Keeps the blocks whose keys are each expected to get at least `limit` of a query's softmax mass: the rule of
     Squeezed Attention for any layout and any scorer (of which `Centroid` on k-means is the paper's)."""
 
-    kind: ClassVar[str] = "share_above"
+    kind: ClassVar[str] = "share-above"
     limit: float = Field(ge=0, le=1)
 
     def start(self) -> SelectorState:
