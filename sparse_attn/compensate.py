@@ -6,6 +6,7 @@ Shapes: see `hasten.sparse_attn.blocks`; Dv value dimension, R rows of the plan.
 from __future__ import annotations
 
 from abc import abstractmethod
+import math
 from typing import Literal
 
 import torch
@@ -51,11 +52,14 @@ def centroids(k: Tensor, v: Tensor, order: Order, approximate: Tensor, *, second
 
     k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv] arranged. The means are those of these tokens, in float32: centroids that a
     layout keeps from an earlier step (`Order.means`) would not do, since the sum has to add up to the blocks' own mass.
+    Blocks that are padding or always read are 0 and never stand in, whatever they hold.
     """
+    gone = (order.roles != SELECT)[:, None]
     keys = block_mean(k, order)
-    variances = block_variance(k, order, keys) if second_order else None
-    log_sizes = order.sizes.float().log().expand(keys.shape[0], -1).contiguous()
-    return Compensation(keys, block_mean(v, order), log_sizes, approximate, variances)
+    variances = block_variance(k, order, keys).masked_fill_(gone, 0) if second_order else None
+    values = block_mean(v, order).masked_fill_(gone, 0)
+    log_sizes = order.sizes.float().log().masked_fill(gone[:, 0], -math.inf).expand(keys.shape[0], -1).contiguous()
+    return Compensation(keys.masked_fill_(gone, 0), values, log_sizes, approximate, variances)
 
 
 def block_variance(x: Tensor, order: Order, mean: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hasten.sparse_attn.blocks import block_mean, grouped
+from hasten.sparse_attn.blocks import NEVER, block_mean, grouped
 from hasten.sparse_attn.compensate import block_variance
 from hasten.sparse_attn.score import Scorer, ScorerState, View, products, readable
 
@@ -66,7 +66,8 @@ class _ErrorRouting(ScorerState):
 
     def _of_values(self, view: View, v: Tensor, mass: Tensor, spread: Tensor, error: Tensor) -> Tensor:
         """Relative error of each block, times the spread of its values and their distance from the output."""
-        values = block_mean(v, view.blocks.k)
+        gone = (view.blocks.k.roles == NEVER)[:, None]
+        values = block_mean(v, view.blocks.k).masked_fill_(gone, 0)
         deviation = block_variance(v, view.blocks.k, values).sum(-1).sqrt_().repeat_interleave(view.groups, 0)
         error = error * deviation[:, None, :]
         if self.part.order == 2:

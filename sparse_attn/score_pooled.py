@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hasten.sparse_attn.blocks import NEVER, Order, block_mean, grouped
-from hasten.sparse_attn.compensate import block_variance, centroids, log_mass
+from hasten.sparse_attn.blocks import NEVER, NONE, Order, block_mean, grouped
+from hasten.sparse_attn.compensate import block_variance, log_mass
+from hasten.sparse_attn.plan import Compensation
 from hasten.sparse_attn.score import Scorer, ScorerState, View, means, products, readable
 from hasten.sparse_attn.sums import add_rows
 
@@ -109,8 +110,7 @@ class _MeanRows(ScorerState):
 
     def scores(self, view: View) -> Tensor:
         q, count = view.blocks.q, view.blocks.k.count
-        never = torch.zeros(1, count, dtype=torch.bool, device=view.q.device)
-        tables = centroids(view.k, view.k, view.blocks.k, never, second_order=self.variance)
+        tables = self._tables(view)
         rows = view.q.flatten(0, 1)
         labels = q.labels()
         barred = readable(rows.new_zeros(1, q.count, count, dtype=torch.float32), view)
@@ -119,10 +119,18 @@ class _MeanRows(ScorerState):
         for at in range(0, rows.shape[1], step):
             own = labels[:, at : at + step]
             logits = log_mass(rows[:, at : at + step], tables, view.scale, view.groups)
-            logits += _of_rows(barred, own)
+            logits.masked_fill_(_of_rows(barred, own) == -math.inf, -math.inf)
             add_rows(found, own, logits.softmax(-1).nan_to_num_(0.0))
         found /= q.sizes.clamp(min=1)[:, :, None]
         return readable(found.log(), view)
+
+    def _tables(self, view: View) -> Compensation:
+        """Means of all key blocks, those that are always read too: rows that look at them have less to give."""
+        order = view.blocks.k
+        keys = block_mean(view.k, order)
+        log_sizes = order.sizes.float().log().expand(keys.shape[0], -1)
+        variances = block_variance(view.k, order, keys) if self.variance else None
+        return Compensation(keys, keys, log_sizes, torch.zeros_like(log_sizes, dtype=torch.bool), variances)
 
 
 def _of_rows(scores: Tensor, labels: Tensor) -> Tensor:
@@ -153,7 +161,8 @@ class _Antidiagonal(ScorerState):
 
     def scores(self, view: View) -> Tensor:
         blocks, groups = view.blocks, view.groups
-        q, k = strided(view.q, self.stride).flip(2).flatten(2), strided(view.k, self.stride).flatten(2)
+        q, k = real(view.q, blocks.q, NONE), real(view.k, blocks.k, NEVER)
+        q, k = strided(q, self.stride).flip(2).flatten(2), strided(k, self.stride).flatten(2)
         of_q, of_k = self._belongs(blocks.q), grouped(self._belongs(blocks.k), groups)
         allowed = self._allowed(view) & (of_k[..., blocks.k.roles != NEVER].sum(-1) > 0)[:, None, :]
         found = q.new_zeros(q.shape[0], blocks.q.count, blocks.k.count)
@@ -185,6 +194,12 @@ class _Antidiagonal(ScorerState):
         k_at = torch.arange(k.length, device=view.q.device)[None] if k.perm is None else grouped(k.perm, view.groups)
         last = torch.arange(0, q.length, self.stride, device=view.q.device) + self.stride - 1
         return view.mask.allowed(q_at[:, last.clamp(max=q.length - 1)], k_at[:, :: self.stride], k.length)
+
+
+def real(x: Tensor, order: Order, padding: int) -> Tensor:
+    """x [B, H, S, D] with 0 in place of padding (blocks with that role), which may hold anything."""
+    gone = (order.roles == padding)[order.labels()]
+    return x.masked_fill(gone.view(-1, x.shape[1], x.shape[2], 1) if gone.shape[0] > 1 else gone[0, :, None], 0)
 
 
 def strided(x: Tensor, stride: int) -> Tensor:
