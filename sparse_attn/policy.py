@@ -140,6 +140,7 @@ class SparseState:
     def num_bytes(self) -> int:
         """Bytes held for later steps."""
         held = self._plan.num_bytes() if self._plan is not None else 0
+        held += sum(pattern.layout.num_bytes() for pattern in self._patterns)
         return held + (self._recover.num_bytes() if self._recover is not None else 0)
 
     def forget(self) -> None:
@@ -159,8 +160,9 @@ class SparseState:
             return dense()
         full = dense_with_lse(q, k, v, scale=scale, mask=mask)
         for pattern in learns:
-            view = pattern.view(q, k, v, q_tokens, k_tokens, scale, mask)
+            view = pattern.view(q, k, q_tokens, k_tokens, scale, mask, v)
             pattern.score.observe(view, view.blocks.q.arrange(full.lse[..., None])[..., 0])
+            self._made = None  # what was chosen before is out of date
         if self._recover is not None and self._recover.wants(step):
             if not self._current(step, q, k):
                 self._select(q, k, v, step, q_tokens, k_tokens, scale, mask)
