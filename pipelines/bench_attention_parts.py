@@ -55,7 +55,7 @@ def grid_of(tokens: int) -> tuple[int, int, int]:
             continue
         rest = tokens // frames
         height = next(h for h in range(int(rest**0.5), 0, -1) if rest % h == 0)
-        best = min(best, (frames, height, rest // height), key=lambda grid: max(grid))
+        best = min(best, (frames, height, rest // height), key=lambda grid: (max(grid), -min(grid)))
     return best
 
 

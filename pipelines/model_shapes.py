@@ -40,7 +40,11 @@ class ModelShape:
 
         with torch.device(device):
             model: nn.Module = getattr(diffusers, self.cls)(**(self.config | counts))
-        return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in model.named_parameters():
+            if kept.isdisjoint(name.split(".")):  # as from_pretrained does
+                parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False)
 
     def inputs(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         """Arguments of one evaluation besides the timestep: noise, and a prompt of random numbers, all of it real."""

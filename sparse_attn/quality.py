@@ -67,19 +67,19 @@ def at_tile_density(
 
 def sampled_error(
     found: Output, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, keep: Tensor, *,
-    samples: int = 32, scale: float | None = None, compensation: Compensation | None = None,
+    samples: int = 128, scale: float | None = None, compensation: Compensation | None = None,
 ) -> float:  # fmt: skip
     """Largest error of `found` against the float64 reference on some queries, relative to the largest output.
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] in original order. Made for sequences whose full reference would
-    not fit: `samples` evenly spread arranged places of every plane. inf where anything is not finite.
+    not fit: `samples` evenly spread arranged places of every plane. inf where any output at all is not finite.
     """
     places = torch.linspace(0, q.shape[2] - 1, min(samples, q.shape[2]), device=q.device).long()
     few = Order(None, _counted(blocks.q.bounds, places), blocks.q.roles)
     some = blocks.q.arrange(q)[:, :, places]
     truth = reference(some, k, v, Blocks(few, blocks.k), keep, scale=scale, compensation=compensation).o
     got = blocks.q.arrange(found.o)[:, :, places].double()
-    if not bool(got.isfinite().all()):
+    if not bool(found.o.isfinite().all()):
         return float("inf")
     return float((got - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
 

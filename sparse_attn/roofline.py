@@ -19,7 +19,7 @@ PLANNING = 0.03
 """Time of making a plan relative to dense attention, where it was not measured: two k-means iterations are 1.2 to 1.7 %
 of the operations, scores, selection and packing the rest; a plan that serves several steps costs its share of it."""
 
-WORTH = 1.05
+WORTH = 1.1
 """Predicted gain of the whole step below which the risk to quality is not taken."""
 
 

@@ -47,7 +47,7 @@ class Head:
     rotate: bool = False
     noise: float = 0.35
     bias: float = 0.5
-    sharpness: float = 14.0
+    sharpness: float = 10.0
 
 
 HEADS: dict[str, Head] = {

@@ -112,7 +112,7 @@ class Trial:
         tables = self._tables(k, v) if compensated else None
         return sparse_attention(x.q, k, v, self.plan, scale=x.scale, compensation=tables, arranged=True)
 
-    def error(self, found: Output, samples: int = 32, compensated: bool = True) -> float:
+    def error(self, found: Output, samples: int = 128, compensated: bool = True) -> float:
         """Largest relative error of `found` against the float64 reference on sampled queries of every head."""
         x, order = self.inputs, self.blocks.k
         tables = self._tables(order.arrange(x.k), order.arrange(x.v)) if compensated else None

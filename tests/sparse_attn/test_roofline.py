@@ -59,11 +59,11 @@ def test_the_kernel_alone() -> None:
 def test_short_sequences_are_declined_and_long_ones_are_not() -> None:
     long = SHAPES["hunyuan-720p"]
     short = predict(at_resolution(long, 2048), 0.2, "H100")
-    assert not short.worthwhile and short.speedup < 1.05
+    assert not short.worthwhile and short.speedup < 1.1
     assert "2,048 tokens" in short.why and "as long as a dense one" in short.why
-    middle = predict(at_resolution(long, 6000), 0.2, replace(H100, overhead=1e-4))
+    middle = predict(at_resolution(long, 4096), 0.2, replace(H100, overhead=1e-4))
     assert not middle.worthwhile and middle.kernel > 1
-    assert "% of the time" in middle.why and "less than 1.05x" in middle.why
+    assert "% of the time" in middle.why and "less than 1.10x" in middle.why
     assert predict(long, 0.2, "H100").worthwhile
     assert not predict(long, 1.0, "H100").worthwhile, "everything read by a slower kernel"
 
