@@ -36,6 +36,32 @@ class Event:
     share: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """One attention call whose policy was asked.
+
+    site, layer: dotted name of the module, and its number among those that may be sparse. action: "sparse" or "dense".
+    tokens: queries. density: share of the pairs of query and key that were read. recall: estimated share of the softmax
+    mass that was read exactly; None where nothing stood in for the rest, so that it is not known. reused: with the
+    selection of an earlier step.
+    """
+
+    run: int
+    step: int
+    branch: int
+    site: str
+    layer: int
+    action: str
+    tokens: int
+    density: float
+    recall: float | None = None
+    reused: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        return self.action == "sparse"
+
+
 @dataclass(slots=True)
 class Run:
     """One pass of the host's loop. `steps` is the planned number of evaluations per branch.
@@ -56,6 +82,7 @@ class Run:
 class Trace:
     """Everything that one `accelerate` saw, in order.
 
+    attention: what attention calls did, where a recipe makes them sparse; written when a run is over.
     structure: site name -> number of blocks, for drawing the timeline.
     notes: sentences the user must read (fallbacks, refusals, methods that did nothing); each once.
     bytes_peak: most bytes that caches held at once.
@@ -63,6 +90,7 @@ class Trace:
 
     runs: list[Run] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    attention: list[Attended] = field(default_factory=list)
     structure: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     bytes_held: int = 0
@@ -86,10 +114,14 @@ class Trace:
     def of_run(self, index: int) -> Iterator[Event]:
         return (event for event in self.events if event.run == index)
 
+    def attended(self, index: int) -> Iterator[Attended]:
+        return (call for call in self.attention if call.run == index)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "runs": [asdict(run) for run in self.runs],
             "events": [asdict(event) for event in self.events],
+            "attention": [asdict(call) for call in self.attention],
             "structure": dict(self.structure),
             "notes": list(self.notes),
             "bytes_peak": self.bytes_peak,

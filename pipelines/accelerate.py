@@ -24,6 +24,7 @@ from hasten.pipelines.solver import swap_scheduler
 from hasten.recipe import Recipe
 from hasten.samplers.solver import Solver
 from hasten.session import Attachment
+from hasten.sparse_attn.policy import SparseAttention
 from hasten.step import Step
 from hasten.trace import Run, Trace
 
@@ -69,8 +70,13 @@ class Session:
         self._warned: set[str] = set()
         self._began = 0.0
         models = denoisers(host)
-        if recipe.attention is not None or recipe.runtime is not None:
-            raise UsageError(f"Recipe {recipe.name!r} sets an axis that has no seam yet; drop attention and runtime.")
+        if recipe.runtime is not None:
+            raise UsageError(f"Recipe {recipe.name!r} sets an axis that has no seam yet; drop runtime.")
+        if not isinstance(recipe.attention, SparseAttention | None):
+            raise UsageError(
+                f"Recipe {recipe.name!r} has attention of kind {recipe.attention.kind!r}, which is for language models; a"
+                f" denoiser takes {SparseAttention.kind!r}."
+            )
         if isinstance(host, nn.Module) and recipe.sampler is not None:
             raise UsageError(f"Recipe {recipe.name!r} swaps the solver, and a bare denoiser has none; swap it in your loop.")
         if isinstance(host, nn.Module) and scheduler is None:
@@ -215,6 +221,8 @@ class Session:
         stood_in = any(event.action in ("reuse", "forecast") for event in events)
         left_out = any(event.action == "skip" or event.share < 1 for event in events)
         name = self.recipe.name or "this recipe"
+        if self.recipe.attention is not None and not any(call.sparse for call in self.trace.attended(run)):
+            self._warn(f"{name}: no attention call was sparse. The report says why.")
         if self.recipe.reuse is not None and not stood_in:
             self._warn(f"{name}: reuse skipped nothing; its rule never allowed it. Raise its limit, or see the report.")
         if self.recipe.guidance is not None and self.guidance is not None and not left_out:

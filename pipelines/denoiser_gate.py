@@ -20,6 +20,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.stack import StackReuse
 from hasten.caching.width import WidthReuse
 from hasten.forecast import Hold
+from hasten.pipelines.attention_seam import AttentionSeam
 from hasten.pipelines.context_seam import ContextSeam
 from hasten.pipelines.deep_seam import DeepSeam
 from hasten.pipelines.host import Call, Layout, Output
@@ -31,6 +32,7 @@ from hasten.pipelines.width_seam import WidthSeam
 from hasten.pipelines.writes import Kind, Writes, kind_of
 from hasten.recipe import ReusePolicy
 from hasten.session import Attachment
+from hasten.sparse_attn.policy import SparseAttention
 from hasten.step import Step
 from hasten.trace import Action, Event
 
@@ -66,10 +68,15 @@ class DenoiserGate:
         self.writes = Writes()
         group = session.group if session.group is not None else group_of(model)
         self.agree: Mean = alone if group is None else across(group)
+        self.attention: AttentionSeam | None = None
         self._attach()
         try:
+            policy = session.recipe.attention
+            self.attention = AttentionSeam(self, policy) if isinstance(policy, SparseAttention) else None
             self.seam = self._seam()
         except BaseException:
+            if self.attention is not None:
+                self.attention.release()
             self._attachment.restore()  # the session does not know this gate yet, so nobody else would
             raise
 
@@ -111,22 +118,28 @@ class DenoiserGate:
     def release(self) -> None:
         """Put the network back as it was."""
         self.seam.release()
+        if self.attention is not None:
+            self.attention.release()
         self._attachment.restore()
         self.forget()
 
     def begin_run(self) -> None:
         """Start clean: nothing of an earlier run, whole or broken off, may be reused."""
         self.seam.begin_run(self.session.clock.run_times)
+        if self.attention is not None:
+            self.attention.begin_run()
         self._seen, self._kinds = {}, {}
 
     def forget(self) -> None:
         """Drop all tensors."""
         self.seam.forget()
+        if self.attention is not None:
+            self.attention.forget()
         self._seen = {}
 
     def num_bytes(self) -> int:
         """Bytes held for later steps."""
-        return self.seam.num_bytes()
+        return self.seam.num_bytes() + (self.attention.num_bytes() if self.attention is not None else 0)
 
     # --- one call ---------------------------------------------------------------------------------
 
@@ -168,6 +181,8 @@ class DenoiserGate:
         if stand_in is not None and seen is not None:
             self.session.trace.add(self.event(step, self.stand_in_action(), signal=self.seam.change))
             return seen.rebuild(stand_in)
+        if self.attention is not None:
+            self.attention.prepare(call)
         seam = self.session.guidance
         if seam is not None and self.writes.knows(kind) and seam.skips(step, x.shape[0]):
             answered = self._answer_uncond(step, call, x)
@@ -181,14 +196,26 @@ class DenoiserGate:
 
     def evaluate(self, call: Call) -> Any:
         """Run the network itself on `call`; all seams come here, so that what it writes into is known."""
-        return self.writes.watch(call, lambda: self.inner(*call.args, **call.kwargs))
+        return self.writes.watch(call, lambda: self._attended(call, self.inner, ours=False))
 
     def rehearse(self, call: Call) -> Any:
         """An evaluation of our own that the host has not asked for: sessions nested inside this one do not see it."""
+        return self.writes.watch(call, lambda: self._attended(call, self.bare, ours=True))
+
+    def bare(self, *args: Any, **kwargs: Any) -> Any:
+        """The network without the sessions nested inside this one, and without notes of what it writes into."""
         inner = self.inner
         while isinstance(inner, DenoiserGate):
             inner = inner.inner
-        return self.writes.watch(call, lambda: inner(*call.args, **call.kwargs))
+        return inner(*args, **kwargs)
+
+    def _attended(self, call: Call, forward: Callable[..., Any], *, ours: bool) -> Any:
+        """One evaluation, its attention sparse where the recipe says so."""
+
+        def work() -> Any:
+            return forward(*call.args, **call.kwargs)
+
+        return work() if self.attention is None else self.attention.evaluate(call, work, ours=ours)
 
     def repeatable(self, call: Call) -> bool:
         """May `call`, which was just evaluated, be evaluated again in order to prove something?"""
