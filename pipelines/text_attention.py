@@ -6,8 +6,9 @@ Shapes: B batch, Hq, Hk heads, n new queries, S keys as the cache hands them ove
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -34,8 +35,8 @@ from hasten.step import Step
 NAME = "hasten"
 """Of our function in transformers' registry of attention functions, and of SDPA's masks in that of masks."""
 
-SITE = "_hasten_text_site"
-"""Attribute of an attached attention module."""
+CALL = "hasten_call"
+"""Keyword that an attached module's forward hands through to our attention function: which site, with which cache."""
 
 DRAFT = 32
 """Up to so many new queries at once are a continuation (one token, a draft); more are a piece of prompt."""
@@ -66,7 +67,7 @@ def attach(model: Any, attention: CausalAttention | SparseAttention) -> TextSess
     modules = [module for module in model.modules() if _is_site(module)]
     if not modules:
         raise ModelError(f"{type(model).__name__} has no causal self-attention with a layer number.")
-    if any(SITE in module.__dict__ for module in modules):
+    if any(module.config._attn_implementation == NAME for module in modules):  # type: ignore[union-attr]
         raise UsageError(f"This {type(model).__name__} is attached already. Close the other session first.")
     _register()
     return TextSession(model, modules, _of_prompts(attention))
@@ -93,13 +94,14 @@ class Row:
 class TextSession:
     """An attached model. Use it as a context manager, or call `close()`.
 
-    rows: what happened, by layer and phase. reasons: why calls were left to the model.
+    rows: what happened, by layer and phase. reasons: why calls were left to the model. sites: the attached modules.
     """
 
     def __init__(self, model: PreTrainedModel, modules: list[nn.Module], policy: CausalAttention) -> None:
         self.policy = policy
         self.rows: dict[tuple[int, str], Row] = {}
         self.reasons: list[str] = []
+        self.sites: list[Site] = []
         self._model = type(model).__name__
         self._rules: list[tuple[weakref.ref[Tensor], int | None, Rule | None]] = []
         self._attachment = Attachment()
@@ -119,10 +121,8 @@ class TextSession:
         ours = {id(module.config) for module in modules}
         for module in modules:
             site = Site(self, module, layers, module.config._attn_implementation)  # type: ignore[union-attr, arg-type]
-            object.__setattr__(module, SITE, site)
-            self._attachment.on_restore(lambda module=module: module.__dict__.pop(SITE, None))
-            hook = module.register_forward_pre_hook(site.called, with_kwargs=True)
-            self._attachment.on_restore(hook.remove)
+            self._attachment.replace(module, "forward", site.forward(module.forward))
+            self.sites.append(site)
         for module in model.modules():
             config = module.__dict__.get("config")
             if isinstance(config, PreTrainedConfig) and id(config) in memo:
@@ -180,23 +180,25 @@ class Site:
     layers: int
     before: str | None
     readers: weakref.WeakKeyDictionary[Any, ReaderState] = field(default_factory=weakref.WeakKeyDictionary)
-    here: threading.local = field(default_factory=threading.local)
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a copy of the model is a plain one
 
     @property
     def layer(self) -> int:
         """Number of the module's layer."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
-    def called(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the module's forward: which cache is it called with? (The attention function is not told.)"""
-        self.here.cache = kwargs.get("past_key_values")
+    def forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """The module's forward, which tells our attention function the site and the cache: no one else does."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, extra: dict[str, Any]) -> Any:
-        """What our attention function returns: o [B, n, Hq, Dv] and no weights."""
-        cache, self.here.cache = getattr(self.here, "cache", None), None
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return own(*args, **kwargs, **{CALL: (self, kwargs.get("past_key_values"))})
+
+        return forward
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cache: Any, extra: dict[str, Any]
+    ) -> Any:
+        """What our attention function returns: o [B, n, Hq, Dv] and no weights. cache: the one it was called with."""
         reason = self._refuses(q, k, mask, extra)
         rule = None if reason else self.session.rule(mask, q, k.shape[2], extra.get("sliding_window"))
         if reason is None and rule is None:
@@ -308,10 +310,10 @@ def _attention(
     scaling: float | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """The registered function. Modules that nobody attached get SDPA."""
-    site = module.__dict__.get(SITE)
+    site, cache = kwargs.pop(CALL, (None, None))
     if site is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return site.attend(query, key, value, attention_mask, scaling, kwargs)
+    return site.attend(query, key, value, attention_mask, scaling, cache, kwargs)
 
 
 def _register() -> None:
@@ -334,6 +336,7 @@ def _is_site(module: nn.Module) -> bool:
     """Causal self-attention with a layer number, as transformers writes it."""
     return (
         "Attention" in type(module).__name__
+        and any(given.kind is given.VAR_KEYWORD for given in inspect.signature(module.forward).parameters.values())
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False) is True
         and hasattr(getattr(module, "config", None), "_attn_implementation_internal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from hasten.errors import ModelError, UsageError
-from hasten.pipelines.text_attention import NAME, SITE, TextSession, attach
+from hasten.pipelines.text_attention import NAME, ONCE, TextSession, attach
 from hasten.pipelines.text_mask import Rule, read
 from hasten.sparse_attn.causal import CausalAttention
 from hasten.sparse_attn.compensate import Compensate
@@ -34,9 +35,11 @@ from hasten.sparse_attn.delta import Delta, Runs
 from hasten.sparse_attn.hierarchical import Hierarchical, Tree
 from hasten.sparse_attn.layout import Identity
 from hasten.sparse_attn.lookup import Lookup
+from hasten.sparse_attn.mask import causal
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.reader import Everything, Reader, Recent
+from hasten.sparse_attn.segments import plain
 from hasten.sparse_attn.select_top import All
 from hasten.sparse_attn.spans import Depth, Full, Near, Shards, Spans
 from hasten.sparse_attn.votes import Votes
@@ -170,8 +173,8 @@ def test_closing_puts_everything_back() -> None:
     session.close()
     assert model.config is config and config._attn_implementation == "sdpa"
     for module, own in zip(model.modules(), state, strict=True):
-        assert module.__dict__.keys() == own.keys() and SITE not in module.__dict__
-        assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
+        assert module.__dict__.keys() == own.keys()
+        assert all(value is own[name] for name, value in module.__dict__.items() if name not in ("training",))
     assert torch.equal(model(tokens).logits, before)
 
 
@@ -197,8 +200,8 @@ def test_a_copy_of_an_attached_model_is_a_plain_one() -> None:
     model = build("llama")
     dense = model(ids(2, 21)).logits
     with attach(model, CausalAttention(prompt=pattern(Spans(spans=(Near(window=4),))), min_tokens=0)):
-        plain = copy.deepcopy(model)
-    assert plain.config._attn_implementation == "sdpa" and torch.equal(plain(ids(2, 21)).logits, dense)
+        other = copy.deepcopy(model)
+    assert other.config._attn_implementation == "sdpa" and torch.equal(other(ids(2, 21)).logits, dense)
 
 
 def test_eager_models_stay_eager_where_they_are_left_alone() -> None:
@@ -235,7 +238,7 @@ def test_sparse_prompts_read_less_and_never_the_future(name: str) -> None:
             torch.testing.assert_close(model(changed).logits[:, :40], ours[:, :40], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ours, dense, rtol=1e-3, atol=1e-3), "else nothing was left out"
     row = session.rows[1, "prompt"]
-    assert row.sparse >= 1 and 0 < row.density < 0.45 and torch.isfinite(ours).all()
+    assert row.sparse >= 1 and 0 < row.density < 0.5 and torch.isfinite(ours).all()
 
 
 def test_delta_reads_nothing_of_the_future() -> None:
@@ -243,10 +246,6 @@ def test_delta_reads_nothing_of_the_future() -> None:
     part = PROMPTS["delta"].start(0)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 48, 8, generator=g) for _ in range(3))
-    from hasten.pipelines.text_attention import ONCE
-    from hasten.sparse_attn.mask import causal
-    from hasten.sparse_attn.segments import plain
-
     def run(v: Tensor) -> Tensor:
         tokens = plain(48)
         return part.attend(q, k, v, ONCE, tokens, tokens, 0.3, lambda: q, causal(48, 48))
@@ -308,10 +307,10 @@ def test_states_belong_to_caches() -> None:
 
 def test_states_die_with_their_cache() -> None:
     model = build("llama")
-    with attach(model, CausalAttention(cache=Lookup(cluster=4), min_tokens=0)):
+    with attach(model, CausalAttention(cache=Lookup(cluster=4), min_tokens=0)) as session:
         model.generate(ids(1, 30), max_new_tokens=3, do_sample=False)
-        site = model.model.layers[0].self_attn.__dict__[SITE]
-        assert len(site.readers) == 0
+        gc.collect()
+        assert [len(site.readers) for site in session.sites] == [0, 0, 0]
 
 
 # --- what is refused, and said -------------------------------------------------------------------------------
