@@ -9,7 +9,6 @@ construction, keeps no weights in memory and is the twin that `kernels.backward`
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hasten.errors import RefusedError, UsageError
+from hasten.sparse_attn.backends import installed
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 ROOM = 1 << 22
@@ -62,7 +62,7 @@ def planned_attention(
 
 def why_not_triton(q: Tensor, v: Tensor, compensation: Compensation | None, bias: Tensor | None) -> str | None:
     """Why the kernels cannot run this call; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed("triton"):
         return "triton is not installed."
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"kernels take float16, bfloat16 and float32, and q is {q.dtype}."
