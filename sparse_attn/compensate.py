@@ -5,8 +5,8 @@ Shapes: see `hasten.sparse_attn.blocks`; Dv value dimension, R rows of the plan.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 import math
+from abc import abstractmethod
 from typing import Literal
 
 import torch

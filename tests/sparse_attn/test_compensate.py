@@ -1,0 +1,193 @@
+"""What stands in for blocks that are not read: against naive means, and end to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hasten.sparse_attn.attention import sparse_attention
+from hasten.sparse_attn.blocks import ALWAYS, NEVER, SELECT, SPARSE, Blocks
+from hasten.sparse_attn.compensate import Compensate, approximate_map, centroids, log_mass
+from hasten.sparse_attn.extent import FULL, block_states
+from hasten.sparse_attn.layout import Identity
+from hasten.sparse_attn.layout_kmeans import KMeans
+from hasten.sparse_attn.mask import causal
+from hasten.sparse_attn.pack import pack
+from hasten.sparse_attn.plan import Output
+from hasten.sparse_attn.segments import plain
+from tests.sparse_attn.random_blocks import Case, cases, normal
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_tables_are_the_means_of_blocks(case: Case) -> None:
+    b, _, hk = case.heads
+    order = case.blocks.k
+    k, v = normal(case.seed, b, hk, order.length, 5), normal(case.seed + 1, b, hk, order.length, 3)
+    found = centroids(k, v, order, torch.zeros(1, order.count, dtype=torch.bool), second_order=True)
+    assert found.variances is not None
+    labels = order.labels()
+    for plane in range(b * hk):
+        own = labels[plane % labels.shape[0]]
+        for block in range(order.count):
+            keys, values = (x.flatten(0, 1)[plane][own == block].double() for x in (k, v))
+            if not len(keys) or order.roles[block] != SELECT:
+                assert found.log_sizes[plane, block] == -math.inf
+                assert not found.keys[plane, block].any() and not found.values[plane, block].any()
+                continue
+            assert torch.allclose(found.keys[plane, block].double(), keys.mean(0), atol=1e-5)
+            assert torch.allclose(found.values[plane, block].double(), values.mean(0), atol=1e-5)
+            assert torch.allclose(found.variances[plane, block].double(), keys.var(0, correction=0), atol=1e-5)
+            assert float(found.log_sizes[plane, block]) == pytest.approx(math.log(len(keys)), abs=1e-6)
+
+
+def test_variances_of_tight_blocks_keep_their_digits() -> None:
+    x = 1000 + 0.01 * normal(0, 1, 1, 64, 4)
+    order = Identity(block=16).start().blocks(x, x, plain(64), plain(64)).k
+    found = centroids(x, x, order, torch.zeros(1, 4, dtype=torch.bool), second_order=True).variances
+    expected = x.double().view(1, 4, 16, 4).var(2, correction=0)
+    assert found is not None and torch.allclose(found.double(), expected, rtol=0.05)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_every_block_is_read_stands_in_or_may_not(case: Case) -> None:
+    keep = case.blocks.force(case.keep)
+    found = approximate_map(case.blocks, keep, groups=case.groups)
+    q, k = case.blocks.q.roles[:, None], case.blocks.k.roles[None, :]
+    sizes = case.blocks.k.sizes
+    sizes = sizes if sizes.shape[0] == 1 else sizes.repeat_interleave(case.groups, 0)
+    mayhap = (q == SPARSE) & (k == SELECT) & (sizes > 0)[:, None, :]
+    assert torch.equal(found, mayhap & ~keep)
+    plan = pack(case.blocks, keep, case.heads, block_m=8, block_n=8)
+    assert plan.row_start.numel() == found.shape[0] * found.shape[1], "a row of the map for each row of the plan"
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_only_blocks_wholly_in_the_past_stand_in(case: Case) -> None:
+    mask = causal(case.blocks.q.length, case.blocks.k.length)
+    keep = case.blocks.force(case.keep)
+    found = approximate_map(case.blocks, keep, groups=case.groups, mask=mask)
+    state = block_states(case.blocks, mask, case.groups)
+    assert not (found & (state != FULL)).any()
+    assert torch.equal(found, approximate_map(case.blocks, keep, groups=case.groups) & (state == FULL))
+    plan = pack(case.blocks, keep, case.heads, block_m=8, block_n=8, mask=mask)
+    assert plan.row_start.numel() == found.shape[0] * found.shape[1]
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, keep: Tensor, order: Any, *, is_causal: bool = False
+) -> Output:
+    """Sparse attention with compensation of that order (None: without), in original order."""
+    heads = (q.shape[0], q.shape[1], k.shape[1])
+    mask = causal(q.shape[2], k.shape[2]) if is_causal else None
+    plan = pack(blocks, keep, heads, block_m=16, block_n=16, mask=mask)
+    ka, va = blocks.k.arrange(k), blocks.k.arrange(v)
+    tables = None
+    if order is not None:
+        stand_in = approximate_map(blocks, keep, groups=heads[1] // heads[2], mask=mask)
+        tables = Compensate(order=order).tables(ka, va, blocks.k, stand_in)
+    return sparse_attention(q, ka, va, plan, compensation=tables, arranged=True)
+
+
+def clusters(seed: int, *, width: float, count: int = 8, size: int = 32) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+    """q, k, v [1, 2, count * size, 16] with keys in Gaussian clusters, one per block."""
+    q = normal(seed, 1, 2, count * size, 16)
+    k = normal(seed + 1, 1, 2, count, 1, 16) + width * normal(seed + 2, 1, 2, count, size, 16)
+    v = normal(seed + 3, 1, 2, count, 1, 16) + width * normal(seed + 4, 1, 2, count, size, 16)
+    k, v = k.flatten(2, 3), v.flatten(2, 3)
+    tokens = plain(count * size)
+    return q, k, v, Identity(block=size).start().blocks(q, k, tokens, tokens)
+
+
+def test_with_every_block_left_out_it_is_attention_to_centroids() -> None:
+    q, k, v, blocks = clusters(0, width=0.5)
+    k, v, blocks = k[:, :, :-5], v[:, :, :-5], replace(blocks, k=Identity(block=32).start().blocks(
+        q, k[:, :, :-5], plain(256), plain(251)).k)  # fmt: skip
+    out = attended(q, k, v, blocks, torch.zeros(1, 8, 8, dtype=torch.bool), 1)
+    means = [torch.stack([x[:, :, at : at + 32].double().mean(2) for at in range(0, 256, 32)], 2) for x in (k, v)]
+    sizes = torch.tensor([32.0] * 7 + [27.0], dtype=torch.float64).log()
+    logits = q.double() @ means[0].mT / 4 + sizes
+    assert torch.allclose(out.o.double(), logits.softmax(-1) @ means[1], atol=1e-5)
+    assert torch.allclose(out.lse.double(), logits.logsumexp(-1), atol=1e-5)
+    assert (out.rho == 0).all()
+
+
+def test_with_every_block_read_it_is_attention() -> None:
+    q, k, v, blocks = clusters(5, width=0.5)
+    out = attended(q, k, v, blocks, torch.ones(1, 8, 8, dtype=torch.bool), 2)
+    assert torch.allclose(out.o, scaled_dot_product_attention(q, k, v), atol=1e-5)
+    assert torch.allclose(out.rho, torch.ones(1, 2, 256), atol=1e-6)
+
+
+def test_means_of_equal_keys_are_exact() -> None:
+    q, k, v, blocks = clusters(10, width=0.0)
+    keep = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3
+    for order in (1, 2):
+        out = attended(q, k, v, blocks, keep, order)
+        assert torch.allclose(out.o, scaled_dot_product_attention(q, k, v), atol=1e-5)
+
+
+def test_the_second_order_is_nearer_to_the_truth_on_gaussian_clusters() -> None:
+    q, k, v, blocks = clusters(15, width=0.8)
+    truth = scaled_dot_product_attention(q, k, v)
+    mass = (q.double() @ k.double().mT / 4).view(1, 2, 256, 8, 32).logsumexp(-1)[0]
+    never = torch.zeros(1, 8, dtype=torch.bool)
+    logs = [
+        (log_mass(q[0], centroids(k, v, blocks.k, never, second_order=second), 0.25) - mass).abs().mean()
+        for second in (False, True)
+    ]
+    assert logs[1] < 0.5 * logs[0], "the logarithm of each block's mass"
+    keep = torch.eye(8, dtype=torch.bool)[None]
+    outputs = [float((attended(q, k, v, blocks, keep, order).o - truth).norm()) for order in (None, 1, 2)]
+    assert outputs[2] < outputs[1] < 0.5 * outputs[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rho_is_the_share_that_was_read(seed: int) -> None:
+    q, k, v, _ = clusters(20 + seed, width=0.5)
+    layout = KMeans(q_size=32, k_size=16).start()
+    blocks = layout.blocks(q, k, plain(256), plain(256))
+    keep = torch.rand(2, blocks.q.count, blocks.k.count, generator=torch.Generator().manual_seed(seed)) < 0.2
+    exact, first, second = (attended(q, k, v, blocks, keep, order) for order in (None, 1, 2))
+    truth = (exact.lse - (q @ k.mT / 4).logsumexp(-1)).exp()
+    assert (second.rho - truth).abs().mean() < 0.01
+    assert (second.rho - truth).abs().mean() < (first.rho - truth).abs().mean()
+    assert (first.rho - truth).mean() > 0, "the first order underrates what is left out"
+
+
+@pytest.mark.parametrize("order", [None, 1, 2])
+def test_nothing_tells_of_the_future(order: Any) -> None:
+    q, k, v, blocks = clusters(30, width=0.5)
+    keep = torch.eye(8, dtype=torch.bool)[None]
+    before = attended(q, k, v, blocks, keep, order, is_causal=True)
+    k[:, :, 100:], v[:, :, 100:] = normal(1, 156, 16), normal(2, 156, 16)
+    after = attended(q, k, v, blocks, keep, order, is_causal=True)
+    assert torch.equal(before.o[:, :, :96], after.o[:, :, :96]), "blocks before the change"
+    assert torch.allclose(before.o[:, :, 96:100], after.o[:, :, 96:100], atol=1e-6), "and within its block"
+    assert not torch.allclose(before.o[:, :, 128:], after.o[:, :, 128:], atol=1e-2)
+
+
+def test_with_a_causal_mask_the_past_stands_in() -> None:
+    q, k, v, blocks = clusters(35, width=0.0)
+    keep = torch.eye(8, dtype=torch.bool)[None]
+    out = attended(q, k, v, blocks, keep, 1, is_causal=True)
+    assert torch.allclose(out.o, scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+
+
+def test_padding_that_holds_anything_stands_in_for_nothing() -> None:
+    q, k, v, blocks = clusters(40, width=0.5)
+    roles = torch.tensor([SELECT] * 6 + [ALWAYS, NEVER], dtype=torch.int8)
+    blocks = replace(blocks, k=replace(blocks.k, roles=roles))
+    k[:, :, 224:], v[:, :, 224:] = math.nan, math.nan
+    keep = blocks.force(torch.eye(8, dtype=torch.bool)[None])
+    out = attended(q, k, v, blocks, keep, 2)
+    assert out.o.isfinite().all() and out.lse.isfinite().all()
