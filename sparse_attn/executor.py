@@ -65,7 +65,7 @@ class _Run:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         wide = max(q.shape[-1], v.shape[-1])
         planes, places = plan.heads[0] * plan.heads[2], plan.heads[0] * plan.heads[1] * plan.queries
-        k, v = (widened(x.to(exact).reshape(planes, plan.keys, -1), wide) for x in (k, v))
+        k, v = (widened(x.to(exact).reshape(planes, plan.keys, -1), wide).contiguous() for x in (k, v))
         flat = widened(q.to(exact).reshape(places, -1), wide)
         o = flat.new_zeros(places + 1, v.shape[-1])
         lse = flat.new_full((1 if compensation is None else 2, places + 1), -math.inf)
