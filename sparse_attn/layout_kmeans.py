@@ -78,21 +78,20 @@ class KMeans(Layout):
 class _KMeans(LayoutState):
     def __init__(self, part: KMeans) -> None:
         self.part = part
-        self._centroids: dict[tuple[str, str], Tensor] = {}
+        self._last: dict[tuple[str, str], tuple[int, Tensor]] = {}  # tokens and centroids of the call before
 
     def arrange(self, x: Tensor, segment: Segment, side: str) -> Arrangement:
         b, h, n, d = x.shape
         points, part = x.reshape(b * h, n, d), self.part
         count = part.clusters(n, side)
-        old = self._centroids.get((side, segment.name))
-        warm = old is not None and old.shape == (b * h, count, d) and old.device == x.device
+        tokens, old = self._last.get((side, segment.name), (0, x))
+        warm = tokens == n and old.shape == (b * h, count, d) and old.device == x.device
         if not warm:
             old = points[:, part.begin(n, count).to(x.device)].float()
-        assert old is not None
         labels, centroids, sizes = lloyd(points, old, part.warm if warm else part.first, part.metric)
         if part.ordered and not warm:
             labels, centroids, sizes = in_line(labels, centroids, sizes)
-        self._centroids[side, segment.name] = centroids
+        self._last[side, segment.name] = n, centroids
         apart = round(part.outliers * n) if side == "k" else 0
         if not apart:
             return Arrangement(*runs(labels, count), means=centroids.masked_fill(sizes[..., None] == 0, 0.0))
@@ -103,7 +102,7 @@ class _KMeans(LayoutState):
         return Arrangement(*runs(labels, count + 1), means=means, always=always)
 
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._centroids.values())
+        return sum(t.numel() * t.element_size() for _, t in self._last.values())
 
 
 def lloyd(x: Tensor, centroids: Tensor, passes: int, metric: Metric = "euclidean") -> tuple[Tensor, Tensor, Tensor]:

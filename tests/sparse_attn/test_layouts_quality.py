@@ -167,7 +167,7 @@ def test_leaves_are_exactly_equal(n: int, block: int, planes: int) -> None:
 def test_leaves_are_far_more_homogeneous_than_the_raster() -> None:
     x, owner = clustered(3, 16, 16)
     found = order(Tree(block=16), x, plain(256))
-    assert (spread(x, found) < 0.05 * spread(x, Order(None, uniform(256, 16), found.roles))).all()
+    assert (spread(x, found) < 0.1 * spread(x, Order(None, uniform(256, 16), found.roles))).all()
     assert found.perm is not None
     pure = [len(set(owner[row].tolist())) == 1 for plane in found.perm for row in plane.view(16, 16)]
     assert sum(pure) >= 0.8 * len(pure)
