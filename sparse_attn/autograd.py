@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,7 +37,7 @@ def planned_attention(
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] in original order, of one dtype (float64 too, with an lse in
     float64). scale: of q.k, D ** -0.5 if None. bias: [B, Hk, Sk] in original order, added to the logits of each key (a
-    dynamic mask). Gradients reach q, k, v, bias and the keys, values and variances of `compensation`; so they reach k
+    dynamic mask), not to those of a compensation's blocks. Gradients reach q, k, v, bias and the keys, values and variances of `compensation`; so they reach k
     and v once more where those are means that were computed with gradients on. Once only: no second derivatives.
 
     backend: "auto" takes Triton on CUDA devices where it can, "torch" and "triton" insist. Triton's gradients of k and v
@@ -54,9 +55,11 @@ def planned_attention(
     if compensation is not None:
         tables = (compensation.keys, compensation.values, compensation.variances)
     if backend == "triton" or (backend == "auto" and q.is_cuda and refused is None):
+        keys, values, _ = tables
         if bias is not None:
             q, k = with_bias(q, k, bias, scale)
-        return cast(Pair, _Kernels.apply(q, k, v, *tables[:2], plan, scale, compensation))  # type: ignore[no-untyped-call]
+            keys = None if keys is None else F.pad(keys, (0, 2))
+        return cast(Pair, _Kernels.apply(q, k, v, keys, values, plan, scale, compensation))  # type: ignore[no-untyped-call]
     return cast(Pair, _Slabs.apply(q, k, v, bias, *tables, plan, scale, compensation))  # type: ignore[no-untyped-call]
 
 
@@ -106,6 +109,8 @@ class _Kernels(torch.autograd.Function):
     ) -> Pair:  # fmt: skip
         from hasten.sparse_attn.kernels.forward import forward
 
+        if compensation is not None and keys is not None and values is not None:
+            compensation = replace(compensation, keys=keys, values=values)
         out = forward(q, k, v, plan, scale, compensation)
         ctx.save_for_backward(q, k, v, out.o, out.lse)
         ctx.plan, ctx.scale, ctx.compensation = plan, scale, compensation

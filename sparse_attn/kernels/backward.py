@@ -22,9 +22,11 @@ from torch import Tensor
 
 from hasten.errors import RefusedError
 from hasten.sparse_attn.kernels import launch
-from hasten.sparse_attn.kernels.forward import _PLAIN, check_shapes, mask_arguments, plan_arguments, strides
+from hasten.sparse_attn.kernels.forward import check_shapes
 from hasten.sparse_attn.kernels.softmax import allowed
 from hasten.sparse_attn.plan import Compensation, Output, Plan
+
+_PLAIN = ["left", "right", "offset", "tree_keys", "keys", "queries", "q_perm_plane", "k_perm_plane", "blocks"]
 
 
 @triton.jit
@@ -110,10 +112,9 @@ def _backward(
         on_c = tl.arange(0, BLOCK_C)
         for c in tl.range(0, blocks, BLOCK_C):
             block = c + on_c
-            real_c = block < blocks
             place = key_plane * blocks + block
-            held_k, held_v = real_c[:, None] & real_d[None, :], real_c[:, None] & real_dv[None, :]
-            stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=real_c, other=0) != 0
+            stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=block < blocks, other=0) != 0
+            held_k, held_v = stands[:, None] & real_d[None, :], stands[:, None] & real_dv[None, :]
             size = tl.load(log_size + place, mask=stands, other=-float("inf"))
             y = tl.load(centre + place[:, None] * D + on_d[None, :], mask=held_k, other=0.0)
             z = tl.load(value + place[:, None] * DV + on_dv[None, :], mask=held_v, other=0.0)
@@ -121,9 +122,8 @@ def _backward(
                 y, z = y.to(tl.float32), z.to(tl.float32)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * log_scale + size[None, :] * 1.4426950408889634
             d_x, dy, dz = _gradients(x, g, y, z, s, total, shift, scale, d_x, PRECISION)
-            stands = stands[:, None]
-            tl.atomic_add(d_centre + place[:, None] * D + on_d[None, :], dy, mask=held_k & stands, sem="relaxed")
-            tl.atomic_add(d_value + place[:, None] * DV + on_dv[None, :], dz, mask=held_v & stands, sem="relaxed")
+            tl.atomic_add(d_centre + place[:, None] * D + on_d[None, :], dy, mask=held_k, sem="relaxed")
+            tl.atomic_add(d_value + place[:, None] * DV + on_dv[None, :], dz, mask=held_v, sem="relaxed")
 
     tl.store(d_q + at[:, None] * D + on_d[None, :], d_x.to(d_q.dtype.element_ty), mask=held_q)
 
@@ -193,10 +193,10 @@ def prepare(
         {"q": q, "k": k, "v": v, "d_o": d_o, "lse": output.lse.contiguous(), "scale": scale, "queries": plan.queries}
         | {"delta": delta if d_lse is None else delta - d_lse.float()}
         | {"d_q": found.q, "d_k": found.k, "d_v": found.v, "d_centre": found.keys, "d_value": found.values}
-        | {name: x for name, x in plan_arguments(plan).items() if name != "row_full"}
-        | mask_arguments(plan.mask)
+        | {name: x for name, x in launch.plan_arguments(plan).items() if name != "row_full"}
+        | launch.mask_arguments(plan.mask)
         | tables
-        | strides(q=q, k=k, v=v)
+        | launch.strides(q=q, k=k, v=v)
         | {"HQ": hq, "GROUPS": hq // hk, "D": d, "DV": dv, "BLOCK_D": launch.power(d), "BLOCK_DV": launch.power(dv)}
         | {"BLOCK_M": block_m, "PIECES": pieces, "BLOCK_N": launch.power(plan.block_n), "BLOCK_C": 32}
         | {"COMPENSATED": compensation is not None, "PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
