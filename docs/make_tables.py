@@ -3,7 +3,8 @@
     python docs/make_tables.py            rewrite them
     python docs/make_tables.py --check    exit 1 when one differs from what it should be
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance, bars, cache, budget.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance, bars, cache, budget,
+attention-speed, attention-bars, attention-quality.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def part_text(part: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return "[" + " ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return "[" + " ".join(part_text(item) if hasattr(item, "kind") else str(item) for item in value) + "]"
+    return str(value)
 
 
 def measured_where() -> dict[str, list[str]]:
@@ -267,6 +270,103 @@ def budget_table() -> str:
     return table(headings, rows, left=2) if rows else f"{NOT_YET.capitalize()}.\n"
 
 
+# --- sparse attention -----------------------------------------------------------------------------
+
+SPEED_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "density": ("density", lambda value: f"{100 * value:.1f} %"),
+    "mass": ("mass read", _percent),
+    "output_error": ("output error", lambda value: f"{value:.3f}"),
+    "speedup": ("speed-up", lambda value: f"{value:.2f}x"),
+    "ideal_share": ("of 1 / density", _percent),
+    "planning_fraction": ("plan, of dense", lambda value: f"{100 * value:.1f} %"),
+    "speedup_with_planning": ("with a new plan", lambda value: f"{value:.2f}x"),
+    "predicted": ("predicted", lambda value: f"{value:.2f}x"),
+}
+
+
+def attention_speed_table() -> str:
+    """Every row of `hasten bench attention`, one table per machine and size."""
+    parts = []
+    for file, document in documents("attention-speed"):
+        for size in dict.fromkeys(row["model"] for row in document["rows"]):
+            rows = [row for row in document["rows"] if row["model"] == size]
+            keys = [key for key in SPEED_COLUMNS if any(row.get(key) is not None for row in rows)]
+            body = table(
+                ["method", *(SPEED_COLUMNS[key][0] for key in keys)],
+                [[_method(row), *(_known(row, key, SPEED_COLUMNS) for key in keys)] for row in rows if "note" not in row],
+            )
+            reasons = "".join(f"- {row['recipe']}: {row['note']}\n" for row in rows if "note" in row)
+            parts.append(f"**{size}**, {hardware_name(document, file)}\n\n{body}" + (f"\n{reasons}" if reasons else ""))
+    return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
+
+
+def _method(row: Row) -> str:
+    return f"`{row['recipe']}`" if not row.get("control") and row.get("density") != 1 else str(row["recipe"])
+
+
+def _known(row: Row, key: str, columns: dict[str, tuple[str, Callable[[Any], str]]]) -> str:
+    return columns[key][1](row[key]) if row.get(key) is not None else ""
+
+
+def attention_bars_table() -> str:
+    """What the issue asks of sparse attention, by the committed results."""
+    rows = []
+    for file, document in documents("attention-quality"):
+        rows += [[bar["bar"], file.parent.name, "**yes**" if bar["met"] else "**no**", bar["detail"]] for bar in document["bars"]]
+    for file, document in documents("attention-speed"):
+        near = [
+            row
+            for row in document["rows"]
+            if row.get("tokens") == 8192 and row.get("head_dim") == 64 and row.get("asked") == 0.2 and row.get("speedup")
+            and not row.get("control")
+        ]  # fmt: skip
+        if near:
+            best = max(near, key=lambda row: float(row["speedup"]))
+            detail = f"{best['recipe']} at {100 * best['density']:.1f} %: {best['speedup']:.2f}x"
+            verdict = "**yes**" if best["speedup"] >= 3 else "**no**"
+            rows.append(["8192 tokens, head dim 64, 20 %: 3x faster than SDPA", file.parent.name, verdict, detail])
+    headings = ["bar", "measured on", "met", "numbers"]
+    return table(headings, rows, left=4) if rows else f"{NOT_YET.capitalize()}.\n"
+
+
+QUALITY_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "density": ("density", lambda value: f"{100 * value:.1f} %"),
+    "tile_density": ("in tiles", lambda value: f"{100 * value:.1f} %"),
+    "mass": ("mass", lambda value: f"{value:.3f}"),
+    "oracle_mass": ("oracle's", lambda value: f"{value:.3f}"),
+    "dropped_error": ("error, rest dropped", lambda value: f"{value:.3f}"),
+    "output_error": ("error", lambda value: f"{value:.3f}"),
+    "rho_error": ("rho off by", lambda value: f"{value:.3f}"),
+    "planning_seconds": ("plan, ms", lambda value: f"{1000 * value:.0f}"),
+}
+
+
+def attention_quality_table() -> str:
+    """Means over heads and seeds (or steps and layers) of every method and recipe of the quality study."""
+    parts = []
+    for file, document in documents("attention-quality"):
+        groups: dict[tuple[str, str], dict[tuple[str, float], list[Row]]] = {}
+        for row in document["rows"]:
+            if "note" not in row:
+                group = groups.setdefault((row["model"].partition(",")[0], row["budget"]), {})
+                group.setdefault((row["recipe"], row.get("asked") or 0.0), []).append(row)
+        words = {"tokens": "equal density of tokens", "tiles": "equal work of tiles", "own": "at its own settings"}
+        for (model, budget), group in sorted(groups.items(), key=lambda item: (item[0][0] != "synthetic", item[0][0])):
+            means = [
+                {key: statistics.mean(values) for key in QUALITY_COLUMNS if (values := _values(rows, key))} | {"recipe": name}
+                for (name, _), rows in sorted(group.items(), key=lambda item: item[0][1])
+            ]
+            keys = [key for key in QUALITY_COLUMNS if any(key in mean for mean in means)]
+            cells = [[str(mean["recipe"]), *(_known(mean, key, QUALITY_COLUMNS) for key in keys)] for mean in means]
+            body = table(["method", *(QUALITY_COLUMNS[key][0] for key in keys)], cells)
+            parts.append(f"**{model}**, {words[budget]} ({file.parent.name})\n\n{body}")
+    return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
+
+
+def _values(rows: Sequence[Row], key: str) -> list[float]:
+    return [float(row[key]) for row in rows if row.get(key) is not None]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes_table,
     "bars": bars_table,
@@ -275,6 +375,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "models": models_table,
     "conformance": conformance_table,
+    "attention-speed": attention_speed_table,
+    "attention-bars": attention_bars_table,
+    "attention-quality": attention_quality_table,
 }
 
 

@@ -68,8 +68,9 @@ def preset(text: str) -> tuple[str, Recipe]:
 
 
 def all_presets() -> list[str]:
-    """Every recipe at its defaults, and `auto` over the tolerances that the bars ask about."""
-    return [name for name in names() if name not in ("plain", "auto")] + [
+    """Every recipe but those of attention at its defaults, and `auto` over the tolerances that the bars ask about."""
+    caches = [name for name in names() if find_recipe(name).attention is None]
+    return [name for name in caches if name not in ("plain", "auto")] + [
         f"auto:{tolerance}" for tolerance in TOLERANCES
     ]
 

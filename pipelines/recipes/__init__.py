@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from hasten.budget import Budget
 from hasten.errors import RecipeError, nearest
-from hasten.pipelines.recipes import blocks, diffusion, modules, network, widths
+from hasten.pipelines.recipes import attention, attention_text, blocks, diffusion, modules, network, widths
 from hasten.recipe import Recipe, read
 
-MODULES = (diffusion, blocks, modules, network, widths)
+MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text)
 
 
 @dataclass(frozen=True, slots=True)
