@@ -67,7 +67,7 @@ def attach(model: Any, attention: CausalAttention | SparseAttention) -> TextSess
     modules = [module for module in model.modules() if _is_site(module)]
     if not modules:
         raise ModelError(f"{type(model).__name__} has no causal self-attention with a layer number.")
-    if any(module.config._attn_implementation == NAME for module in modules):  # type: ignore[union-attr]
+    if any(module.config._attn_implementation == NAME for module in modules):
         raise UsageError(f"This {type(model).__name__} is attached already. Close the other session first.")
     _register()
     return TextSession(model, modules, _of_prompts(attention))
@@ -318,7 +318,7 @@ def _attention(
 
 def _register() -> None:
     """Name our function in transformers' registries. A name that nobody uses changes nothing for other models."""
-    disabled: Callable[..., Any] = torch.compiler.disable(_attention)
+    disabled = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
     AttentionInterface.register(NAME, disabled)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 

@@ -14,12 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.sparse_attn.blocks import Blocks, Order, block_mean, grouped
+from hasten.sparse_attn.blocks import Blocks, Order, block_mean
 from hasten.sparse_attn.decode import decode, select, workers
 from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reader import Everything, Reader, ReaderState
 from hasten.sparse_attn.select import Selector, SelectorState
+from hasten.sparse_attn.select_top import candidates, key_sizes
+from hasten.sparse_attn.select_top import shares as shares_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def _nearest(unit: Tensor, centroids: Tensor, padding: Tensor) -> Tensor:
     return torch.where(padding, 0, (unit @ centroids.mT).argmax(-1) + 1)
 
 
-def shares(q: Tensor, clusters: Clusters, scale: float) -> Tensor:
+def key_shares(q: Tensor, clusters: Clusters, scale: float) -> Tensor:
     """S_i = exp(q.C_i) / sum_j N_j exp(q.C_j): the softmax weight that one key of cluster i is expected to get (paper,
     equation 1). q [B, Hq, n, D] -> float32 [Pk, G * n, C], G = Hq / Hk query heads per key head."""
     rows = q.reshape(clusters.means.shape[0], -1, q.shape[-1]).float()
@@ -129,7 +131,7 @@ class _Lookup(ReaderState):
         self.clusters = cluster(k, count, self.part.rounds, first)
         order = self.clusters.order
         self.k, self.v = order.arrange(k), order.arrange(v)
-        seen = shares(q[:, :, -self.part.sample :], self.clusters, scale)
+        seen = key_shares(q[:, :, -self.part.sample :], self.clusters, scale)
         self.limit = threshold(seen, order.sizes, self.part.share)
 
     def attend(
@@ -140,7 +142,7 @@ class _Lookup(ReaderState):
             # A cache that was cut into the prompt may grow again with other tokens.
             self.clusters, self.k, self.v, self.read = None, torch.empty(0), torch.empty(0), None
             return self.everything.attend(q, k, v, first, scale, tree)
-        keep = (shares(q, self.clusters, scale) >= self.limit).any(1)
+        keep = (key_shares(q, self.clusters, scale) >= self.limit).any(1)
         work = select(keep, self.clusters.order.bounds, workers(k.device), places=prompt)
         fixed = decode(q, self.k, self.v, work, scale=scale)
         self.read = work.tokens() + work.rows * (k.shape[2] - prompt)
@@ -153,7 +155,7 @@ class _Lookup(ReaderState):
 
 class ShareAbove(Selector):
     """Keeps the blocks whose keys are each expected to get at least `limit` of a query's softmax mass: the rule of
-    Squeezed Attention for any layout and any scorer (of which `Centroid` on k-means is the paper's)."""
+    Squeezed Attention for any layout and any scorer (of which `Centroid` on k-means is the paper's). At least the best."""
 
     kind: ClassVar[str] = "share-above"
     limit: float = Field(ge=0, le=1)
@@ -167,8 +169,8 @@ class _ShareAbove(SelectorState):
         self.limit = limit
 
     def keep(self, scores: Tensor, blocks: Blocks) -> Tensor:
-        sizes = blocks.k.sizes
-        if scores.shape[0] > 1 and sizes.shape[0] > 1:
-            sizes = grouped(sizes, scores.shape[0] // sizes.shape[0])
-        mass = scores.float().softmax(-1).nan_to_num(0.0)
-        return mass >= self.limit * sizes.clamp(min=1)[:, None, :]
+        may = candidates(scores, blocks)
+        mass = shares_of(scores, may)
+        found = mass >= self.limit * key_sizes(scores, blocks).clamp(min=1)
+        best = mass.argmax(-1, keepdim=True)
+        return (found.scatter(-1, best, True) & may) | (scores == math.inf)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.sparse_attn.blocks import Blocks, Order
-from hasten.sparse_attn.lookup import Lookup, ShareAbove, cluster, shares, threshold
+from hasten.sparse_attn.lookup import Lookup, ShareAbove, cluster, key_shares, threshold
 from hasten.sparse_attn.reader import Everything, Reader
 from hasten.sparse_attn.votes import Votes, ballot
 
@@ -67,7 +67,7 @@ def test_centroids_are_the_means_of_their_keys() -> None:
 def test_shares_add_up_to_one_over_the_keys() -> None:
     q, k, _ = draw(2, 4, 2, 3, 30)
     found = cluster(k, 5)
-    share = shares(q, found, SCALE)
+    share = key_shares(q, found, SCALE)
     assert share.shape == (4, 6, 5)
     torch.testing.assert_close((share * found.order.sizes[:, None]).sum(-1), torch.ones(4, 6))
 
@@ -76,7 +76,7 @@ def test_shares_add_up_to_one_over_the_keys() -> None:
 def test_the_threshold_holds_the_budget_over_all_heads(budget: float) -> None:
     q, k, _ = draw(2, 4, 2, 16, 200)
     found = cluster(k, 25)
-    share, sizes = shares(q, found, SCALE), found.order.sizes
+    share, sizes = key_shares(q, found, SCALE), found.order.sizes
     read = ((share >= threshold(share, sizes, budget)) * sizes[:, None]).sum() / (200 * share.shape[0] * share.shape[1])
     assert budget <= read <= budget + 25 / 200  # the last cluster is read whole
 
