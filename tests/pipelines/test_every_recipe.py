@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import hasten
+from hasten.errors import UsageError
 from hasten.pipelines.recipes import catalogue
+from hasten.sparse_attn.causal import CausalAttention
+from hasten.sparse_attn.policy import SparseAttention
 from tests.hosts import (
     FLUX_CALL,
     PIXART_CALL,
@@ -46,8 +49,13 @@ def run(pipe: Any, name: str) -> torch.Tensor:
     return torch.as_tensor(output[0])
 
 
+ACTING = [entry for entry in catalogue() if entry.recipe.axes]
+CAUSAL = [entry for entry in ACTING if isinstance(entry.recipe.attention, CausalAttention)]
+SPARSE = [entry for entry in ACTING if isinstance(entry.recipe.attention, SparseAttention)]
+
+
 @pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("entry", [entry for entry in catalogue() if entry.recipe.axes], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in CAUSAL], ids=lambda entry: entry.name)
 def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> None:
     pipe, plain = host(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -62,3 +70,25 @@ def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> N
     if not acted:
         assert report.warnings or session.trace.notes, "the report says it, too"
     assert torch.equal(run(pipe, name), plain), "the plain result afterwards is bit-identical"
+
+
+@pytest.mark.parametrize("entry", CAUSAL, ids=lambda entry: entry.name)
+def test_recipes_of_language_models_are_refused_in_words(entry: Any) -> None:
+    pipe, plain = host("wan")
+    with pytest.raises(UsageError, match="language models"):
+        hasten.accelerate(pipe, entry.recipe)
+    assert torch.equal(run(pipe, "wan"), plain)
+
+
+@pytest.mark.parametrize("name", ["wan", "pixart", "flux"])
+@pytest.mark.parametrize("entry", SPARSE, ids=lambda entry: entry.name)
+def test_sparse_attention_that_is_not_allowed_to_decline_acts(entry: Any, name: str) -> None:
+    pipe, plain = host(name)
+    recipe = entry.recipe.replace({"attention.min_tokens": 0})
+    with hasten.accelerate(pipe, recipe) as session:
+        result = run(pipe, name)
+    assert torch.isfinite(result).all()
+    sparse = [call for call in session.trace.attended(0) if call.sparse]
+    assert sparse, session.trace.notes
+    assert all(0 < call.density <= 1 for call in sparse if call.density is not None)
+    assert torch.equal(run(pipe, name), plain)
