@@ -155,7 +155,8 @@ class _Lookup(ReaderState):
 
 class ShareAbove(Selector):
     """Keeps the blocks whose keys are each expected to get at least `limit` of a query's softmax mass: the rule of
-    Squeezed Attention for any layout and any scorer (of which `Centroid` on k-means is the paper's). At least the best."""
+    Squeezed Attention for any layout and any scorer (of which `Centroid` on k-means is the paper's). At least the
+    block whose keys are expected to get most."""
 
     kind: ClassVar[str] = "share-above"
     limit: float = Field(ge=0, le=1)
