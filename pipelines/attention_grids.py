@@ -17,10 +17,13 @@ FRAMES = ("num_frames", "frames", "latent_frames")
 """What forwards call the number of latent frames, beside `height` and `width`."""
 
 
-def grids_of(call: Call, tokens: int) -> list[Grid]:
-    """The pictures that a sequence of `tokens` consists of, the generated one first; empty where nothing tells."""
+def grids_of(call: Call, tokens: int, start: int, length: int) -> list[Grid]:
+    """The pictures that `tokens` of the latents consist of, the generated one first; empty where nothing tells.
+
+    They stand from `start` on in a sequence of `length`, for arguments that are about all of it.
+    """
     arguments = call.arguments()
-    for found in (*_by_shapes(arguments), *_by_sizes(arguments), *_by_positions(arguments, tokens)):
+    for found in (*_by_shapes(arguments), *_by_sizes(arguments), *_by_positions(arguments, tokens, start, length)):
         if sum(map(math.prod, found)) == tokens:
             return found
     return []
@@ -43,14 +46,17 @@ def _by_sizes(arguments: dict[str, Any]) -> Iterator[list[Grid]]:
         yield [(frames, height, width)]
 
 
-def _by_positions(arguments: dict[str, Any], tokens: int) -> Iterator[list[Grid]]:
+def _by_positions(arguments: dict[str, Any], tokens: int, start: int, length: int) -> Iterator[list[Grid]]:
     """Whole numbers for each token, such as (picture, row, column) (Flux). Read once for each kind of call."""
     for value in arguments.values():
-        if not isinstance(value, Tensor) or value.dim() not in (2, 3) or value.shape[-2] != tokens:
+        if not isinstance(value, Tensor) or value.dim() not in (2, 3):
+            continue
+        first = {tokens: 0, length: start}.get(value.shape[-2])
+        if first is None:
             continue
         if not 2 <= value.shape[-1] <= 4:
             continue
-        ids = (value if value.dim() == 2 else value[0]).detach().double().cpu()
+        ids = (value if value.dim() == 2 else value[0])[first : first + tokens].detach().double().cpu()
         if bool((ids == ids.round()).all()):
             yield pictures([tuple(map(int, row)) for row in ids.tolist()])
 
@@ -71,6 +77,8 @@ def pictures(ids: list[tuple[int, ...]]) -> list[Grid]:
         if [(row[row_axis] if row_axis is not None else 0, row[column_axis]) for row in frame] != expected:
             return []
         found.append((1, len(rows), len(columns)))
+    if len(found) > 1 and any(math.prod(grid) == 1 for grid in found):
+        return []  # numbers of something else
     alike = len(set(found)) == 1 and len(found) > 1
     return [(len(found), *found[0][1:])] if alike else found
 

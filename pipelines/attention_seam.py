@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.errors import HastenError
 from hasten.pipelines.attention_facts import Held, record
@@ -29,6 +29,9 @@ from hasten.step import Step
 
 if TYPE_CHECKING:
     from hasten.pipelines.denoiser_gate import DenoiserGate
+
+CHANNELS = ("in_channels", "in_visual_dim", "latent_channels")
+"""What configurations call the channels of the latents."""
 
 Place = tuple[Hashable, ...]
 """Whose state: (branch, or None where branches share; site; which of its calls; shapes of q and k)."""
@@ -107,8 +110,7 @@ class AttentionSeam:
                 self.gate.bare(*marked.args, **marked.kwargs)
 
         try:
-            channels = getattr(getattr(self.gate.model, "config", None), "in_channels", None)
-            found, elsewhere = learn(twin(call), evaluate, channels)
+            found, elsewhere = learn(twin(call), evaluate, _channels(self.gate.model))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a network says to NaN is a reason to leave it alone
@@ -238,6 +240,12 @@ def _unfit(about: Learned, q: Tensor, k: Tensor, named: dict[str, Any]) -> str:
     if named.get("is_causal") and q.shape[2] != k.shape[2]:
         return "it is causal over keys that are not its queries"
     return ""
+
+
+def _channels(model: nn.Module) -> set[int]:
+    """How many channels the latents may have, by the network's configuration."""
+    config = dict(getattr(model, "config", {}))
+    return {value for name, value in config.items() if isinstance(value, int) and name in CHANNELS}
 
 
 def _kind(call: Call) -> Hashable:

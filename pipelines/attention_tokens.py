@@ -77,7 +77,7 @@ class Learning:
         """Zeros, and NaN for queries that hold one."""
         blind = q.isnan().any(-1)
         if site.name == ELSEWHERE:
-            self.elsewhere += 1
+            self.elsewhere += bool(blind.any())
         elif q.dim() == 4:
             visit = self.visits[site.number] = self.visits.get(site.number, -1) + 1
             sides = [side.any(1).cpu() for side in (blind, k.isnan().any(-1))]
@@ -96,7 +96,7 @@ class Latents:
     batched: bool
 
     @classmethod
-    def of(cls, call: Call, channels: int | None) -> Latents | None:
+    def of(cls, call: Call, channels: set[int]) -> Latents | None:
         """None where the latents are no floating-point tensor with positions."""
         value = call.get(call.layout.sample)
         batched = isinstance(value, Tensor)
@@ -107,7 +107,7 @@ class Latents:
         if len(shape) < 3:
             return None
         usual = 1 if len(shape) > 3 else 2
-        fitting = [axis for axis in range(1, len(shape)) if shape[axis] == channels]
+        fitting = [axis for axis in range(1, len(shape)) if shape[axis] in channels]
         axis = usual if usual in fitting or not fitting else fitting[0]
         return cls(tuple(n for at, n in enumerate(shape) if at not in (0, axis)), axis, batched)
 
@@ -133,10 +133,10 @@ class Latents:
 Evaluate = Callable[[Call, Learning], None]
 
 
-def learn(call: Call, evaluate: Evaluate, channels: int | None) -> tuple[dict[Key, Learned], int]:
+def learn(call: Call, evaluate: Evaluate, channels: set[int]) -> tuple[dict[Key, Learned], int]:
     """What the sites of a network are given in calls like this one, and how many calls stand outside of processors.
 
-    evaluate: runs the network on a call, with attention answered by the walk. channels: of the latents, where known.
+    evaluate: runs the network on a call, with attention answered by the walk. channels: how many the latents may have.
     Raises whatever the network raises when it is shown NaN.
     """
     latents = Latents.of(call, channels)
@@ -144,7 +144,7 @@ def learn(call: Call, evaluate: Evaluate, channels: int | None) -> tuple[dict[Ke
         return {}, 0
     first, marked = _walk(call, evaluate, latents, everywhere=False)
     batch = call.get(call.layout.sample).shape[0] if latents.batched else len(call.get(call.layout.sample))
-    resolver = Resolver(batch, list(boxes(marked)), [] if len(latents.sizes) > 1 else grids_of(call, marked.numel()))
+    resolver = Resolver(batch, list(boxes(marked)), call)
     unclear = [marks for marks in first.marks.values() if not resolver.clear(marks)]
     second = _walk(call, evaluate, latents, everywhere=True)[0].marks if unclear else {}
     found: dict[Key, Learned] = {}
@@ -165,7 +165,7 @@ def _walk(call: Call, evaluate: Evaluate, latents: Latents, *, everywhere: bool)
 
 def boxes(marked: Tensor) -> Iterator[Tensor]:
     """bool [frames, height, width] in patches, for every size of patches: which of them hold a marked position."""
-    box = marked.reshape((1,) * (3 - marked.dim()) + tuple(marked.shape)).float()
+    box = (marked.flatten(0, -3) if marked.dim() > 3 else marked[(None,) * (3 - marked.dim())]).float()
     frames, height, width = box.shape
     for deep, wide in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32)):
         if deep <= frames and wide <= max(height, width):
@@ -175,12 +175,12 @@ def boxes(marked: Tensor) -> Iterator[Tensor]:
 
 @dataclass(slots=True)
 class Resolver:
-    """Explains marks by patches of the latents. batch: of the latents. boxes: see `boxes`. grids: of latents that come as
-    a sequence, where the call says what they are."""
+    """Explains marks by patches of the latents. batch: of the latents. boxes: see `boxes`. call: its other arguments say
+    what latents are that come as a sequence."""
 
     batch: int
     boxes: list[Tensor]
-    grids: list[Grid]
+    call: Call
     known: dict[tuple[int, bytes], Tokens | str] = field(default_factory=dict)
     by_length: dict[int, Tokens] = field(default_factory=dict)
 
@@ -231,6 +231,9 @@ class Resolver:
                     continue
                 if torch.equal(row[start : start + flat.numel()], flat):
                     return self._tokens(row.numel(), start, flat.numel(), _grid(turned))
+            times = row.numel() // box.numel()
+            if times > 1 and torch.equal(row, box.reshape(-1).repeat(times)):  # a decoder that reads its encoder's tokens
+                return Tokens(tuple(Segment(f"video {at}", box.numel(), grid=_grid(box)) for at in range(times)))
         return self._assumed(row)
 
     def _assumed(self, row: Tensor) -> Tokens | str:
@@ -273,8 +276,8 @@ class Resolver:
     def _tokens(self, length: int, start: int, count: int, grid: Grid | None) -> Tokens:
         """A sequence with `count` tokens of the latents from `start` on, and others around them."""
         pictures = [grid] if grid is not None else []
-        if len(self.boxes[0].shape) == 3 and self.boxes[0].shape[:2] == (1, 1):  # the latents are a sequence themselves
-            pictures = self.grids if sum(map(math.prod, self.grids)) == count else []
+        if grid is None or sorted(grid)[1] == 1:  # the latents are a sequence themselves
+            pictures = grids_of(self.call, count, start, length)
         parts = [_segment(0, False, start)]
         parts.append(Segment("video", math.prod(pictures[0]), grid=pictures[0]) if pictures else Segment("video", count))
         parts += [reference(math.prod(more), f"reference {number}") for number, more in enumerate(pictures[1:], 1)]
