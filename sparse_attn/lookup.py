@@ -20,8 +20,8 @@ from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reader import Everything, Reader, ReaderState
 from hasten.sparse_attn.select import Selector, SelectorState
-from hasten.sparse_attn.select_top import candidates, key_sizes
-from hasten.sparse_attn.select_top import shares as shares_of
+from hasten.sparse_attn.select_top import candidates, key_sizes, shares
+from hasten.sparse_attn.select_top import candidates, key_sizes, shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,6 @@ class _ShareAbove(SelectorState):
 
     def keep(self, scores: Tensor, blocks: Blocks) -> Tensor:
         may = candidates(scores, blocks)
-        mass = shares_of(scores, may)
-        found = mass >= self.limit * key_sizes(scores, blocks).clamp(min=1)
-        best = mass.argmax(-1, keepdim=True)
-        return (found.scatter(-1, best, True) & may) | (scores == math.inf)
+        each = shares(scores, may) / key_sizes(scores, blocks).clamp(min=1)
+        best = each.argmax(-1, keepdim=True)
+        return ((each >= self.limit).scatter(-1, best, True) & may) | (scores == math.inf)
