@@ -21,7 +21,6 @@ from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reader import Everything, Reader, ReaderState
 from hasten.sparse_attn.select import Selector, SelectorState
 from hasten.sparse_attn.select_top import candidates, key_sizes, shares
-from hasten.sparse_attn.select_top import candidates, key_sizes, shares
 
 
 @dataclass(frozen=True, slots=True)
