@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.sparse_attn.blocks import Order, grouped
+from hasten.sparse_attn.blocks import NEVER, Order, grouped
 from hasten.sparse_attn.decode import Work, select, workers
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reader import Everything, Reader, ReaderState
-from hasten.sparse_attn.score import Scorer, ScorerState, View
+from hasten.sparse_attn.score import Scorer, ScorerState, View, readable
 
 
 def halve(q: Tensor, representatives: Tensor, low: Tensor, high: Tensor, top: int, most: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,8 @@ class _Hierarchical(ScorerState):
     def scores(self, view: View) -> Tensor:
         b, hq, _, _ = view.q.shape
         orders = view.blocks
-        keys = grouped(middles(view.k, orders.k), view.groups) * view.scale
+        padding = (orders.k.roles == NEVER)[:, None]
+        keys = grouped(middles(view.k, orders.k).masked_fill_(padding, 0), view.groups) * view.scale
         rows = samples(view.q, orders.q, self.queries)
         count = orders.k.count
         low = torch.zeros(1, orders.q.count, dtype=torch.int64, device=keys.device)
@@ -94,7 +95,7 @@ class _Hierarchical(ScorerState):
         block, score = halve(rows, keys, low, high, min(self.top, count), count)
         found = keys.new_full((b * hq, orders.q.count, count), -math.inf)
         # Ranges that ran empty name some block too; the larger of two scores for it stands.
-        return found.scatter_reduce_(2, block, score, "amax")
+        return readable(found.scatter_reduce_(2, block, score, "amax"), view)
 
 
 def middles(x: Tensor, order: Order) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.errors import RecipeError
 from hasten.part import Part
 from hasten.sparse_attn.extent import positions
-from hasten.sparse_attn.score import Scorer, ScorerState, View
+from hasten.sparse_attn.score import Scorer, ScorerState, View, readable
 
 
 class Span(Part):
@@ -107,7 +107,7 @@ class _Spans(ScorerState):
         low, high = (x.long()[:, None, :] for x in positions(view.blocks.k))
         shared = first.shape[0] == low.shape[0] == 1
         if shared and len(self.spans) == 1 and not isinstance(self.spans[0], Shards):
-            return _log(self.spans[0].reads(first, last, low, high, 0))
+            return _scores(self.spans[0].reads(first, last, low, high, 0), view)
         first, last = (x.expand(b * hq, -1, -1).view(b, hk, view.groups, -1, 1) for x in (first, last))
         low, high = (x.expand(b * hk, -1, -1).view(b, hk, 1, 1, -1) for x in (low, high))
         found = []
@@ -115,11 +115,11 @@ class _Spans(ScorerState):
             span, one = self.spans[head % len(self.spans)], slice(head, head + 1)
             reads = span.reads(first[:, one], last[:, one], low[:, one], high[:, one], head)
             found.append(reads.expand(b, 1, view.groups, first.shape[3], low.shape[4]))
-        return _log(torch.cat(found, 1).reshape(b * hq, first.shape[3], low.shape[4]))
+        return _scores(torch.cat(found, 1).reshape(b * hq, first.shape[3], low.shape[4]), view)
 
 
-def _log(reads: Tensor) -> Tensor:
-    return torch.zeros(reads.shape, device=reads.device).masked_fill(~reads, -math.inf)
+def _scores(reads: Tensor, view: View) -> Tensor:
+    return readable(torch.zeros(reads.shape, device=reads.device).masked_fill(~reads, -math.inf), view)
 
 
 class Depth(Part):

@@ -28,11 +28,13 @@ from hasten.sparse_attn.score_mass import CachedMass, Oracle, block_mass
 from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, MeanRows, Pooled, similarity
 from hasten.sparse_attn.score_static import Static
 from hasten.sparse_attn.segments import Segment, Tokens, padding, plain, text, video
+from hasten.sparse_attn.spans import Near
 from tests.contract import PartContract
 from tests.sparse_attn.random_blocks import normal
 
 NEEDED: dict[str, dict[str, Any]] = {
     "neighbourhood": {"window": (3, 3, 3)},
+    "spans": {"spans": (Near(window=20, sinks=4),)},
     "both": {"first": AShape(sink=4, window=20), "second": Pooled()},
 }
 GRID = (3, 5, 7)

@@ -152,7 +152,7 @@ def test_windows_that_make_no_sense_are_refused(arguments: dict[str, tuple[int, 
 
 
 def test_sliding_tiles_read_whole_windows_of_tiles_everywhere() -> None:
-    grid, tile = (6, 8, 12), (2, 2, 3)
+    grid, tile = (2, 8, 12), (2, 2, 3)
     found, blocks = reads(SlidingTile(tile=tile, window=(1, 3, 3)), Tokens((video(*grid),)), Tiles(tile=tile))
     assert (found.sum(1) == 9).all()
 
@@ -187,7 +187,7 @@ def test_groups_around_and_in_line(tile: Place) -> None:
 
 
 def test_a_cross_on_an_image_is_a_cross() -> None:
-    found, blocks = reads(CrissCross(group=(1, 1, 1)), Tokens((video(1, 4, 5),)), Tiles(tile=(1, 1, 1)))
+    found, _ = reads(CrissCross(group=(1, 1, 1)), Tokens((video(1, 4, 5),)), Tiles(tile=(1, 1, 1)))
     assert (found.sum(1) == 4 + 5 - 1).all()
 
 
@@ -237,9 +237,12 @@ def test_radial_reach_is_the_papers() -> None:
     assert part.reach(32, 3600) == 128 and part.reach(33, 3600) == 0, "then every other distance only"
 
 
-def test_radial_reads_much_less_than_everything() -> None:
-    found, _ = reads(Radial(decay=0.5, least=8), Tokens((video(32, 4, 16),)), Identity(block=8))
-    assert float(found.float().mean()) < 0.35
+def test_radial_reads_a_smaller_share_of_longer_videos() -> None:
+    densities = [
+        float(reads(Radial(decay=0.5, least=8), Tokens((video(frames, 4, 16),)), Identity(block=8))[0].float().mean())
+        for frames in (16, 64)
+    ]
+    assert densities[1] < 0.55 * densities[0]
 
 
 def test_a_shape_is_a_sink_and_a_window() -> None:
