@@ -31,6 +31,7 @@ def _assign(
     y = tl.load(x_at, mask=real[:, None] & real_d[None, :], other=0.0)
     if UPCAST:
         y = y.to(tl.float32)
+    y = tl.where(tl.abs(y) < float("inf"), y, 0.0)
     best = tl.full([BLOCK_N], float("inf"), tl.float32)
     label = tl.zeros([BLOCK_N], tl.int32)
     for first in tl.range(0, count, BLOCK_C):
@@ -42,7 +43,7 @@ def _assign(
         size = tl.load(norm + plane * count + c, mask=c < count, other=float("inf"))
         distance = size[None, :] - 2.0 * tl.dot(y, e, input_precision=PRECISION)
         least, at = tl.min(distance, 1, return_indices=True)
-        nearer = least < best  # false for NaN too, so a label is always that of a cluster
+        nearer = least < best
         best = tl.where(nearer, least, best)
         label = tl.where(nearer, first + at, label)
     tl.store(labels + plane * n + token, label, mask=real)
@@ -79,10 +80,10 @@ def _means(
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid (Euclidean) of each token: int32 [P, n] for x [P, n, D] and centroids [P, C, D].
 
-    No [n, C] matrix of distances is ever in memory. Of equal distances the lowest index wins; a token with a NaN gets
-    index 0. What differs from Flash-KMeans: centroids enter as steps e from their common mean m, rounded to the dtype
-    of x, as arg min of |e|^2 + 2 m.e - 2 x.e. That is the same arg min, but keys of trained models share a large
-    offset, and in 16 bits the offset would take the digits in which centroids differ.
+    No [n, C] matrix of distances is ever in memory. Of equal distances the lowest index wins; coordinates of x that are
+    not finite count as 0. What differs from Flash-KMeans: centroids enter as steps e from their common mean m, rounded to
+    the dtype of x, as arg min of |e|^2 + 2 m.e - 2 x.e. That is the same arg min, but keys of trained models share a
+    large offset, and in 16 bits the offset would take the digits in which centroids differ.
 
     Raises `UsageError` for shapes that do not fit, no clusters, or tensors that are not on the kernel's device.
     """
