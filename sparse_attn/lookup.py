@@ -131,7 +131,8 @@ class _Lookup(ReaderState):
         order = self.clusters.order
         self.k, self.v = order.arrange(k), order.arrange(v)
         seen = key_shares(q[:, :, -self.part.sample :], self.clusters, scale)
-        self.limit = threshold(seen, order.sizes, self.part.share)
+        limit = threshold(seen, order.sizes, self.part.share)
+        self.limit = limit if self.part.share < 1 else torch.zeros_like(limit)  # other queries may care for the rest
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, tree: Tensor | None = None

@@ -87,7 +87,6 @@ def test_a_share_of_one_is_everything(n: int) -> None:
     first = torch.tensor([0, 11])
     state = Lookup(share=1.0, cluster=4).start()
     state.prepare(q, k[:, :, :36], v[:, :, :36], first, SCALE)
-    state.limit = torch.zeros(())  # type: ignore[attr-defined]
     out = state.attend(q[:, :, :n], k, v, first, SCALE)
     expected = Everything().start().attend(q[:, :, :n], k, v, first, SCALE)
     torch.testing.assert_close(out.o, expected.o, rtol=2e-5, atol=2e-5)

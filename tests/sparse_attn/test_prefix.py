@@ -42,6 +42,15 @@ def test_a_tree_of_prefixes(n: int, width: int) -> None:
     torch.testing.assert_close(out.o.double(), alone(q, k, v, reads), rtol=1e-5, atol=1e-5)
 
 
+def test_masks_of_shared_levels_go_by_the_number_of_the_new_query() -> None:
+    q, k = draw(4, 4, 3, 8, seed=1), draw(2, 2, 9, 8, seed=2)
+    mask = Mask(left=4, right=0, offset=6)
+    out = attend_levels(q, [Level(k, k, mask=mask)])
+    own = k.repeat_interleave(2, 0)
+    reads = mask.allowed(torch.arange(3), torch.arange(9), 9)
+    torch.testing.assert_close(out.o.double(), alone(q, own, own, reads), rtol=1e-5, atol=1e-5)
+
+
 def test_ragged_suffixes() -> None:
     q, prefix = draw(3, 4, 1, 8, seed=1), draw(1, 2, 21, 8, seed=2)
     suffix, lengths = draw(3, 2, 10, 8, seed=3), torch.tensor([10, 0, 4])
