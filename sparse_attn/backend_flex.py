@@ -76,7 +76,7 @@ def block_mask(plan: Plan, device: torch.device) -> Any:
     b, hq, _ = plan.heads
     table = torch.as_tensor(_table(plan), device=device).view(b, hq, -1, -(-plan.keys // plan.block_n))
     counts = [(table == kind).sum(-1, dtype=torch.int32) for kind in (SPLIT, FULL)]
-    orders = [(table == kind).int().argsort(-1, descending=True, stable=True).int() for kind in (SPLIT, FULL)]
+    orders = [(table == kind).int().argsort(dim=-1, descending=True, stable=True).int() for kind in (SPLIT, FULL)]
     mask, q_perm, k_perm = plan.mask, plan.q_perm, plan.k_perm
 
     def position(perm: Tensor | None, plane: Tensor, place: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, plan: Plan, scale: float) -> 
 
     q [B, Hq, Sq, D] in original order, k [B, Hk, Sk, D] arranged, lse float [B, Hq, Sq] (of this plan or of any other
     attention, so sums need not be shares). The query heads of a key head are summed: a key is kept or dropped for all
-    of them. Queries whose lse is -inf count nothing. This is the accumulated attention score of H2O (2306.14048, section
-    4), here of what was read only. Reads the plan on the host.
+    of them. Queries whose lse is -inf count nothing. This is the accumulated attention score of H2O (2306.14048,
+    section 4), here of what was read only. Reads the plan on the host.
     """
     with torch.no_grad():
         found = q.new_zeros(plan.heads[0] * plan.heads[2] * plan.keys, dtype=torch.float32)

@@ -45,8 +45,8 @@ def execute(
 class _Run:
     """Inputs in the working precision, one row per token, and the outputs as they fill up.
 
-    q: [Pq * Sq, D], k, v: [Pk, Sk, D], all padded to one head dimension. o: [Pq * Sq + 1, D], lse: [1, Pq * Sq + 1],
-    with compensation [2, ...], without it second; the last place of both takes what padding computes.
+    q: [Pq * Sq, D], k, v: [Pk, Sk, D], all padded to one head dimension. o: [Pq * Sq + 1, D], lse: [Pq * Sq + 1],
+    with compensation a second one without it; the last place of each takes what padding computes.
     """
 
     plan: Plan
@@ -55,7 +55,7 @@ class _Run:
     k: Tensor
     v: Tensor
     o: Tensor
-    lse: Tensor
+    lse: list[Tensor]
     stand_in: _StandIn | None
 
     @classmethod
@@ -68,7 +68,7 @@ class _Run:
         k, v = (widened(x.to(exact).reshape(planes, plan.keys, -1), wide).contiguous() for x in (k, v))
         flat = widened(q.to(exact).reshape(places, -1), wide)
         o = flat.new_zeros(places + 1, v.shape[-1])
-        lse = flat.new_full((1 if compensation is None else 2, places + 1), -math.inf)
+        lse = [flat.new_full((places + 1,), -math.inf) for _ in range(1 if compensation is None else 2)]
         stand_in = _StandIn.of(compensation, wide, scale, exact) if compensation is not None else None
         return cls(plan, scale, flat, k, v, o, lse, stand_in)
 

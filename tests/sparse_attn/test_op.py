@@ -25,7 +25,9 @@ class Site:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.seen.append(tuple(q.shape))
-        return F.scaled_dot_product_attention(q, k, v) if self.step < 2 else v.mean(2, True).expand_as(v)
+        if self.step < 2:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return v.mean(2, True).expand(*q.shape[:3], -1)
 
 
 class Block(nn.Module):
