@@ -67,9 +67,10 @@ def block_variance(x: Tensor, order: Order, mean: Tensor) -> Tensor:
 
     float32 [B * H, C, D]. The mean is taken off first: a difference of squares would lose all digits of tight blocks.
     """
-    own = order.labels().expand(mean.shape[0], -1)[..., None].expand(-1, -1, x.shape[3])
-    apart = x.float().flatten(0, 1) - mean.gather(1, own)
-    return block_mean(apart.square_().view(x.shape), order)
+    planes, count = mean.shape[:2]
+    own = order.labels() + torch.arange(planes, device=x.device)[:, None] * count
+    near = mean.reshape(planes * count, -1).index_select(0, own.reshape(-1)).view(x.shape)
+    return block_mean((x.float() - near).square_(), order)
 
 
 def approximate_map(

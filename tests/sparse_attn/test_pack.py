@@ -207,10 +207,10 @@ def test_packing_8192_tokens_of_8_heads_takes_milliseconds() -> None:
     pack(blocks, keep, (1, 8, 8))
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         pack(blocks, keep, (1, 8, 8))
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.1, f"{min(times) * 1e3:.1f} ms"
+        times.append(time.process_time() - begin)
+    assert min(times) < 0.02, f"{min(times) * 1e3:.1f} ms"
 
 
 def order(length: int, bounds: Tensor, role: int = SPARSE) -> Order:
