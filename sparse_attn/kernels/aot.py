@@ -83,8 +83,7 @@ def compile(launch: Launch, arch: int) -> Compiled:
         elif aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     return _read(found, launch)
 
 

@@ -101,7 +101,7 @@ def _merge_pieces(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for piece in tl.range(tl.load(rw_ptr + row), tl.load(rw_ptr + row + 1)):
-        at = piece.to(tl.int64) * M + on_m
+        at = (piece * M + on_m).to(tl.int64)
         one = tl.load(part_lse + at, mask=real_m, other=-float("inf"))
         values = tl.load(part + at[:, None] * DV + on_dv[None, :], mask=real, other=0.0)
         m, total, acc = _add(m, total, acc, one, values)
@@ -125,7 +125,7 @@ def _merge(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in tl.range(0, parts):
-        at = i * length + on_m
+        at = i * length.to(tl.int64) + on_m
         one = tl.load(part_lse + at, mask=real_m, other=-float("inf"))
         values = tl.load(part + at[:, None] * DV + on_dv[None, :], mask=real, other=0.0)
         if UPCAST:

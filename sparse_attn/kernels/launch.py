@@ -41,7 +41,12 @@ class Launch:
             self._run()
 
     def _run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Multiply-adds may be fused, which Triton wants to be told from 3.10 on."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def power(n: int, least: int = 16) -> int:

@@ -107,7 +107,7 @@ def test_chunks_that_are_no_power_of_two() -> None:
 
 
 def test_only_full_chunks() -> None:
-    problem = case(11, tokens=(64, 64), counts=(1, 1), poison=False, perm="none")
+    problem = case(11, heads=(1, 1), tokens=(64, 64), counts=(1, 1), poison=False, perm="none")
     plan = problem.plan
     assert torch.equal(plan.row_full, plan.row_end) and plan.chunk_start.numel() == 4
     agree(run(problem), problem)
