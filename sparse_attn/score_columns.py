@@ -83,10 +83,10 @@ class _LastQueries(ScorerState):
         offset = (view.mask.offset if view.mask is not None else 0) + keys
         first = (q[:, :-1, None] + offset - (k[:, None, 1:] - 1)).clamp(0, total)
         last = (q[:, 1:, None] - 1 + offset - k[:, None, :-1]).clamp(0, total - 1) + 1
-        planes, shape = shares.shape[0], first.shape[1:]
+        planes, rows, columns = shares.shape[0], first.shape[1], first.shape[2]
         first, last = (x.expand(planes, -1, -1).flatten(1) for x in (first, last.maximum(first)))
         mass = (upto.gather(1, last) - upto.gather(1, first)) / (last - first).clamp(min=1)
-        return mass.float().clamp(min=0).unflatten(1, shape) * (k[:, 1:] - k[:, :-1])[:, None, :]
+        return mass.float().clamp(min=0).view(planes, rows, columns) * (k[:, 1:] - k[:, :-1])[:, None, :]
 
     def _widest(self, view: View, diagonals: Tensor) -> Tensor:
         """Only the best diagonals of blocks. A diagonal is the distance between the numbers of two blocks."""

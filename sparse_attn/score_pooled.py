@@ -183,7 +183,7 @@ class _Antidiagonal(ScorerState):
         group = torch.arange(order.length, device=labels.device) // self.stride
         found = torch.zeros(labels.shape[0], -(-order.length // self.stride) * order.count, device=labels.device)
         found.scatter_add_(1, group * order.count + labels, torch.ones_like(labels, dtype=torch.float32))
-        return found.unflatten(1, (-1, order.count)) / self.stride
+        return found.view(found.shape[0], -1, order.count) / self.stride
 
     def _allowed(self, view: View) -> Tensor:
         """May any query of a square read any of its keys, going by the last query and the first key?"""
@@ -204,6 +204,6 @@ def real(x: Tensor, order: Order, padding: int) -> Tensor:
 
 def strided(x: Tensor, stride: int) -> Tensor:
     """x [B, H, S, D] in groups of `stride` tokens: float32 [B * H, G, stride, D]; the last token fills up the last."""
-    s = x.shape[2]
+    b, h, s, d = x.shape
     places = torch.arange(-(-s // stride) * stride, device=x.device).clamp(max=s - 1)
-    return x.flatten(0, 1)[:, places].float().unflatten(1, (-1, stride))
+    return x[:, :, places].float().view(b * h, -1, stride, d)

@@ -56,9 +56,8 @@ def within_tokens(scores: Tensor, blocks: Blocks, share: Tensor | float) -> Tens
     may = candidates(scores, blocks)
     order = falling(scores, may)
     sizes = (key_sizes(scores, blocks) * may).float()
-    ranked = sizes.expand(torch.broadcast_shapes(sizes.shape, order.shape)).gather(
-        -1, order.expand(torch.broadcast_shapes(sizes.shape, order.shape))
-    )
+    planes = max(sizes.shape[0], order.shape[0])
+    ranked = sizes.expand(planes, *order.shape[1:]).gather(-1, order.expand(planes, -1, -1))
     middle = ranked.cumsum(-1) - ranked / 2
     chosen = middle <= sizes.sum(-1, keepdim=True) * share
     chosen[..., 0] = True
