@@ -16,11 +16,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from hasten import report_attention
 from hasten.atomic import atomic_write
 from hasten.bands import Band, bands_of, network_of
 from hasten.errors import UsageError, nearest
 from hasten.recipe import Recipe
-from hasten.trace import Action, Run, Trace
+from hasten.report_attention import Read
+from hasten.trace import Action, Attended, Run, Trace
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
 MARKS: dict[Action, str] = {"compute": "#", "reuse": "=", "forecast": "~", "skip": "."}
@@ -125,6 +127,17 @@ class Report:
         return rows
 
     @property
+    def attended(self) -> list[Attended]:
+        """What every attention call of the chosen runs read, where a recipe makes them sparse."""
+        chosen = {run.index for run in self.runs}
+        return [call for call in self.trace.attention if call.run in chosen]
+
+    @property
+    def attention(self) -> Read | None:
+        """Density and recall of all these calls together; None where attention was left alone."""
+        return report_attention.read_by(self.attended) if self.attended else None
+
+    @property
     def estimated_error(self) -> dict[int, float]:
         """Run index -> relative error of the final latents that skipping is estimated to have caused; empty where no
         budget kept an account."""
@@ -165,9 +178,20 @@ class Report:
             )
         elif idle:
             found.append(f"The recipe's {' and '.join(idle)} part skipped nothing. {self._why_idle()}")
+        if self.recipe is not None and self.recipe.attention is not None:
+            found += self._attention_warnings()
         if totals["compute"] == 0:
             found.append("Nothing was computed: every evaluation was replaced. Do not trust this result.")
         return found
+
+    def _attention_warnings(self) -> list[str]:
+        sparse = [call for call in self.attended if call.sparse]
+        if not sparse:
+            return ["The recipe's attention part did nothing: every attention call was dense. The notes say why."]
+        broken = [call for call in sparse if call.recall is not None and not math.isfinite(call.recall)]
+        if broken:
+            return [f"{len(broken)} attention calls ({broken[0].site}, step {broken[0].step}) gave NaN. Do not trust this result."]
+        return []
 
     def _why_idle(self) -> str:
         """How far the rule was from skipping, when it compared anything."""
@@ -202,6 +226,7 @@ class Report:
         if self.estimated_error:
             spent = ", ".join(f"{value:.2g}" for value in self.estimated_error.values())
             lines.append(f"  latents     estimated to be off by about {spent} of their size or less, from the forecasts' measured errors")
+        lines += report_attention.lines(self.attended)
         for title, facts in (("hardware", self.hardware), ("versions", self.versions)):
             if facts:
                 lines.append(f"  {title:<11} {', '.join(f'{key} {value}' for key, value in facts.items())}")
@@ -245,6 +270,7 @@ class Report:
             "hardware": self.hardware,
             "versions": self.versions,
             "extras": self.extras,
+            "attention": report_attention.to_dict(self.attended),
             "structure": self.trace.structure,
             "runs": [run for run in whole["runs"] if run["index"] in chosen],
             "rows": self.rows,

@@ -15,6 +15,7 @@ from typing import Any
 
 from hasten.bands import Band
 from hasten.report import Report, readable_bytes
+from hasten.report_attention import draw
 from hasten.report_plot import draw_signals
 from hasten.report_style import GUTTER, PATTERNS, SCRIPT, STYLE, canvas, column
 from hasten.trace import Run
@@ -61,6 +62,7 @@ def _subtitle(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     seconds = sum(report.seconds.values())
+    read = report.attention
     tiles = [
         (f"{report.computed_fraction:.1%}", "of the block work computed"),
         (f"{report.nfe:.4g} / {report.evaluations}", "network evaluations computed"),
@@ -70,6 +72,9 @@ def _tiles(report: Report) -> str:
         ),
         (readable_bytes(report.bytes_held), "held by caches at most"),
     ]
+    if read is not None:
+        recall = "" if read.recall is None else f", {read.recall:.1%} of the mass by estimate"
+        tiles.append((f"{read.density:.1%}", f"of the pairs read by attention{recall}"))
     items = "".join(
         f"<div><strong>{escape(value)}</strong><span>{escape(label)}</span></div>" for value, label in tiles
     )
@@ -95,9 +100,10 @@ def _runs(report: Report) -> Iterable[str]:
         steps = max([run.steps, *(band.step + 1 for band in bands)])
         for branch in sorted({band.branch for band in bands}):
             mine = [band for band in bands if band.branch == branch]
+            pictures = draw([call for call in report.attended if (call.run, call.branch) == (run.index, branch)], run.steps, steps)
             prefix = f"Run {run.index}, branch" if len(report.runs) > 1 else "Branch"
             yield f"<section><h2>{prefix} {branch}: step by step</h2>"
-            yield f'<div class="scroll" tabindex="0">{_timeline(run, mine, steps)}{draw_signals(run, mine, steps)}</div></section>'
+            yield f'<div class="scroll" tabindex="0">{_timeline(run, mine, steps)}{draw_signals(run, mine, steps)}{pictures}</div></section>'
 
 
 def _timeline(run: Run, bands: Sequence[Band], steps: int) -> str:

@@ -128,6 +128,9 @@ class Session:
             self.note(
                 "No run was seen: the host's scheduler was never started, so this recipe did nothing.", warn=self._closed
             )
+        for gate in self.gates:
+            if gate.attention is not None:
+                gate.attention.flush()  # what a run in progress has done so far
         device = next((str(p.device) for gate in self.gates for p in gate.model.parameters()), "cpu")
         return Report(self.trace, self.recipe, hardware=hardware(device))
 
