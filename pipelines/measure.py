@@ -8,7 +8,7 @@ neighbours and drift of the machine cancels.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hasten.caching.network import NetworkReuse
@@ -27,7 +27,7 @@ def bench_recipes(
     pipe: Any,
     call: dict[str, Any],
     samples: Sequence[Sample],
-    recipes: Sequence[str] = ("balanced", "fast"),
+    recipes: Sequence[str] | Mapping[str, Recipe] = ("balanced", "fast"),
     *,
     model: str = "",
     converged_steps: int = 200,
@@ -37,12 +37,13 @@ def bench_recipes(
 ) -> list[dict[str, Any]]:
     """Rows with the keys of the design: the plain run, `recipes`, both controls, the oracle and the peers.
 
-    converged_steps: plain steps of the run that stands for the exact solution, which every row's distance to is given.
+    recipes: names, or recipes by the names they have in the table. converged_steps: plain steps of the run that stands
+    for the exact solution, which every row's distance to is given.
     That run, the oracle and the peers are made for one seed per prompt (`n`, `n_converged` say so), the rest for all.
     """
     samples = sorted(samples, key=lambda sample: sample.seed)
     few = samples[: len({sample.prompt for sample in samples})]
-    chosen = {name: find_recipe(name) for name in recipes}
+    chosen = dict(recipes) if isinstance(recipes, Mapping) else {name: find_recipe(name) for name in recipes}
     candidates = [ours(name, recipe) for name, recipe in chosen.items()]
     tell("warm-up")
     warm = {**call, "num_inference_steps": min(6, call["num_inference_steps"])}

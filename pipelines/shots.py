@@ -18,6 +18,7 @@ from hasten import metrics
 from hasten.errors import UsageError
 from hasten.pipelines.candidates import Candidate
 from hasten.session import Attachment
+from hasten.trace import Trace
 
 Frames = NDArray[np.float64]
 
@@ -32,7 +33,11 @@ class Sample:
 
 @dataclass(slots=True)
 class Shot:
-    """One generation. frames: (F, H, W, C) in [0, 1]. latents: final latents. seconds: wall time of the call."""
+    """One generation. frames: (F, H, W, C) in [0, 1]. latents: final latents. seconds: wall time of the call.
+
+    density, rho: means over the attention calls of a recipe of sparse attention, its dense ones included, of the share of
+    pairs that was read and of the estimated share of the mass; None without such a recipe, or where rho is not known.
+    """
 
     frames: Frames
     latents: torch.Tensor | None
@@ -40,6 +45,8 @@ class Shot:
     computed_fraction: float | None = None
     nfe: float | None = None
     bytes_held: int | None = None
+    density: float | None = None
+    rho: float | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -94,7 +101,19 @@ def shoot(pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate 
             report.bytes_held,
         )
         shot.warnings = tuple(report.warnings)
+        shot.density, shot.rho = _attention(session.trace)
     return shot
+
+
+def _attention(trace: Trace) -> tuple[float | None, float | None]:
+    """Mean density and recall of the last run's attention calls."""
+    calls = list(trace.attended(trace.runs[-1].index)) if trace.runs else []
+    recalls = [1.0 if not call.sparse else call.recall for call in calls]
+    known = [recall for recall in recalls if recall is not None]
+    return (
+        statistics.fmean(call.density for call in calls) if calls else None,
+        statistics.fmean(known) if calls and len(known) == len(calls) else None,
+    )
 
 
 def frames_of(output: Any) -> Frames:
@@ -138,6 +157,8 @@ def row_of(
         "latent_error": statistics.median(latents) if latents else None,
         "bytes_held": median(s.bytes_held for s in shots),
     }
+    if any(s.density is not None for s in shots):
+        row |= {"density": median(s.density for s in shots), "rho": median(s.rho for s in shots)}
     if plain.shots is shots:  # the reference row: similarity to itself says nothing
         row["psnr_median"] = row["psnr_worst"] = row["ssim_median"] = row["latent_error"] = None
         row["nfe"], row["computed_fraction"] = float(plain.nfe), 1.0

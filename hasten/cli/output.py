@@ -34,6 +34,8 @@ COLUMNS = {
     "speedup": "speed-up",
     "computed_fraction": "computed",
     "nfe": "evaluations",
+    "density": "density",
+    "rho": "mass read",
     "psnr_median": "PSNR dB",
     "psnr_worst": "worst",
     "psnr_converged": "to converged",
@@ -159,7 +161,7 @@ def cell(key: str, row: dict[str, Any]) -> str:
 def _number(key: str, value: float) -> str:
     if key == "speedup":
         return f"{value:.2f}x"
-    if key in ("computed_fraction", "prompt_accuracy", "recall", "overhead", "overhead_worst"):
+    if key in ("computed_fraction", "density", "rho", "prompt_accuracy", "recall", "overhead", "overhead_worst"):
         return f"{100 * value:.1f} %" if key.startswith("overhead") else f"{100 * value:.0f} %"
     if key.startswith("psnr"):
         return f"{value:.1f}"

@@ -170,7 +170,7 @@ def adaspa(
     pattern = Pattern(layout=Identity(block=block), score=CachedMass(), select=SelfTopP(share=share, together=True))
     return Recipe(
         attention=SparseAttention(
-            min_tokens=min_tokens, patterns=(pattern,), warm=warm, every=every, refresh=every, block_m=block
+            min_tokens=min_tokens, patterns=(pattern,), warm=warm, every=every, refresh=every, block_m=max(16, block)
         ),
         paper="AdaSpa, arXiv 2502.21079",
     )
@@ -319,7 +319,7 @@ def nabla(
         layout=Tiles(tile=(1, 8, 8)), score=Both(first=near, second=Pooled(), how="union"), select=TopP(p=p)
     )
     return Recipe(
-        attention=SparseAttention(min_tokens=min_tokens, patterns=(pattern,), warm=warm, block_m=block),
+        attention=SparseAttention(min_tokens=min_tokens, patterns=(pattern,), warm=warm, block_m=max(16, block)),
         paper="NABLA, arXiv 2507.13546",
     )
 
