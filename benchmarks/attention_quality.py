@@ -1,8 +1,10 @@
 """What is lost by reading part of the keys: every way of being sparse at equal density and at equal work, beside the oracle.
 
-    python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-flux] [--json FILE]
+    python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-video-large] [--json FILE]
 
-Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds) and queries, keys and values recorded from the bundled models.
+Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds), and queries, keys and values recorded from tiny-video: at its
+own size (576 tokens) and at twice each side and twice the frames (4352 tokens, which it was not trained on).
+tiny-flux has 32 tokens, which are read in one block.
 For each method, density and head: the mass that was read, that of the oracle (the same blocks chosen by their true mass),
 the relative error of the output with and without what stands in for the rest, how far rho is from the mass, the work of
 whole tiles over that of the pairs, and the time of a plan. Static patterns and recipes of several patterns run at the
@@ -28,7 +30,6 @@ from torch.overrides import TorchFunctionMode
 from hasten.cli.output import Output as Streams
 from hasten.errors import HastenError
 from hasten.pipelines import tiny_models
-from hasten.pipelines.bench_attention_parts import grid_of
 from hasten.pipelines.recipes import catalogue
 from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import cost
@@ -45,7 +46,7 @@ from hasten.sparse_attn.reference import dense
 from hasten.sparse_attn.score_mass import Oracle
 from hasten.sparse_attn.score_pooled import Centroid, Pooled
 from hasten.sparse_attn.score_static import Static
-from hasten.sparse_attn.segments import Segment, Tokens, text, video
+from hasten.sparse_attn.segments import Tokens, video
 from hasten.sparse_attn.synthetic import CLUSTERED, HEADS, heads
 from hasten.sparse_attn.trial import Inputs, Method, Trial
 
@@ -54,20 +55,27 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core" / "attention-quality.jso
 DENSITIES = (0.1, 0.2, 0.3)
 GRID = (15, 16, 16)
 SEEDS = (0, 1)
-STEPS, LAYERS = (5, 20, 40), (1, 5, 9)
-"""Which evaluations (of the conditional branch) and attention calls of a bundled model are recorded."""
+STEPS, LAYERS = (0.1, 0.4, 0.8), (1, 5, 9)
+"""Which evaluations (of the conditional branch, by their share of the run) and attention calls are recorded."""
+
+RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-video": ("tiny-video", {}),
+    "tiny-video-large": ("tiny-video", {"height": 64, "width": 64, "num_frames": 33, "num_inference_steps": 10}),
+}
+"""Input -> model and what its call differs in."""
 
 Row = dict[str, Any]
 
 
 def methods(small: bool) -> list[Method]:
     """The parts in combination. small: blocks for sequences of a few hundred tokens."""
-    block, q_size, k_size, tile = (16, 32, 8, 16) if small else (64, 252, 76, 64)
-    tall = {"block_m": 32, "block_n": 16} if small else {}
+    block, q_size, k_size = (16, 32, 8) if small else (64, 252, 76)
+    tile_sizes = {"block_m": 32, "block_n": 16} if small else {}
+    equal = {"block_m": block, "block_n": block}  # blocks as large as tiles waste nothing
     clusters, second = KMeans(q_size=q_size, k_size=k_size), Compensate(order=2)
     found = [
-        Method("raster blocks, pooled", Identity(block=block), Pooled(), second),
-        Method("3-D tiles, centroid", Tiles(block=tile), Centroid(), second),
+        Method("raster blocks, pooled", Identity(block=block), Pooled(), second, **equal),
+        Method("3-D tiles, centroid", Tiles(block=block), Centroid(), second, **equal),
         Method("balanced tree, centroid", Tree(block=block, q_block=2 * block), Centroid(), second),
         Method("k-means, centroid", clusters, Centroid(), second),
         Method("k-means, first order", clusters, Centroid(), Compensate(order=1)),
@@ -75,7 +83,7 @@ def methods(small: bool) -> list[Method]:
         Method("k-means, routed by error", clusters, ErrorRouting(), second),
         Method("k-means, 2 % outliers exact", clusters.model_copy(update={"outliers": 0.02}), Centroid(), second),
     ]
-    return [replace(method, **tall) for method in found]  # type: ignore[arg-type]
+    return [method if method.block_m == block else replace(method, **tile_sizes) for method in found]
 
 
 def recipes() -> Iterator[tuple[str, SparseAttention]]:
@@ -112,9 +120,11 @@ class Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded(model: str) -> Iterator[tuple[str, list[str], Inputs]]:
-    """Attention of a bundled model at some steps and layers of one run of its first prompt; a head is named by layer and number."""
-    pipe, call = tiny_models.load(model), tiny_models.call_defaults(model)
+def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
+    """Attention of a bundled model at some steps and layers of one run of its first prompt; heads by layer and number."""
+    model, other = RECORDED[source]
+    pipe, call = tiny_models.load(model), tiny_models.call_defaults(model) | other
+    steps = [int(share * call["num_inference_steps"]) for share in STEPS]
     pipe.set_progress_bar_config(disable=True)
     network, found, count = pipe.transformer, [], 0
     plain = network.forward
@@ -122,11 +132,12 @@ def recorded(model: str) -> Iterator[tuple[str, list[str], Inputs]]:
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
-        if (count - 1) // 2 not in STEPS or count % 2 == 0:  # two branches: every other evaluation
+        if (count - 1) // 2 not in steps or count % 2 == 0:  # two branches: every other evaluation
             return plain(*args, **kwargs)
         with Recorder() as recorder:
             result = plain(*args, **kwargs)
-        found.append(((count - 1) // 2, recorder.calls))
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        found.append(((count - 1) // 2, recorder.calls, tuple(latents.shape[2:])))
         return result
 
     network.forward = watched
@@ -134,24 +145,13 @@ def recorded(model: str) -> Iterator[tuple[str, list[str], Inputs]]:
         pipe(tiny_models.card(model)["prompts"][0], generator=torch.Generator().manual_seed(0), **call)
     finally:
         del network.forward
-    for step, calls in found:
+    for step, calls, grid in found:
         for layer in LAYERS:
             if layer < len(calls):
                 q, k, v = (x[:1] for x in calls[layer])
-                yield f"{model}, step {step}", [f"layer {layer}, head {h}" for h in range(q.shape[1])], Inputs(
-                    q, k, v, tokens_of(model, q.shape[2], call)
+                yield f"{source}, step {step}", [f"layer {layer}, head {h}" for h in range(q.shape[1])], Inputs(
+                    q, k, v, Tokens((video(*grid),))  # patches are single latents
                 )
-
-
-def tokens_of(model: str, length: int, call: dict[str, Any]) -> Tokens:
-    """Segments of a recorded call: all video, or the prompt before the picture."""
-    words = int(call["max_sequence_length"]) if model == "tiny-flux" else 0
-    rest = length - words
-    frames = 1 if model == "tiny-flux" else next(n for n in range(1, rest + 1) if rest % n == 0 and (rest // n) ** 0.5 % 1 == 0)
-    side = round((rest // frames) ** 0.5)
-    grid = (frames, side, side) if frames * side * side == rest else grid_of(rest)
-    shown: Segment = video(*grid)
-    return Tokens((text(words), shown) if words else (shown,))
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -246,6 +246,22 @@ def study(name: str, names: Sequence[str], inputs: Inputs, small: bool, tell: An
     return rows
 
 
+def sharpness() -> list[Row]:
+    """The same clustered heads from flat to sharp: k-means at 10 %, means over heads and seeds."""
+    rows = []
+    for sharp in (4.0, 6.0, 8.0, 10.0, 14.0, 20.0):
+        kinds = {name: replace(HEADS[name], sharpness=sharp) for name in CLUSTERED}
+        found = []
+        for seed in SEEDS:
+            q, k, v = heads(GRID, 64, kinds, seed=seed)
+            trial = Trial(Method("", KMeans(), Centroid(), Compensate(order=2)), Inputs(q, k, v, Tokens((video(*GRID),))))
+            trial.choose(0.1)
+            found += judged(trial, dense(q, k, v, trial.inputs.scale), CLUSTERED, {})
+        means = {key: statistics.mean(row[key] for row in found) for key in ("mass", "dropped_error", "output_error", "rho_error")}
+        rows.append({"sharpness": sharp} | means | {"ratio": means["output_error"] / means["dropped_error"]})
+    return rows
+
+
 def bars(rows: Sequence[Row]) -> list[Row]:
     """The three questions of the study, answered on synthetic heads at equal density."""
     measured = [row for row in rows if row["model"].startswith("synthetic") and row.get("budget") == "tokens"]
@@ -254,13 +270,14 @@ def bars(rows: Sequence[Row]) -> list[Row]:
         return [r for r in measured if r["recipe"] == recipe and r["asked"] == density and r["head"] in kinds]
 
     sharp = chosen("k-means, centroid", 0.1, CLUSTERED)
-    ratio = max(row["output_error"] / row["dropped_error"] for row in sharp)
+    ratio = sum(row["output_error"] for row in sharp) / sum(row["dropped_error"] for row in sharp)
+    worst = max(row["output_error"] / row["dropped_error"] for row in sharp)
     rho = max(row["rho_error"] for row in sharp)
     svg2 = chosen("svg2", 0.2, tuple(HEADS)) or chosen("k-means, centroid", 0.2, tuple(HEADS))
     share = min(row["mass"] / row["oracle_mass"] for row in svg2)
     return [
         {"bar": "k-means and compensation at 10 %: at most a tenth of the drop-only error on clustered heads",
-         "met": ratio <= 0.1, "detail": f"largest ratio {ratio:.3f}"},
+         "met": ratio <= 0.1, "detail": f"{ratio:.3f} over heads and seeds; {worst:.3f} on the one where it helps least"},
         {"bar": "rho within 0.01 of the truth there", "met": rho <= 0.01, "detail": f"largest mean distance {rho:.4f}"},
         {"bar": "SVG2 at 20 %: at least 95 % of the oracle's mass", "met": share >= 0.95,
          "detail": f"least share {share:.3f} over all heads"},
@@ -288,7 +305,7 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ["synthetic", "tiny-video", "tiny-flux"]
+    known = ["synthetic", *RECORDED]
     parser.add_argument("--inputs", nargs="+", default=known, choices=known)
     parser.add_argument("--json", default=str(RESULTS))
     arguments = parser.parse_args()
@@ -297,13 +314,14 @@ def main() -> None:
     with streams.open(), torch.no_grad():
         for source in arguments.inputs:
             for name, names, inputs in synthetic() if source == "synthetic" else recorded(source):
-                rows += study(name, names, inputs, source != "synthetic", streams.note)
+                rows += study(name, names, inputs, source == "tiny-video", streams.note)
         shown = averaged(rows)
         streams.table(shown, {key: key.replace("_", " ") for key in shown[0]} | {"rho_error": "rho error"})
-        answers = bars(rows) if "synthetic" in arguments.inputs else []
+        answers, sweep = (bars(rows), sharpness()) if "synthetic" in arguments.inputs else ([], [])
         if answers:
+            streams.table(sweep, {key: key.replace("_", " ") for key in sweep[0]})
             streams.table(answers, {"bar": "bar", "met": "met", "detail": "numbers"})
-        streams.finish([_short(row) for row in rows], bars=answers)
+        streams.finish([_short(row) for row in rows], bars=answers, sharpness=[_short(row) for row in sweep])
 
 
 def _short(row: Row) -> Row:

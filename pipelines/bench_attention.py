@@ -50,7 +50,7 @@ FLEX_BLOCK = 128
 
 METHODS = (
     Method("blocks", Identity(block=FLEX_BLOCK), Pooled(), block_n=FLEX_BLOCK),
-    Method("tiles", Tiles(), Centroid(), Compensate()),
+    Method("tiles", Tiles(group=(1, 1, 2)), Centroid(), Compensate()),
     Method("tree", Tree(), Centroid(), Compensate()),
     Method("clusters", KMeans(), Centroid(), Compensate()),
 )

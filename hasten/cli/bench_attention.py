@@ -10,7 +10,8 @@ from hasten.cli.options import Device, Dtype
 from hasten.cli.output import JsonOption, Output
 
 COLUMNS = {
-    "model": "size",
+    "tokens": "tokens",
+    "head_dim": "D",
     "recipe": "method",
     "control": "control",
     "density": "density",
@@ -85,7 +86,7 @@ def attention(
                 seconds=seconds or usual.seconds,
                 tell=output.note,
             )
-        output.table(rows, COLUMNS)
+        output.table(rows, COLUMNS if all("tokens" in row for row in rows) else {"model": "network"} | COLUMNS)
         output.finish([_short(row) for row in rows], repeats=repeats)
         red = [row for row in rows if row.get("correct") is False and not str(row.get("control") or "").startswith("peer")]
         if red:
