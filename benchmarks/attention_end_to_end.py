@@ -41,6 +41,7 @@ def recipes(video: bool) -> dict[str, Recipe]:
         "sliding-tile": attention.sliding_tile(tile=tile, min_tokens=0),
         "hyper-attention": attention.hyper_attention(block=16, samples=32, min_tokens=0),
         "routing": attention.routing(size=16, min_tokens=0),
+        "linear-branch": attention.linear_branch(share=0.3, q_size=16, k_size=4, min_tokens=0),
         "sparge": attention.sparge(block=8, min_tokens=0),
         "xattention": attention.xattention(block=8, stride=4, min_tokens=0),
         "last-queries": attention.last_queries(block=8, queries=16, min_tokens=0),

@@ -6,7 +6,6 @@ Shapes: see `hasten.sparse_attn.blocks`; Dv value dimension, R rows of the plan.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -16,15 +15,23 @@ from hasten.part import Part
 from hasten.sparse_attn.blocks import SELECT, SPARSE, Blocks, Order, block_mean, grouped
 from hasten.sparse_attn.extent import FULL, block_states
 from hasten.sparse_attn.mask import Mask
-from hasten.sparse_attn.plan import Compensation
+from hasten.sparse_attn.plan import Compensation, Output
 
 
 class StandIn(Part):
-    """Base of what stands in for blocks that are not read."""
+    """Base of what stands in for blocks that are not read. It joins the same softmax, by one of two ways: as tables, which
+    are read together with the keys, or as sums of its own, which are merged afterwards."""
 
-    @abstractmethod
-    def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation:
-        """Tables for arranged k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv]. approximate: bool [P1, Cq, Ck], of `approximate_map`."""
+    def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation | None:
+        """Tables for arranged k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv]; None: there are none. approximate: bool
+        [P1, Cq, Ck], of `approximate_map`."""
+        return None
+
+    def add(
+        self, out: Output, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, approximate: Tensor, scale: float
+    ) -> Output:
+        """`out` with what is merged afterwards. q [B, Hq, Sq, D] in original order, k and v arranged."""
+        return out
 
 
 class Compensate(StandIn):

@@ -196,10 +196,10 @@ class SparseState:
         assert self._plan is not None and self._selection is not None
         blocks = self._selection.blocks
         k, v = blocks.k.arrange(k), blocks.k.arrange(v)
-        stand_in = None
-        if self.policy.compensate is not None:
-            stand_in = self.policy.compensate.tables(k, v, blocks.k, self._selection.approximate)
-        return sparse_attention(q, k, v, self._plan, scale=scale, compensation=stand_in, arranged=True)
+        stand_in, left_out = self.policy.compensate, self._selection.approximate
+        tables = stand_in.tables(k, v, blocks.k, left_out) if stand_in is not None else None
+        out = sparse_attention(q, k, v, self._plan, scale=scale, compensation=tables, arranged=True)
+        return out if stand_in is None else stand_in.add(out, q, k, v, blocks, left_out, scale)
 
 
 __all__ = ["Fact", "SparseAttention", "SparseState", "View"]

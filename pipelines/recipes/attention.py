@@ -17,6 +17,7 @@ from hasten.sparse_attn.layout_lsh import LSH
 from hasten.sparse_attn.layout_swap import Swap
 from hasten.sparse_attn.layout_tiles import Tiles
 from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.linear_rest import LinearRest
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.recover import Residual
@@ -26,7 +27,7 @@ from hasten.sparse_attn.score_bands import Bands, BlockDiagonal, Radial
 from hasten.sparse_attn.score_both import Both
 from hasten.sparse_attn.score_columns import LastQueries
 from hasten.sparse_attn.score_mass import CachedMass
-from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, MeanRows, Pooled
+from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, Pooled
 from hasten.sparse_attn.score_window import Around, CrissCross, Neighbourhood, SlidingTile
 from hasten.sparse_attn.select_target import TargetRecall
 from hasten.sparse_attn.select_top import Above, All, SelfTopP, TopK, TopP
@@ -150,7 +151,7 @@ def sol_attention(tau: float = 1.0, block: int = 64, warm: float = 0.1, min_toke
     The others count by their mean. Differs: scores are a pass of their own instead of a part of the kernel; any dtype,
     head dimension and length; text is always read.
     """
-    score: Scorer = Both(first=BlockDiagonal(reach=1), second=MeanRows(variance=False), how="union")
+    score: Scorer = Both(first=BlockDiagonal(reach=1), second=Pooled(), how="union")
     pattern = Pattern(layout=Identity(block=block), score=score, select=Above(tau=tau))
     return Recipe(
         attention=SparseAttention(
@@ -278,6 +279,29 @@ def routing(size: float = 256, reach: int = 0, warm: float = 0.1, min_tokens: in
     return Recipe(
         attention=SparseAttention(min_tokens=min_tokens, patterns=(pattern,), warm=warm),
         paper="Routing Transformer, arXiv 2003.05997",
+    )
+
+
+def linear_branch(
+    share: float = 0.1,
+    features: int = 256,
+    q_size: float = 252,
+    k_size: float = 76,
+    warm: float = 0.1,
+    min_tokens: int | None = None,
+) -> Recipe:
+    """A linear branch beside exact attention to the nearest clusters: one state per block instead of its mean.
+
+    Differs from LiT, whose features are trained: random ones in the units of exp, so no training, but noise.
+    """
+    pattern = Pattern(
+        layout=KMeans(q_size=q_size, k_size=k_size), score=Centroid(variance=True), select=TopK(share=share, by="tokens")
+    )
+    return Recipe(
+        attention=SparseAttention(
+            min_tokens=min_tokens, patterns=(pattern,), compensate=LinearRest(features=features), warm=warm
+        ),
+        paper="LiT, arXiv 2501.12976; Lightning Attention-2, arXiv 2401.04658",
     )
 
 

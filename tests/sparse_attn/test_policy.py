@@ -15,9 +15,11 @@ from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.layout import Identity
 from hasten.sparse_attn.layout_kmeans import KMeans
 from hasten.sparse_attn.layout_swap import Swap
+from hasten.sparse_attn.linear_rest import LinearRest
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention, SparseState
 from hasten.sparse_attn.recover import Residual
+from hasten.sparse_attn.samples import Samples
 from hasten.sparse_attn.score_mass import CachedMass
 from hasten.sparse_attn.score_pooled import Centroid, Pooled
 from hasten.sparse_attn.segments import Tokens, plain, text, video
@@ -87,6 +89,18 @@ def test_what_stands_in_brings_the_output_nearer() -> None:
         for order, how in {0: None, 1: Compensate(order=1), 2: Compensate(order=2)}.items()
     }
     assert found[2] <= found[1] < 0.25 * found[0]
+
+
+def test_linear_attention_and_samples_stand_in_on_average() -> None:
+    q, k, v = (0.5 * x for x in qkv(10, keys=2))
+    v = v + 1  # what is left out does not cancel
+    truth = exact(q, k, v)
+    pattern = Pattern(layout=KMeans(q_size=30, k_size=13), score=Centroid(), select=TopK(share=0.2))
+    dropped = error(attend(policy(patterns=(pattern,)).start(), 3, (q, k, v), plain(N)), truth)
+    for how in (LinearRest(features=512), Samples(count=60)):
+        state = policy(patterns=(pattern,), compensate=how).start()
+        assert error(attend(state, 3, (q, k, v), plain(N)), truth) < 0.75 * dropped
+        assert 0 < float(state.facts[0].rho) < 1  # type: ignore[arg-type]
 
 
 def test_a_selection_is_used_for_as_many_steps_as_asked() -> None:
