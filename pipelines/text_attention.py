@@ -25,9 +25,9 @@ from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines.text_mask import Rule, read
 from hasten.session import Attachment
 from hasten.sparse_attn.causal import CausalAttention
+from hasten.sparse_attn.exact import exact
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.prefix import exact
 from hasten.sparse_attn.reader import ReaderState
 from hasten.sparse_attn.segments import plain
 from hasten.step import Step

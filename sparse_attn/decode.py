@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RefusedError, UsageError
+from hasten.sparse_attn.decode_cpu import decode_cpu
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.merge import finite, merge_rows, normalise
 from hasten.sparse_attn.plan import Output
@@ -150,7 +151,7 @@ def decode(
     The G * n queries that share a key head are one tile, so that each key is read once for all of them. A cache whose
     batch is 1 is a pool that all samples read (`pages`). mask: asked about (query, place) where it is given: causal
     among new queries, windows, the tree of a draft. Accumulates in float32; o comes back in the dtype of q.
-    backend: "auto" takes triton on CUDA where it is installed, else torch.
+    backend: "auto" takes triton on CUDA where it is installed, else torch. Without windows a CPU reads the cache in place.
     """
     _check(q, k, v, work)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -162,11 +163,15 @@ def decode(
                 raise RefusedError(f"backend='triton' needs triton ({error}). Install it or pass backend='torch'.") from None
         else:
             return kernel(q, k, v, work, scale=scale, mask=mask)
-    return _torch(q, k, v, work, scale, mask)
+    tree_only = mask is None or (mask.left is None and mask.right is None)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type == "cpu" and tree_only and not needs_grad and q.dtype != torch.float64:
+        return decode_cpu(q, k, v, work, scale, mask)
+    return decode_torch(q, k, v, work, scale, mask)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, mask: Mask | None) -> Output:
-    """The twin of the kernel: all pieces at once, each padded to the longest."""
+def decode_torch(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, mask: Mask | None) -> Output:
+    """The twin of the kernel, for any device and differentiable: all pieces at once, each padded to the longest."""
     b, hq, n, d = q.shape
     hk, places = k.shape[1], k.shape[2]
     exact = torch.promote_types(q.dtype, torch.float32)

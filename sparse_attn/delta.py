@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from hasten.sparse_attn.blocks import Order, block_mean
+from hasten.sparse_attn.exact import exact
 from hasten.sparse_attn.layout import Arrangement, Layout, LayoutState
 from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.prefix import exact
-from hasten.sparse_attn.reader import Everything, Reader, ReaderState
+from hasten.sparse_attn.reader import Everything, Reader, ReaderState, Witness
 from hasten.sparse_attn.segments import Segment
 
 
@@ -74,7 +74,8 @@ class Delta(Reader):
     """The last `window` keys exactly; of those before, each run of nearly equal keys as one key with the mean value.
 
     share: runs per far key. limit: see `runs`. sinks: first keys, read exactly. refresh: tokens after which runs are made
-    anew (those that come between are near, and exact).
+    anew (those that come between are near, and exact). Each call waits for the device once, to see that the cache is still
+    the one that runs were made of.
 
     DeltaLLM keeps, for every coordinate of a key, the last value unless it has changed by more than a threshold, and
     saves the products of coordinates that stayed; that needs hardware which skips zeros. Here a whole key stays or not,
@@ -99,6 +100,7 @@ class _Delta(ReaderState):
         self.everything = Everything().start()
         self.k = self.v = self.bias = torch.empty(0)
         self.edge = self.made = 0
+        self.witness: Witness | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, tree: Tensor | None = None
@@ -107,7 +109,7 @@ class _Delta(ReaderState):
         if first is not None or s <= part.sinks + part.window + n + 1:
             self.read = None
             return self.everything.attend(q, k, v, first, scale, tree)
-        if not 0 <= s - self.made < part.refresh or self.k.shape[:2] != k.shape[:2]:
+        if self.witness is None or not 0 <= s - self.made < part.refresh or not self.witness.knows(k):
             self._summarise(k, v, s, n)
         near = self.everything.attend(q, k[:, :, self.edge :], v[:, :, self.edge :], None, scale, tree)
         parts = [(near.o, near.lse)]
@@ -125,6 +127,7 @@ class _Delta(ReaderState):
     def _summarise(self, k: Tensor, v: Tensor, s: int, n: int) -> None:
         b, hk, d = k.shape[0], k.shape[1], k.shape[3]
         self.edge, self.made = s - n + 1 - self.part.window, s
+        self.witness = Witness(k, self.edge - 1)
         far_k, far_v = (x[:, :, self.part.sinks : self.edge] for x in (k, v))
         count = max(1, round(far_k.shape[2] * self.part.share))
         bounds = runs(far_k, count, self.part.limit)

@@ -18,9 +18,12 @@ from hasten.sparse_attn.blocks import Blocks, Order, block_mean
 from hasten.sparse_attn.decode import decode, select, workers
 from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.reader import Everything, Reader, ReaderState
+from hasten.sparse_attn.reader import Everything, Reader, ReaderState, Witness
 from hasten.sparse_attn.select import Selector, SelectorState
 from hasten.sparse_attn.select_top import candidates, key_sizes, shares
+
+PRODUCTS = 1 << 24
+"""Products of keys and centroids held at once: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,9 @@ def cluster(k: Tensor, count: int, rounds: int = 10, first: Tensor | None = None
 
 def _nearest(unit: Tensor, centroids: Tensor, padding: Tensor) -> Tensor:
     """int64 [Pk, P]: 1 + the centroid of the largest cosine, 0 for padding."""
-    return torch.where(padding, 0, (unit @ centroids.mT).argmax(-1) + 1)
+    at_once = max(1, PRODUCTS // (unit.shape[0] * centroids.shape[1]))
+    best = [(part @ centroids.mT).argmax(-1) for part in unit.split(at_once, 1)]
+    return torch.where(padding, 0, torch.cat(best, 1) + 1)
 
 
 def key_shares(q: Tensor, clusters: Clusters, scale: float) -> Tensor:
@@ -104,7 +109,8 @@ class Lookup(Reader):
     Differences from the paper: its threshold is one for all layers, found ahead of time; here each layer has its own,
     found from the prompt itself. Queries that share a key head (grouped queries, new tokens of a draft) read what any of
     them asks for. The hierarchical look-up (3.3) is left out. A copy of the prompt's keys and values in the order of the
-    clusters is held, for the cache of the host keeps its own order.
+    clusters is held, for the cache of the host keeps its own order. A cache that is not the prompt's any more (cut and
+    grown anew) is read whole. Each call waits for the device once, to see that.
     """
 
     kind: ClassVar[str] = "lookup"
@@ -122,6 +128,7 @@ class _Lookup(ReaderState):
         self.part = part
         self.everything = Everything().start()
         self.clusters: Clusters | None = None
+        self.witness: Witness | None = None
         self.k = self.v = torch.empty(0)
         self.limit = torch.empty(0)
 
@@ -130,6 +137,7 @@ class _Lookup(ReaderState):
         self.clusters = cluster(k, count, self.part.rounds, first)
         order = self.clusters.order
         self.k, self.v = order.arrange(k), order.arrange(v)
+        self.witness = Witness(k, k.shape[2] - 1)
         seen = key_shares(q[:, :, -self.part.sample :], self.clusters, scale)
         limit = threshold(seen, order.sizes, self.part.share)
         self.limit = limit if self.part.share < 1 else torch.zeros_like(limit)  # other queries may care for the rest
@@ -138,8 +146,7 @@ class _Lookup(ReaderState):
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, tree: Tensor | None = None
     ) -> Output:
         prompt = self.k.shape[2] if self.clusters is not None else 0
-        if self.clusters is None or k.shape[2] - q.shape[2] < prompt or self.k.shape[:2] != k.shape[:2]:
-            # A cache that was cut into the prompt may grow again with other tokens.
+        if self.clusters is None or self.witness is None or k.shape[2] - q.shape[2] < prompt or not self.witness.knows(k):
             self.clusters, self.k, self.v, self.read = None, torch.empty(0), torch.empty(0), None
             return self.everything.attend(q, k, v, first, scale, tree)
         keep = (key_shares(q, self.clusters, scale) >= self.limit).any(1)

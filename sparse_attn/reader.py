@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hasten.part import Part
 from hasten.sparse_attn.decode import Work, decode, select, whole, workers
+from hasten.sparse_attn.exact import exact
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.prefix import exact
 
 
 class Reader(Part):
@@ -59,6 +59,22 @@ class ReaderState:
     def num_bytes(self) -> int:
         """Bytes held between tokens."""
         return 0
+
+
+class Witness:
+    """One place of a cache, by which copies made from what lies before it are known to be still those of this cache.
+
+    Beams change rows with each other, drafts and users cut caches and let them grow anew: then keys differ there.
+    """
+
+    def __init__(self, k: Tensor, place: int) -> None:
+        self.place, self.keys = place, k[:, :, place].clone()
+
+    def knows(self, k: Tensor) -> bool:
+        """Is it the same cache, as far as this place tells? Waits for the device."""
+        if k.shape[2] <= self.place or k.shape[:2] != self.keys.shape[:2]:
+            return False
+        return torch.equal(k[:, :, self.place], self.keys)
 
 
 def newest(n: int, device: torch.device, tree: Tensor | None = None) -> Mask | None:

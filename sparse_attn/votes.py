@@ -1,6 +1,6 @@
 """TokenSelect: all heads vote for tokens, and a choice serves until the query has turned (2411.02886).
 
-Shapes: B batch, Hq, Hk heads, n new queries, S keys, D, Dv head dimensions, T tokens chosen.
+Shapes: B batch, Hq, Hk heads, n new queries, S keys, D, Dv head dimensions, T tokens chosen (sinks among them).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.sparse_attn.decode import decode, select, workers
+from hasten.sparse_attn.decode import Work, decode, select, workers
+from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.reader import Everything, Reader, ReaderState, newest
+from hasten.sparse_attn.reader import Everything, Reader, ReaderState, Witness
 
 
 class Votes(Reader):
@@ -28,7 +29,8 @@ class Votes(Reader):
     Defaults are the paper's. Differences from the official code: query head h votes with the key head it belongs to,
     h // (Hq / Hk), and logits are scaled by 1/sqrt(D) before the softmax (that code maps heads otherwise, and leaves the
     scale out); in a batch every sample chooses for itself, and the choice is renewed when any sample's query has turned.
-    The test of similarity waits for the device once per call; similarity=0 ("never renew") and above 1 ("always") do not.
+    similarity=0 never renews a choice for the query's sake, above 1 always does. Each call waits for the device once or
+    twice (is it the same cache, has the query turned?). The chosen keys and values are copied once per choice.
     """
 
     kind: ClassVar[str] = "votes"
@@ -45,11 +47,11 @@ class _Votes(ReaderState):
     def __init__(self, part: Votes) -> None:
         self.part = part
         self.everything = Everything().start()
-        self.query: Tensor | None = None  # float32 [B, Hq, D], of the choice
-        self.chosen: Tensor | None = None  # int64 [B, T], places, best first; those behind `real` are not candidates
-        self.real: Tensor | None = None  # int64 [B]
-        self.edge = 0  # places from here on are read, whatever was chosen
         self.made = 0  # choices made so far
+        self.edge = 0  # places from here on are read, whatever was chosen
+        self.query = self.k = self.v = torch.empty(0)  # of the choice: mean query, and the keys and values chosen
+        self.work: Work | None = None  # which of them each sample really has
+        self.witness: Witness | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, tree: Tensor | None = None
@@ -59,58 +61,56 @@ class _Votes(ReaderState):
             self.read = None
             return self.everything.attend(q, k, v, first, scale, tree)
         begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if first is None else first
-        if not self._serves(q, s):
-            self.edge = s - part.window - n + 1
-            self._choose(q, k, begin, scale)
-        assert self.chosen is not None
-        near = torch.arange(self.edge, s, device=k.device).expand(k.shape[0], -1)
-        sinks = begin[:, None] + torch.arange(part.sinks, device=k.device)
-        place = torch.cat([sinks.clamp(max=s - 1), self.chosen, near], 1)[:, None, :, None]
-        k, v = (x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
-        keep, bounds = self._reads(begin, k.shape[1], k.shape[2])
-        work = select(keep, bounds, workers(k.device), places=k.shape[2])
-        self.read = work.tokens()
-        return decode(q, k, v, work, scale=scale, mask=newest(n, q.device, tree))
+        if not self._serves(q, k):
+            self._choose(q, k, v, begin, scale)
+        assert self.work is not None
+        chosen = decode(q, self.k, self.v, self.work, scale=scale)
+        late = None if first is None else (first - self.edge).clamp(min=0)
+        near = self.everything.attend(q, k[:, :, self.edge :], v[:, :, self.edge :], late, scale, tree)
+        self.read = self.work.tokens() + self._near(begin, s) * k.shape[1]
+        return Output(*merge([(chosen.o, chosen.lse), (near.o, near.lse)]))
 
     def num_bytes(self) -> int:
-        held = (self.query, self.chosen, self.real)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        return sum(x.numel() * x.element_size() for x in (self.query, self.k, self.v))
 
-    def _serves(self, q: Tensor, s: int) -> bool:
-        """May the last choice be used for q?"""
-        if self.query is None or self.query.shape[0] != q.shape[0] or self.part.similarity > 1:
-            return False
-        if self.edge > s:  # the cache was cropped: places may hold other tokens now
+    def _near(self, begin: Tensor, s: int) -> Tensor:
+        return (s - begin.clamp(min=self.edge)).sum()
+
+    def _serves(self, q: Tensor, k: Tensor) -> bool:
+        """May the last choice be used for q? Not after its cache has become another one."""
+        if self.witness is None or self.part.similarity > 1 or not self.witness.knows(k):
             return False
         if self.part.similarity == 0:
             return True
-        cosine = torch.cosine_similarity(self._mean(q).flatten(1), self.query.flatten(1), dim=1)
+        cosine = torch.cosine_similarity(_mean(q).flatten(1), self.query.flatten(1), dim=1)
         return bool(cosine.min() >= self.part.similarity)
 
-    @staticmethod
-    def _mean(q: Tensor) -> Tensor:
-        return q.float().mean(2)
-
-    def _choose(self, q: Tensor, k: Tensor, begin: Tensor, scale: float) -> None:
-        from_, to = begin + self.part.sinks, self.edge
-        place = torch.arange(to, device=k.device)
-        open_ = place >= from_[:, None]
-        votes = ballot(q, k[:, :, :to], open_, scale)
-        top = votes.masked_fill(~open_, -1.0).topk(min(self.part.top, to), dim=1)
-        self.chosen, self.real = top.indices, (top.values >= 0).sum(1)
-        self.query = self._mean(q)
-        self.made += 1
-
-    def _reads(self, begin: Tensor, heads: int, places: int) -> tuple[Tensor, Tensor]:
-        """keep and bounds over the gathered places: sinks, chosen, near, of each only what the sample really has."""
-        assert self.chosen is not None and self.real is not None
-        sinks, top = self.part.sinks, self.chosen.shape[1]
-        own = (self.edge - begin).clamp(0, sinks)
-        late = (begin - self.edge).clamp(min=0)
+    def _choose(self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, scale: float) -> None:
+        sinks, self.edge = self.part.sinks, k.shape[2] - self.part.window - q.shape[2] + 1
+        place = torch.arange(self.edge, device=k.device)
+        open_ = place >= (begin + sinks)[:, None]
+        votes = ballot(q, k[:, :, : self.edge], open_, scale)
+        top = votes.masked_fill(~open_, -1.0).topk(min(self.part.top, self.edge), dim=1)
+        first = (begin[:, None] + torch.arange(sinks, device=k.device)).clamp(max=self.edge - 1)
+        chosen = torch.cat([first, top.indices], 1)
+        self.k, self.v = (_taken(x, chosen) for x in (k, v))
+        own = (self.edge - begin).clamp(0, sinks)  # short samples have fewer sinks, and fewer candidates than `top`
+        real = (top.values >= 0).sum(1)
         zero = torch.zeros_like(own)
-        bounds = torch.stack([zero, own, zero + sinks, sinks + self.real, sinks + top + late, zero + places], 1)
-        keep = torch.tensor([True, False, True, False, True], device=begin.device)
-        return keep.expand(len(begin) * heads, -1), bounds.repeat_interleave(heads, 0)
+        bounds = torch.stack([zero, own, zero + sinks, sinks + real, zero + chosen.shape[1]], 1)
+        keep = torch.tensor([True, False, True, False], device=k.device).expand(len(begin) * k.shape[1], -1)
+        bounds = bounds.repeat_interleave(k.shape[1], 0)
+        self.work = select(keep, bounds, workers(k.device), places=chosen.shape[1])
+        self.query, self.witness, self.made = _mean(q), Witness(k, self.edge - 1), self.made + 1
+
+
+def _mean(q: Tensor) -> Tensor:
+    return q.float().mean(2)
+
+
+def _taken(x: Tensor, place: Tensor) -> Tensor:
+    """x [B, H, S, D] at places int64 [B, T]: [B, H, T, D]; whole rows are copied, several times faster than `gather`."""
+    return torch.stack([one.index_select(1, at) for one, at in zip(x, place, strict=True)])
 
 
 def ballot(q: Tensor, k: Tensor, candidates: Tensor, scale: float) -> Tensor:

@@ -19,7 +19,7 @@ from hasten.sparse_attn.ranks import ring, ulysses
 
 BLOCK = 8
 SHARDS = {"equal": (24, 24), "unequal": (16, 40)}
-HEADS = {"grouped": (4, 2), "one key head": (4, 1)}
+HEADS = {"grouped": (4, 2), "one key head": (4, 1), "three key heads": (6, 3)}
 
 
 def draw(tokens: int, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

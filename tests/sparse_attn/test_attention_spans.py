@@ -37,7 +37,7 @@ def by_token(reads: Tensor, block: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(37, 37), (11, 37)])
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("block", [1, 4, 6])
 def test_spans_by_definition(sq: int, sk: int, block: int) -> None:
     spans = (Near(window=9, sinks=3), Shards(count=3, width=4, window=5))
     found = scores(spans, sq, sk, block) > -math.inf
