@@ -69,8 +69,7 @@ class _Common(LayoutState):
         old = self._centroids
         warm = old is not None and old.shape == (b * hk, count, d) and old.device == k.device
         if not warm:
-            begin = KMeans(seed=self.part.seed).begin(points.shape[1], count)
-            old = points[:, begin.to(k.device)]
+            old = KMeans(seed=self.part.seed).begin(points, count)
         assert old is not None
         _, means, _ = lloyd(points, old, self.part.warm if warm else self.part.first)
         self._centroids = normalize(means, dim=-1)
