@@ -77,6 +77,11 @@ def readable(scores: Tensor, view: View) -> Tensor:
     return found.masked_fill(block_states(view.blocks, view.mask, view.groups) == FORBIDDEN, -math.inf)
 
 
+def logarithm(mass: Tensor) -> Tensor:
+    """log of an estimated mass. One too small for a float32 is very little, but not -inf: it may be read all the same."""
+    return mass.clamp(min=1e-37).log()
+
+
 def means(x: Tensor, order: Order) -> Tensor:
     """Mean of arranged x [B, H, S, D] over each block: float32 [B * H, C, D]; the layout's own where it has them."""
     if order.means is None:

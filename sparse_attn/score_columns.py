@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.errors import UsageError
 from hasten.sparse_attn.blocks import NEVER, grouped
 from hasten.sparse_attn.mask import Mask
-from hasten.sparse_attn.score import Scorer, ScorerState, View, readable
+from hasten.sparse_attn.score import Scorer, ScorerState, View, logarithm, readable
 from hasten.sparse_attn.sums import key_sums
 
 
@@ -23,8 +23,9 @@ class LastQueries(Scorer):
 
     A block is expected to get what its columns get from the probing queries, or what its diagonals get, whichever is
     more. queries: how many probe (64). columns, diagonals: only as many of the best columns of blocks, and of diagonals
-    one block wide, are read at all (their vertical and slash sizes, in blocks; with `All` this is their pattern); None:
-    all are candidates, and the selector decides. The paper gathers single columns; here a column is a block of keys.
+    one block wide, are read at all (their vertical and slash sizes, in blocks; with `All` this is their pattern). Where
+    either is None all pairs are candidates, and the selector decides. The paper gathers single columns; here a column
+    is a block of keys.
 
     Tokens have to stand in their order: a layout that permutes them has no diagonals, and is refused.
     """
@@ -53,7 +54,9 @@ class _LastQueries(ScorerState):
         columns = _best(columns, self.part.columns)[:, None, :]
         if self.part.diagonals is not None:
             diagonals = self._widest(view, diagonals)
-        return readable(torch.maximum(columns, diagonals).log(), view)
+        mass = torch.maximum(columns, diagonals)
+        chosen = self.part.columns is not None and self.part.diagonals is not None
+        return readable(mass.log() if chosen else logarithm(mass), view)
 
     def _probe(self, view: View) -> tuple[Tensor, Tensor]:
         """Shares of the probing queries, float32 [P, M, Sk], and their positions among the keys, int64 [M]."""

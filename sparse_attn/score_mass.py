@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn.blocks import NEVER
-from hasten.sparse_attn.score import Scorer, ScorerState, View, readable
+from hasten.sparse_attn.score import Scorer, ScorerState, View, logarithm, readable
 from hasten.sparse_attn.sums import add_rows, key_sums
 
 ELEMENTS = 2**24
@@ -34,7 +34,7 @@ class Oracle(Scorer):
 
 class _Oracle(ScorerState):
     def scores(self, view: View) -> Tensor:
-        return readable(block_mass(view).log(), view)
+        return readable(logarithm(block_mass(view)), view)
 
 
 class CachedMass(Scorer):
@@ -65,7 +65,7 @@ class _CachedMass(ScorerState):
 
     def observe(self, view: View, lse: Tensor) -> None:
         _refuse_moving(view)
-        self._held = block_mass(view, lse, self.samples).log()
+        self._held = logarithm(block_mass(view, lse, self.samples))
 
     def scores(self, view: View) -> Tensor:
         _refuse_moving(view)

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from hasten.sparse_attn.blocks import NEVER, NONE, Order, block_mean, grouped
 from hasten.sparse_attn.compensate import block_variance, log_mass
 from hasten.sparse_attn.plan import Compensation
-from hasten.sparse_attn.score import Scorer, ScorerState, View, means, products, readable
+from hasten.sparse_attn.score import Scorer, ScorerState, View, logarithm, means, products, readable
 from hasten.sparse_attn.sums import add_rows
 
 ELEMENTS = 2**25
@@ -92,9 +92,9 @@ class _Centroid(ScorerState):
 class MeanRows(Scorer):
     """The share of each key block by its mean, for every query by itself, then averaged over the queries of a block.
 
-    Sol-Attn (2026) scores rows rather than pooled queries, in the kernel that also sums up the blocks left out. Here it
-    is a pass of its own over S x Ck scores. A block that matters much to few queries keeps its weight; the mean query
-    would never have seen it. variance: the second-order estimate of each share, as in `Centroid`.
+    A block that matters much to few queries keeps its weight; the mean query would never have seen it. Sol-Attn (2026)
+    scores rows too, in its kernel, but compares the mean of their logits, which is the logit of the mean query
+    (`Pooled`): shares are averaged here. It is a pass over S x Ck scores. variance: as in `Centroid`. Ours.
     """
 
     kind = "mean-rows"
@@ -122,7 +122,7 @@ class _MeanRows(ScorerState):
             logits.masked_fill_(_of_rows(barred, own) == -math.inf, -math.inf)
             add_rows(found, own, logits.softmax(-1).nan_to_num_(0.0))
         found /= q.sizes.clamp(min=1)[:, :, None]
-        return readable(found.log(), view)
+        return readable(logarithm(found), view)
 
     def _tables(self, view: View) -> Compensation:
         """Means of all key blocks, those that are always read too: rows that look at them have less to give."""
@@ -175,7 +175,7 @@ class _Antidiagonal(ScorerState):
             rows, columns = (of if of.shape[0] == 1 else of[part] for of in (of_q, of_k))
             found[part] = torch.matmul(rows.mT, torch.matmul(shares, columns))
         found *= self.stride / blocks.q.sizes.clamp(min=1)[:, :, None]
-        return readable(found.log(), view)
+        return readable(logarithm(found), view)
 
     def _belongs(self, order: Order) -> Tensor:
         """Share of each group's tokens that stand in each block: float32 [P1, G, C]."""

@@ -16,6 +16,7 @@ from hasten.sparse_attn.blocks import Blocks
 from hasten.sparse_attn.compensate import block_variance
 from hasten.sparse_attn.error_routing import ErrorRouting
 from hasten.sparse_attn.extent import FORBIDDEN, block_states
+from hasten.sparse_attn.hierarchical import Hierarchical
 from hasten.sparse_attn.layout import Identity, Layout
 from hasten.sparse_attn.layout_kmeans import KMeans
 from hasten.sparse_attn.layout_tree import Tree
@@ -28,7 +29,7 @@ from hasten.sparse_attn.score_mass import CachedMass, Oracle, block_mass
 from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, MeanRows, Pooled, similarity
 from hasten.sparse_attn.score_static import Static
 from hasten.sparse_attn.segments import Segment, Tokens, padding, plain, text, video
-from hasten.sparse_attn.spans import Near
+from hasten.sparse_attn.spans import Near, Spans
 from tests.contract import PartContract
 from tests.sparse_attn.random_blocks import normal
 
@@ -100,6 +101,12 @@ class TestContract(PartContract):
             assert scores.shape[0] in (1, 8)
             assert scores.shape[1:] == (view.blocks.q.count, view.blocks.k.count)
             assert not scores.isnan().any()
+
+    def test_what_may_be_read_does_not_score_minus_infinity_however_little_it_is(self, part: Scorer) -> None:
+        if isinstance(part, Static | Spans | Hierarchical | Both):
+            pytest.skip("chooses by itself")
+        view = view_of(9, plain(105, GRID), sharp=200.0)
+        assert (started(part, view).scores(view) > -math.inf).all(), "density 1 has to be dense attention"
 
     def test_what_cannot_be_read_scores_minus_infinity(self, part: Scorer) -> None:
         valid = torch.tensor([3, 9])
