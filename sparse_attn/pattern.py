@@ -95,7 +95,7 @@ def _orders(orders: Sequence[Order], choice: Tensor, planes: int) -> Order:
     plain = all(order.perm is None for order in orders)
     perm = None if plain else torch.stack(perms)[choice, rows]
     longest = max(orders, key=lambda order: order.count)
-    return Order(perm, torch.stack(bounds)[choice, rows], longest.roles)
+    return Order(perm, torch.stack(bounds)[choice, rows], longest.roles, tokens=length)
 
 
 def _maps(maps: Sequence[Tensor], choice: Tensor, planes: int, shape: tuple[int, int]) -> Tensor:

@@ -150,6 +150,13 @@ def test_neighbouring_blocks_are_one_range() -> None:
     assert plan.row_full.tolist() == [2]
 
 
+def test_a_block_without_tokens_does_not_part_its_neighbours() -> None:
+    bounds = torch.tensor([[0, 3, 3, 8]], dtype=torch.int32)
+    keep = torch.tensor([[[True, False, True]]])
+    plan = pack(Blocks(order(8, uniform(8, 8)), order(8, bounds)), keep, (1, 1, 1), block_m=8, block_n=4)
+    assert (plan.chunk_start.tolist(), plan.chunk_length.tolist()) == ([0, 4], [4, 4])
+
+
 def test_pairs_that_a_causal_mask_forbids_are_not_in_the_plan() -> None:
     everything = torch.ones(1, 8, 8, dtype=torch.bool)
     plan = pack(even(64, 8), everything, (1, 1, 1), block_m=8, block_n=8, mask=causal(64, 64))

@@ -15,12 +15,15 @@ from hasten.errors import RecipeError
 from hasten.part import Part
 from hasten.sparse_attn.blocks import ALWAYS, SELECT, SPARSE, Blocks, Order
 from hasten.sparse_attn.compensate import Compensate
+from hasten.sparse_attn.layout_tree import Tree
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.score_pooled import Centroid
+from hasten.sparse_attn.segments import plain
 from hasten.sparse_attn.select import Selector
 from hasten.sparse_attn.select_target import TargetRecall, TargetRecallState
 from hasten.sparse_attn.select_top import Above, All, SelfTopP, TopK, TopP
+from hasten.step import Step
 from tests.contract import PartContract
 from tests.sparse_attn.random_blocks import generator
 
@@ -286,6 +289,31 @@ def test_a_recipe_without_compensation_cannot_close_the_loop() -> None:
     SparseAttention(patterns=(pattern,), compensate=Compensate())
     with pytest.raises((ValidationError, RecipeError), match="compensat"):
         SparseAttention(patterns=(pattern,))
+
+
+def test_in_a_run_heads_settle_at_the_target() -> None:
+    """Three heads of unlike sharpness over clusters, through the policy: what it reads, and what that is worth."""
+    n, make = 512, generator(0)
+    centres = torch.randn(2, 1, 3, 16, 1, 16, generator=make)
+    q, k = (centres + 0.3 * torch.randn(2, 1, 3, 16, 32, 16, generator=make)).flatten(3, 4)
+    q = q * torch.tensor([1.5, 3.0, 6.0])[:, None, None]
+    v = torch.randn(1, 3, n, 16, generator=make)
+    pattern = Pattern(
+        layout=Tree(block=16, q_block=32), score=Centroid(variance=True), select=TargetRecall(target=0.9, first=0.1)
+    )
+    policy = SparseAttention(
+        patterns=(pattern,), compensate=Compensate(), warm=0.0, min_tokens=0, block_m=16, block_n=16
+    )
+    state, tokens = policy.start(), plain(n)
+    for at in range(12):
+        state.attend(q, k, v, Step(at, 12, 1 - at / 12, 0), tokens, tokens, 0.25, lambda: v)
+    rho = [float(fact.rho) for fact in state.facts if fact.rho is not None]
+    density = [float(fact.density) for fact in state.facts if fact.density is not None]
+    assert rho[0] < 0.75 and abs(sum(rho[4:]) / 8 - 0.9) < 0.02
+    assert max(density[4:]) < 0.6
+    share = state._patterns[0].select
+    assert isinstance(share, TargetRecallState)
+    assert share.share.max() > 1.2 * share.share.min(), "each head has a share of its own"
 
 
 def test_all_reads_what_is_not_ruled_out() -> None:
