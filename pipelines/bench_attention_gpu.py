@@ -78,7 +78,8 @@ def _candidates(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
         def third() -> Tensor:
             found = flash3.flash_attn_func(*turned)
-            return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+            o: Tensor = found[0] if isinstance(found, tuple) else found
+            return o.transpose(1, 2)
 
         yield "flash-attn 3", third
     with contextlib.suppress(ImportError):

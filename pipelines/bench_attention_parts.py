@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def flex_call(trial: Trial) -> Call | str:
         return str(reason)
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     x, mask = trial.inputs, home.block_mask(trial.plan, trial.inputs.q.device)
-    attend = torch.compile(flex.flex_attention, dynamic=False)
+    attend: Any = torch.compile(flex.flex_attention, dynamic=False)
 
     def call() -> torch.Tensor:
         found: torch.Tensor = attend(x.q, x.k, x.v, block_mask=mask, scale=x.scale, enable_gqa=_grouped(x))

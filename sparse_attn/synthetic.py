@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.errors import UsageError, nearest
@@ -173,7 +174,7 @@ def _noise(like: Tensor, d: int, size: float, generator: torch.Generator) -> Ten
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    return F.normalize(x, dim=-1)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
