@@ -25,8 +25,8 @@ class TargetRecall(Selector):
     least 1/2 and at most 2, and stays between `least` and 1. The mass left out falls about as a power of what is read,
     so this settles; gain 0.5 is slow enough for rho that lags a step behind.
 
-    A plane with rho below `floor` is read densely for the next `rest` calls, then tried with twice the share: what was
-    chosen for it meant nothing. first: share at the start. Ours; no paper. Without compensation rho is always 1, so
+    A plane with rho below `floor` is read densely for the next `rest` calls, then tried with two to four times the share:
+    what was chosen for it meant nothing. first: share at the start. Ours; no paper. Without compensation rho is always 1, so
     recipes without it are refused.
     """
 
@@ -68,9 +68,9 @@ class TargetRecallState(SelectorState):
         part = self.part
         rho = rho.float().reshape(-1).nan_to_num(part.target)
         dense = self.resting > 0
-        step = ((1 - rho).clamp(min=1e-6) / (1 - part.target)).pow(part.gain).clamp(0.5, 2.0)
+        step = ((1 - rho).clamp(min=1e-6) / (1 - part.target)).pow(part.gain)
         lost = ~dense & (rho < part.floor)
-        step = torch.where(dense, 1.0, torch.where(lost, 2.0, step))
+        step = torch.where(dense, 1.0, torch.where(lost, step.clamp(2.0, 4.0), step.clamp(0.5, 2.0)))
         self.share = (self.share * step).clamp(part.least, 1.0)
         self.resting = torch.where(lost, part.rest, (self.resting - 1).clamp(min=0)).int()
 
