@@ -3,8 +3,8 @@
 Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D, Dv head dimensions, Pq = B * Hq planes of queries, Pk = B * Hk of keys,
 C key blocks, R rows; T tiles of one slab, M queries of a tile, L keys of the longest row of a slab.
 
-The torch version computes a slab of tiles at a time, and in the backward pass once more with gradients on: it is exact by
-construction, keeps no weights in memory and is the twin that `kernels.backward` is tested against.
+The torch version computes a slab of tiles at a time, and in the backward pass once more with gradients on: it is exact
+by construction, keeps no weights in memory and is the twin that `kernels.backward` is tested against.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def planned_attention(
 
     q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] in original order, of one dtype (float64 too, with an lse in
     float64). scale: of q.k, D ** -0.5 if None. bias: [B, Hk, Sk] in original order, added to the logits of each key (a
-    dynamic mask), not to those of a compensation's blocks. Gradients reach q, k, v, bias and the keys, values and variances of `compensation`; so they reach k
-    and v once more where those are means that were computed with gradients on. Once only: no second derivatives.
+    dynamic mask), not to those of a compensation's blocks. Gradients reach q, k, v, bias and the keys, values and
+    variances of `compensation`; so they reach k and v once more where those are means that were computed with gradients
+    on. Once only: no second derivatives.
 
-    backend: "auto" takes Triton on CUDA devices where it can, "torch" and "triton" insist. Triton's gradients of k and v
-    are sums in no fixed order, so with `torch.use_deterministic_algorithms` "auto" takes torch (which reads the plan on
-    the host). Raises `UsageError` for shapes that do not fit and `RefusedError` where "triton" cannot do it.
+    backend: "auto" takes Triton on CUDA devices where it can, "torch" and "triton" insist. Triton's gradients of k and
+    v are sums in no fixed order, so with `torch.use_deterministic_algorithms` "auto" takes torch (which reads the plan
+    on the host). Raises `UsageError` for shapes that do not fit and `RefusedError` where "triton" cannot do it.
     """
     _check(q, k, v, plan, bias, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -59,8 +60,10 @@ def planned_attention(
         if bias is not None:
             q, k = with_bias(q, k, bias, scale)
             keys = None if keys is None else F.pad(keys, (0, 2))
-        return cast(Pair, _Kernels.apply(q, k, v, keys, values, plan, scale, compensation))  # type: ignore[no-untyped-call]
-    return cast(Pair, _Slabs.apply(q, k, v, bias, *tables, plan, scale, compensation))  # type: ignore[no-untyped-call]
+        found = _Kernels.apply(q, k, v, keys, values, plan, scale, compensation)  # type: ignore[no-untyped-call]
+    else:
+        found = _Slabs.apply(q, k, v, bias, *tables, plan, scale, compensation)  # type: ignore[no-untyped-call]
+    return cast(Pair, found)
 
 
 def why_not_triton(q: Tensor, v: Tensor, compensation: Compensation | None, bias: Tensor | None) -> str | None:
@@ -151,7 +154,7 @@ class _Slabs(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        sums = [None if x is None else torch.zeros_like(x, dtype=ctx.exact) for x in inputs]
+        sums = [None if x is None else torch.zeros(x.shape, dtype=ctx.exact, device=x.device) for x in inputs]
         d_o, d_lse = d_o.to(ctx.exact).flatten(0, 2), d_lse.to(ctx.exact).flatten()
         for slab in _slabs(ctx.plan):
             leaves = _leaves(inputs, slab, ctx.exact)

@@ -55,8 +55,8 @@ class TopBias(Part):
             return pack(blocks, grouped(keep, groups), heads, block_m=block_m, block_n=block_n)
         if queries > scores.shape[1]:
             raise UsageError(
-                f"{queries} queries and {scores.shape[1]} keys under a causal mask; the first queries would stand before"
-                " the first key. Give at least as many keys as queries."
+                f"{queries} queries and {scores.shape[1]} keys under a causal mask; the first queries would stand"
+                " before the first key. Give at least as many keys as queries."
             )
         blocks, keep = self._before(scores, queries, block_m)
         mask = causal_mask(queries, scores.shape[1])
@@ -66,7 +66,7 @@ class TopBias(Part):
         """Chosen keys of each plane as its first block, the others as its second."""
         planes, keys = scores.shape
         chosen = self._top(self._best(scores)).repeat_interleave(self.block, 1)[:, :keys]
-        perm = (~chosen).to(torch.uint8).argsort(1, stable=True)
+        perm = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)
         ends = torch.stack([torch.zeros_like(chosen[:, 0]).int(), chosen.sum(1).int()], 1)
         bounds = torch.cat([ends, ends.new_full((planes, 1), keys)], 1)
         keep = torch.tensor([[[True, False]]], device=scores.device).expand(planes, 1, 2)
@@ -122,8 +122,9 @@ class DynamicMask(nn.Module):
         return (found.exp() if self.form == "exp" else found).transpose(1, 2)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False, backend: str = "auto"
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
+        backend: str = "auto",
+    ) -> Tensor:  # fmt: skip
         """o [B, Hq, Sq, Dv] for q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv]; see `planned_attention`."""
         bias = self.bias(v)
         plan = self.choice.plan(bias, (q.shape[0], q.shape[1], k.shape[1]), q.shape[2], causal=causal)

@@ -1,11 +1,12 @@
 """The linear branch: one pass over all keys, whatever their number, as sums that can be added to exact attention.
 
-Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, F features, Dv value dimension, Pq = B * Hq, Pk = B * Hk planes, Cq, Ck blocks.
+Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, F features, Dv value dimension, Pq = B * Hq, Pk = B * Hk planes, Cq, Ck
+blocks.
 
 Linear attention replaces exp(s q.k) by phi(q).phi(k): its numerator phi(q) sum phi(k) v^T and its denominator
-phi(q).sum phi(k) need one state of F x Dv numbers per head. That is the extreme of compensation: where a centroid stands
-in for a block, one state stands in for everything that is not read (`rest`), and the two kinds of sums add up in `merge`
-because both come with their denominator.
+phi(q).sum phi(k) need one state of F x Dv numbers per head. That is the extreme of compensation: where a centroid
+stands in for a block, one state stands in for everything that is not read (`rest`), and the two kinds of sums add up
+in `merge` because both come with their denominator.
 
 What needs training and what does not: relu and elu + 1 say nothing about exp(s q.k). Networks are trained or fine-tuned
 for them (LiT, arXiv 2501.12976: relu, few heads, a depthwise convolution on the values that starts from nothing, and
@@ -60,8 +61,8 @@ def linear_attention(
     """Linear attention of q [B, Hq, Sq, F] over k [B, Hk, Sk, F] and v [B, Hk, Sk, Dv].
 
     causal: query i reads keys up to i, in blocks as Lightning Attention-2 (arXiv 2401.04658, section 3.2); Sq = Sk.
-    decay: [Hk], in (0, 1], only with causal: a key that is n tokens back counts decay ** n. Lightning's own network has no
-    denominator and takes `numerator` alone.
+    decay: [Hk], in (0, 1], only with causal: a key that is n tokens back counts decay ** n. Lightning's own network has
+    no denominator and takes `numerator` alone.
 
     backend: "auto" takes Triton on CUDA devices, "torch" and "triton" insist; the torch version is differentiable.
     Raises `UsageError` for shapes that do not fit.
@@ -110,8 +111,8 @@ def features(x: Tensor, feature: Feature) -> Tensor:
 
 
 def projection(count: int, dim: int, seed: int = 0, device: torch.device | None = None) -> Tensor:
-    """float32 [count, dim]: rows are Gaussian in length and orthogonal in groups of `dim` (Performer, section 3.2 of arXiv
-    2009.14794), which lowers the noise of `random_features`. The same seed gives the same rows."""
+    """float32 [count, dim]: rows are Gaussian in length and orthogonal in groups of `dim` (Performer, section 3.2 of
+    arXiv 2009.14794), which lowers the noise of `random_features`. The same seed gives the same rows."""
     generator = torch.Generator().manual_seed(seed)
     groups = [
         torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].mT for _ in range(-(-count // dim))
@@ -141,7 +142,8 @@ def _counted(v: Tensor) -> Tensor:
 
 
 def _causal(x: Tensor, y: Tensor, z: Tensor, decay: Tensor | None) -> Tensor:
-    """Pieces one after the other: x [B, Hk, G, S, F], y [B, Hk, 1, S, F], z [B, Hk, 1, S, Dv + 1] -> [B, Hk, G, S, Dv + 1]."""
+    """Pieces one after the other: x [B, Hk, G, S, F], y [B, Hk, 1, S, F] and z [B, Hk, 1, S, Dv + 1] give
+    [B, Hk, G, S, Dv + 1]."""
     rate = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device) if decay is None else decay.to(x).log()
     rate = rate[:, None, None, None]
     state = x.new_zeros(*y.shape[:3], y.shape[-1], z.shape[-1])
@@ -160,7 +162,8 @@ def _causal(x: Tensor, y: Tensor, z: Tensor, decay: Tensor | None) -> Tensor:
 
 
 def _by_block(x: Tensor, order: Order) -> tuple[Tensor, Tensor]:
-    """x [P, S, F] block by block, zeros behind the end of each: [P, C, largest, F]; and the places: [P, C * largest]."""
+    """x [P, S, F] block by block, zeros behind the end of each: [P, C, largest, F]; and the places:
+    [P, C * largest]."""
     most = max(1, int(order.sizes.max())) if order.count else 1
     place = order.bounds[:, :-1, None].long() + torch.arange(most, device=x.device)
     real = (place < order.bounds[:, 1:, None]).expand(x.shape[0], -1, -1)

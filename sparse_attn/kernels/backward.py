@@ -1,13 +1,13 @@
 """Gradients of sparse attention over a plan: one program per tile of queries, everything in one pass.
 
-Shapes: as in `kernels.forward`. For logits s, weights p = exp(s - lse) and outputs o, with g the gradient of o and h that
-of the lse (FlashAttention, arXiv 2205.14135, appendix B.2, with the lse as a second output):
+Shapes: as in `kernels.forward`. For logits s, weights p = exp(s - lse) and outputs o, with g the gradient of o and h
+that of the lse (FlashAttention, arXiv 2205.14135, appendix B.2, with the lse as a second output):
 
     delta = g.o - h      ds = p (g.v - delta)      dq = scale ds k      dk = scale ds q      dv = p g
 
-A program adds its part of dk and dv to float32 buffers by atomic additions. The other way is a transposed plan (for each
-run of keys the tiles that read it): chunks of clusters start anywhere, so most of them would lie in two runs and be
-computed twice, its lists would have to be sorted anew for every plan, and p would be computed once more for dq. What
+A program adds its part of dk and dv to float32 buffers by atomic additions. The other way is a transposed plan (for
+each run of keys the tiles that read it): chunks of clusters start anywhere, so most of them would lie in two runs and
+be computed twice, its lists would have to be sorted anew for every plan, and p would be computed once more for dq. What
 the atomics cost is that the order of additions, and so the last bits of dk and dv, differ from call to call.
 """
 
@@ -131,7 +131,8 @@ def _backward(
 KERNEL = _backward
 
 CONFIG = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 8, 1)}
-"""Padded head dimension -> (queries per program, warps, stages). `test_kernels_compile_other` holds that none spills."""
+"""Padded head dimension -> (queries per program, warps, stages). `test_kernels_compile_other` holds that none
+spills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,9 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """Gradients for d_o [B, Hq, Sq, Dv] and d_lse [B, Hq, Sq] (None: 0) of what `kernels.forward.forward` returned.
 
-    Arguments as there; sizes of blocks (`Compensation.log_sizes`) are constants. Raises `UsageError` for tensors that no
-    kernel can read and `RefusedError` for compensation of the second order, which only the torch version differentiates.
+    Arguments as there; sizes of blocks (`Compensation.log_sizes`) are constants. Raises `UsageError` for tensors that
+    no kernel can read and `RefusedError` for compensation of the second order, which only the torch version
+    differentiates.
     """
     dtype = launch.same_dtype(q=q, k=k, v=v)
     launch.check(_backward, q=q, k=k, v=v, d_o=d_o, tile_start=plan.tile_start)
@@ -182,12 +184,10 @@ def prepare(
     pieces = -(-plan.block_m // block_m)
     delta = (d_o.float() * output.o.float()).sum(-1)
     tables = _tables(compensation, q.dtype)
+    summed = [k, v] if compensation is None else [k, v, compensation.keys, compensation.values]
     found = Gradients(
         torch.zeros(q.shape, dtype=torch.float32 if upcast else q.dtype, device=q.device),
-        torch.zeros(k.shape, dtype=torch.float32, device=q.device),
-        torch.zeros(v.shape, dtype=torch.float32, device=q.device),
-        None if compensation is None else torch.zeros_like(compensation.keys, dtype=torch.float32),
-        None if compensation is None else torch.zeros_like(compensation.values, dtype=torch.float32),
+        *(torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in summed),
     )
     arguments = (
         {"q": q, "k": k, "v": v, "d_o": d_o, "lse": output.lse.contiguous(), "scale": scale, "queries": plan.queries}

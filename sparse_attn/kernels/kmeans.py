@@ -81,9 +81,9 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid (Euclidean) of each token: int32 [P, n] for x [P, n, D] and centroids [P, C, D].
 
     No [n, C] matrix of distances is ever in memory. Of equal distances the lowest index wins; coordinates of x that are
-    not finite count as 0. What differs from Flash-KMeans: centroids enter as steps e from their common mean m, rounded to
-    the dtype of x, as arg min of |e|^2 + 2 m.e - 2 x.e. That is the same arg min, but keys of trained models share a
-    large offset, and in 16 bits the offset would take the digits in which centroids differ.
+    not finite count as 0. What differs from Flash-KMeans: centroids enter as steps e from their common mean m,
+    rounded to the dtype of x, as arg min of |e|^2 + 2 m.e - 2 x.e. That is the same arg min, but keys of trained
+    models share a large offset, and in 16 bits the offset would take the digits in which centroids differ.
 
     Raises `UsageError` for shapes that do not fit, no clusters, or tensors that are not on the kernel's device.
     """
@@ -91,7 +91,8 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     planes, _, d = x.shape
     if centroids.dim() != 3 or (centroids.shape[0], centroids.shape[2]) != (planes, d) or not centroids.shape[1]:
         raise UsageError(
-            f"centroids have shape {tuple(centroids.shape)}; for x of {tuple(x.shape)} they are [{planes}, C, {d}], C > 0."
+            f"centroids have shape {tuple(centroids.shape)}; for x of {tuple(x.shape)} they are"
+            f" [{planes}, C, {d}], C > 0."
         )
     launch.check(_assign, x=x, centroids=centroids)
     labels, job = prepare_assign(x, centroids)
@@ -170,8 +171,8 @@ def update(x: Tensor, labels: Tensor, count: int, old: Tensor) -> tuple[Tensor, 
     """The mean of each cluster and its number of tokens: float32 [P, C, D] and int32 [P, C].
 
     x: [P, n, D], labels: int32 [P, n], old: [P, C, D], kept by clusters that have lost all tokens. What differs from
-    SVG2: sums run over sorted tokens, one program a cluster, instead of atomic additions; no check of convergence, which
-    would wait for the host.
+    SVG2: sums run over sorted tokens, one program a cluster, instead of atomic additions; no check of convergence,
+    which would wait for the host.
     """
     perm, bounds = runs(labels, count)
     return means(x, bounds, perm, old), bounds[:, 1:] - bounds[:, :-1]

@@ -84,7 +84,8 @@ def fill(whole: Tensor, split: Tensor | None, bounds: Tensor, block_n: int, keys
     """Chunks of the keys in `whole` (blocks read entirely) and `split` (blocks about whose elements a mask is asked).
 
     whole, split: bool [P1, Cq, Ck], never both. bounds: int32 [1 or P1, Ck + 1]. keys: Sk. Chunks behind `row_end` have
-    length 0. Raises `UsageError` for more than `MOST_BLOCKS` blocks and for tensors that are not on the kernel's device.
+    length 0. Raises `UsageError` for more than `MOST_BLOCKS` blocks and for tensors that are not on the kernel's
+    device.
     """
     launch.check(_fill, whole=whole, split=split, bounds=bounds)
     if whole.shape[2] > MOST_BLOCKS:

@@ -52,7 +52,7 @@ def arrange(k: Tensor, v: Tensor, perm: Tensor) -> tuple[Tensor, Tensor]:
     Raises `UsageError` for shapes that do not fit and tensors that are not on the kernel's device.
     """
     if v.shape[:3] != k.shape[:3]:
-        raise UsageError(f"k is {tuple(k.shape)} and v {tuple(v.shape)}; they have to agree but for the last dimension.")
+        raise UsageError(f"k is {tuple(k.shape)}, v {tuple(v.shape)}; they have to agree but for the last dimension.")
     first, second = _launch(k, v, perm, back=False)
     assert second is not None
     return first, second

@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import linear as kernels
 from hasten.sparse_attn.linear import Sums, linear_attention
 
 
-def inputs(b: int, hq: int, hk: int, sq: int, sk: int, f: int, dv: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    b: int, hq: int, hk: int, sq: int, sk: int, f: int, dv: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sq + sk)
     shapes = ((b, hq, sq, f), (b, hk, sk, f), (b, hk, sk, dv))
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)

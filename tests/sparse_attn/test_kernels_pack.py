@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from hasten.errors import UsageError
 from hasten.sparse_attn import pack_chunks
 from hasten.sparse_attn.kernels import pack
@@ -19,7 +21,8 @@ def case(seed: int, planes: int, shared: bool, q_blocks: int, count: int, keys: 
     cuts = torch.randint(0, keys + 1, (1 if shared else planes, count - 1), generator=generator)
     ends = torch.tensor([[0, keys]]).expand(cuts.shape[0], 2)
     bounds = torch.cat([cuts, ends], 1).sort(1).values.int()
-    keep = torch.rand(planes, q_blocks, count, generator=generator) < torch.rand(planes, q_blocks, 1, generator=generator)
+    density = torch.rand(planes, q_blocks, 1, generator=generator)
+    keep = torch.rand(planes, q_blocks, count, generator=generator) < density
     splits = torch.rand(planes, q_blocks, count, generator=generator) < 0.4
     return keep & ~splits, keep & splits, bounds
 

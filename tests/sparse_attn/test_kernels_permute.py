@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("triton")
+
 from hasten.errors import UsageError
 from hasten.sparse_attn.blocks import Order
 from hasten.sparse_attn.kernels import permute
@@ -22,7 +24,9 @@ def order(perm: torch.Tensor) -> Order:
     b=st.integers(1, 2), h=st.integers(1, 3), s=st.integers(1, 90), d=st.sampled_from([1, 5, 16, 40, 128]),
     dv=st.sampled_from([3, 64]), shared=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_agrees_with_the_torch_version(b: int, h: int, s: int, d: int, dv: int, shared: bool, dtype: torch.dtype) -> None:
+def test_agrees_with_the_torch_version(
+    b: int, h: int, s: int, d: int, dv: int, shared: bool, dtype: torch.dtype
+) -> None:
     k = torch.randn(b, s, h, d).to(dtype).transpose(1, 2)  # strided, as diffusers hands it over
     v = torch.randn(b, h, s, dv).to(dtype)
     perm = torch.stack([torch.randperm(s) for _ in range(1 if shared else b * h)])
