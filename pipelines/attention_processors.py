@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Hashable
 from types import FunctionType
 from typing import Any
 
@@ -60,7 +61,8 @@ def stand_in(original: Any, site: Any, ticket: Tensor) -> Any:
 
     While `site.awake` is false the original itself is called.
     """
-    made = object.__new__(_derived(type(original)))
+    kind: Hashable = type(original)
+    made: Any = object.__new__(_derived(kind))
     object.__setattr__(made, "__dict__", original.__dict__)
     for name, value in ((SITE, site), (TICKET, ticket), (ORIGINAL, original)):
         object.__setattr__(made, name, value)
@@ -76,7 +78,7 @@ def reason_against(processor: Any) -> str:
 
 
 @functools.cache
-def _derived(kind: type) -> type:
+def _derived(kind: Any) -> Any:
     """The class derived from `kind`. One for all sessions, because compiled graphs are guarded by their processors'
     classes: a new one for each session would be compiled again each time."""
     own: Any = kind.__call__

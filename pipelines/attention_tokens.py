@@ -194,7 +194,7 @@ class Resolver:
             return Learned(marks.name, marks.shapes, reason=TEXT_ONLY)
         if not marks.k.any():
             return Learned(marks.name, marks.shapes, reason=CROSS)
-        sides = []
+        sides: list[Tokens] = []
         for side in ("q", "k"):
             tokens = self._side(getattr(marks, side))
             if isinstance(tokens, str) and again is not None:
@@ -202,7 +202,7 @@ class Resolver:
             if isinstance(tokens, str):
                 return Learned(marks.name, marks.shapes, reason=tokens)
             sides.append(tokens)
-        return Learned(marks.name, marks.shapes, *sides)
+        return Learned(marks.name, marks.shapes, sides[0], sides[1])
 
     # --- one side ---------------------------------------------------------------------------------
 

@@ -24,8 +24,10 @@ from hasten.sparse_attn.plan import Compensation, Output, Plan
 class Site(Protocol):
     """What decides about one attention module. Has to allow weak references (a class with slots: `__weakref__`)."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
         """o [B, Hq, Sq, Dv] for q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], in the dtype of q.
+
+        named: those arguments of `torch.nn.functional.scaled_dot_product_attention` that are not its defaults.
 
         The site may not keep o: a compiled graph may reuse its memory. What it wants to remember it copies.
         """
