@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Hashable
 from types import FunctionType
 from typing import Any
 
@@ -61,8 +60,7 @@ def stand_in(original: Any, site: Any, ticket: Tensor) -> Any:
 
     While `site.awake` is false the original itself is called.
     """
-    kind: Hashable = type(original)
-    made: Any = object.__new__(_derived(kind))
+    made: Any = object.__new__(_derived(type(original)))  # type: ignore[arg-type]  # mypy: classes cannot be hashed
     object.__setattr__(made, "__dict__", original.__dict__)
     for name, value in ((SITE, site), (TICKET, ticket), (ORIGINAL, original)):
         object.__setattr__(made, name, value)

@@ -41,7 +41,7 @@ def test_as_many_graphs_as_without(name: str) -> None:
     expected, alone, _ = runs(name, None)
     found, backend, model = runs(name, changed(FULL, warm=0.4))
     assert found.session is not None
-    assert {call.action for call in found.session.trace.attention} == {"dense", "sparse"}
+    assert {call.action for call in found.session.trace.attention} == {"dense", "sparse"}, found.session.trace.notes
     assert_same(found, expected, 2e-5)
     assert backend.graphs == alone.graphs > 0
     part = accelerated(name, PART, LOOP, model=model)
