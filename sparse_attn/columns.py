@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from hasten.sparse_attn.jobs import Batch, Jobs, jobs_of
+from hasten.sparse_attn.executor import allowed
+from hasten.sparse_attn.jobs import Batch, Index, Jobs, jobs_of, tables
 from hasten.sparse_attn.plan import Plan
 
 SLICE = 2**22
@@ -31,41 +32,35 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, plan: Plan, scale: float) -> 
         lse = lse.float().reshape(-1)
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         jobs = jobs_of(plan)
-        for batch in jobs.batches():
-            _add(found, q, k, lse, jobs, batch, scale)
+        for some in tables(jobs.batches(torch.get_num_threads())):
+            for batch, index in zip(some, jobs.keys(some), strict=True):
+                if index is not None:
+                    _add(found, q, k, lse, jobs, batch, index, scale)
         found = found.view(-1, plan.keys)
         if plan.k_perm is not None:
             found = torch.empty_like(found).scatter_(1, plan.k_perm.expand_as(found), found)
         return found.view(plan.heads[0], plan.heads[2], plan.keys)
 
 
-def _add(found: Tensor, q: Tensor, k: Tensor, lse: Tensor, jobs: Jobs, batch: Batch, scale: float) -> None:
+def _add(
+    found: Tensor, q: Tensor, k: Tensor, lse: Tensor, jobs: Jobs, batch: Batch, index: Index, scale: float
+) -> None:
     """The columns of one batch, added to `found` [Pk * Sk]."""
-    plan, device = jobs.plan, q.device
-    index = jobs.keys(batch.jobs)
-    if index is None:
-        return
-    places = torch.as_tensor(index.places, device=device)
-    planes = torch.as_tensor(jobs.key_plane[batch.jobs], device=device)[:, None]
-    flat = places + planes * plan.keys
-    keys = k.reshape(-1, k.shape[-1])[flat].float()
-    positions = places
-    if plan.k_perm is not None:
-        positions = plan.k_perm[planes if plan.k_perm.shape[0] > 1 else 0, places]
-    queries = jobs.queries(batch.jobs)
-    at = torch.as_tensor(queries.places, device=device)
+    places = torch.as_tensor(index.places, device=q.device)
+    keys = k.reshape(-1, k.shape[-1])[places].float()
+    flat, real = jobs.queries([batch])
+    at = torch.as_tensor(flat, device=q.device).view(len(batch.jobs), -1)
     own = lse[at]
-    if queries.real is not None:
-        own = own.masked_fill(~torch.as_tensor(queries.real, device=device), math.inf)
-    sums = torch.zeros_like(flat, dtype=torch.float32)
-    step = max(1, SLICE // flat.numel())
+    if real is not None:
+        own = own.masked_fill(~torch.as_tensor(real, device=q.device).view(at.shape), math.inf)
+    sums = torch.zeros_like(places, dtype=torch.float32)
+    step = max(1, SLICE // places.numel())
     for start in range(0, at.shape[1], step):
         some = at[:, start : start + step]
         logits = q.reshape(-1, q.shape[-1])[some].float() @ keys.mT * scale
-        if plan.mask is not None:
-            outside = ~plan.mask.allowed(some % plan.queries, positions, plan.keys)
-            logits = logits.masked_fill(outside, -math.inf)
+        if jobs.plan.mask is not None:
+            logits = logits.masked_fill(~allowed(jobs.plan, some, places), -math.inf)
         sums += (logits - own[:, start : start + step, None]).exp().sum(1)
     if index.real is not None:
-        sums = sums.masked_fill(~torch.as_tensor(index.real, device=device), 0)
-    found.index_add_(0, flat.view(-1), sums.view(-1))
+        sums = sums.masked_fill(~torch.as_tensor(index.real, device=q.device), 0)
+    found.index_add_(0, places.view(-1), sums.view(-1))

@@ -11,13 +11,16 @@ gathered next to each other, and jobs of similar length run as one batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.sparse_attn.jobs import Batch, Index, Jobs, jobs_of
+from hasten.sparse_attn.jobs import Batch, Index, Jobs, jobs_of, tables
 from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
@@ -34,94 +37,99 @@ def execute(
     Not differentiable; see `autograd` for that.
     """
     with torch.no_grad():
-        run = _Run.of(q, k, v, plan, scale, compensation)
         jobs = jobs_of(plan, compensation.approximate.any(1) if compensation is not None else None)
-        for batch in jobs.batches():
-            run.batch(jobs, batch)
+        batches = jobs.batches(torch.get_num_threads())
+        whole = [batch for batch in batches if batch.span is not None]
+        gathered = [batch for batch in batches if batch.span is None]
+        run = _Run.of(q, k, v, jobs, whole + gathered, scale, compensation)
+        for batch in whole:
+            run.batch(batch, [])
+        for some in tables(gathered):
+            names = ("all",) if plan.mask is None else ("full", "ragged")
+            parts = [jobs.keys(some, name) for name in names]
+            for number, batch in enumerate(some):
+                run.batch(batch, [part[number] for part in parts])
         return run.output(q, v.shape[-1])
 
 
 @dataclass(slots=True)
 class _Run:
-    """Inputs in the working precision, one row per token, and the outputs as they fill up.
+    """Inputs in the working precision, the queries of all jobs in the order of their batches, and their outputs so far.
 
-    q: [Pq * Sq, D], k, v: [Pk, Sk, D], all padded to one head dimension. o: [Pq * Sq + 1, D], lse: [Pq * Sq + 1],
-    with compensation a second one without it; the last place of each takes what padding computes.
+    q: [slots, D], kv: [Pk * Sk, 2 D], keys and values beside each other so that they are gathered at once, all padded to
+    one head dimension D. places: int64 [slots], plane * Sq + original position; Pq * Sq for padding. o, lse: a list of
+    outputs, with compensation a second list of LSEs without it. space: what is gathered lies here, for all batches (new
+    memory for each would cost about as much as the copy).
     """
 
-    plan: Plan
+    jobs: Jobs
     scale: float
     q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    lse: list[Tensor]
+    kv: Tensor
+    places: Tensor
     stand_in: _StandIn | None
+    space: Tensor
+    o: list[Tensor] = field(default_factory=list)
+    lse: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    done: int = 0
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, compensation: Compensation | None
-    ) -> _Run:
+        cls, q: Tensor, k: Tensor, v: Tensor, jobs: Jobs, batches: list[Batch], scale: float,
+        compensation: Compensation | None,
+    ) -> _Run:  # fmt: skip
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         wide = max(q.shape[-1], v.shape[-1])
-        planes, places = plan.heads[0] * plan.heads[2], plan.heads[0] * plan.heads[1] * plan.queries
-        k, v = (widened(x.to(exact).reshape(planes, plan.keys, -1), wide).contiguous() for x in (k, v))
-        flat = widened(q.to(exact).reshape(places, -1), wide)
-        o = flat.new_zeros(places + 1, v.shape[-1])
-        lse = [flat.new_full((places + 1,), -math.inf) for _ in range(1 if compensation is None else 2)]
+        kv = torch.cat([widened(x.to(exact), wide).reshape(-1, wide) for x in (k, v)], 1)
+        places, real = jobs.queries(batches) if batches else (np.zeros(0, np.int64), None)
+        at = torch.as_tensor(places, device=q.device)
+        flat = widened(q.to(exact).reshape(-1, q.shape[-1]).index_select(0, at), wide)
+        if real is not None:
+            at = at.masked_fill(~torch.as_tensor(real, device=q.device), q.shape[:3].numel())
         stand_in = _StandIn.of(compensation, wide, scale, exact) if compensation is not None else None
-        return cls(plan, scale, flat, k, v, o, lse, stand_in)
+        return cls(jobs, scale, flat, kv, at, stand_in, kv.new_empty(0))
 
-    def batch(self, jobs: Jobs, batch: Batch) -> None:
-        """Compute one batch of jobs and put its outputs to their places."""
-        index = jobs.queries(batch.jobs)
-        at = self._tensor(index.places)
-        q = self.q.index_select(0, at.view(-1)).view(*at.shape, -1)
-        parts = self._exact(jobs, batch, q, at)
-        nothing = (torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf))
-        o, lse = parts[0] if len(parts) == 1 else merge([nothing, *parts])
-        found = [lse]
-        if self.stand_in is not None:
-            rows, planes = (self._tensor(x[batch.jobs]) for x in (jobs.row, jobs.key_plane))
-            o, lse = merge([(o, lse), self.stand_in.part(q, rows, planes, self.scale)])
-            found = [lse, *found]
-        if index.real is not None:
-            at = at.masked_fill(~self._tensor(index.real), self.q.shape[0])
-        self.o.index_copy_(0, at.view(-1), o.reshape(-1, o.shape[-1]))
-        for place, values in zip(self.lse, found, strict=True):
-            place.index_copy_(0, at.view(-1), values.reshape(-1))
-
-    def _exact(self, jobs: Jobs, batch: Batch, q: Tensor, at: Tensor) -> list[Part]:
-        """What the jobs read of the keys themselves. With a mask, full chunks apart from those that it cuts."""
-        planes = jobs.key_plane[batch.jobs]
-        if batch.span is not None:
-            low, high = batch.span
-            together = slice(int(planes[0]), int(planes[0]) + len(planes))
-            if (planes == range(together.start, together.stop)).all():
-                return [softmax_part(q, self.k[together, low:high], self.v[together, low:high], None, self.scale)]
-        if self.plan.mask is None:
-            index = jobs.keys(batch.jobs)
-            return [] if index is None else [self._gathered(q, index, self._tensor(planes), None)]
-        parts = []
-        for part, own in (("full", None), ("ragged", at % self.plan.queries)):
-            index = jobs.keys(batch.jobs, part)
+    def batch(self, batch: Batch, indices: list[Index | None]) -> None:
+        """Compute one batch of jobs: from its range of keys or, with a mask, from full chunks and those that it cuts."""
+        size = len(batch.jobs), batch.queries
+        own = slice(self.done, self.done + size[0] * size[1])
+        q = self.q[own].view(*size, -1)
+        parts = [self._whole(q, batch)] if batch.span is not None else []
+        for index, asks in zip(indices, (len(indices) == 1, False), strict=False):
             if index is not None:
-                parts.append(self._gathered(q, index, self._tensor(planes), own))
-        return parts
+                parts.append(self._gathered(q, index, None if asks else self.places[own].view(size)))
+        o, lse = parts[0] if len(parts) == 1 else merge(parts or [(torch.zeros_like(q), q.new_full(size, -math.inf))])
+        if self.stand_in is not None:
+            rows, planes = (self._tensor(x[batch.jobs]) for x in (self.jobs.row, self.jobs.key_plane))
+            self.lse[1].append(lse.flatten())
+            o, lse = merge([(o, lse), self.stand_in.part(q, rows, planes, self.scale)])
+        self.o.append(o.reshape(-1, o.shape[-1]))
+        self.lse[0].append(lse.flatten())
+        self.done = own.stop
 
-    def _gathered(self, q: Tensor, index: Index, planes: Tensor, q_positions: Tensor | None) -> Part:
-        """Attention to gathered keys; the mask is asked where the original positions of the queries are given."""
+    def _whole(self, q: Tensor, batch: Batch) -> Part:
+        """Attention to a range of keys where they lie."""
+        assert batch.span is not None
+        first = int(self.jobs.key_plane[batch.jobs[0]])
+        kv = self.kv.view(-1, self.jobs.plan.keys, self.kv.shape[1])
+        k, v = kv[first : first + len(q), batch.span[0] : batch.span[1]].chunk(2, -1)
+        return softmax_part(q, k, v, None, self.scale)
+
+    def _gathered(self, q: Tensor, index: Index, places: Tensor | None) -> Part:
+        """Attention to gathered keys; the mask is asked where the places of the queries are given."""
         at = self._tensor(index.places)
         bias, forbidden = None, None
         if index.real is not None:
             forbidden = ~self._tensor(index.real)[:, None]
-        if q_positions is not None:
-            outside = ~self._allowed(q_positions, at, planes)
+        if places is not None:
+            outside = ~allowed(self.jobs.plan, places, at)
             forbidden = outside if forbidden is None else outside | forbidden
         if forbidden is not None:
             bias = q.new_zeros(forbidden.shape).masked_fill_(forbidden, -math.inf)
-        flat = (at + planes[:, None] * self.plan.keys).view(-1)
-        k, v = (x.view(-1, x.shape[-1]).index_select(0, flat).view(*at.shape, -1) for x in (self.k, self.v))
+        if self.space.shape[0] < at.numel():
+            self.space = self.kv.new_empty(at.numel(), self.kv.shape[1])
+        kv = torch.index_select(self.kv, 0, at.view(-1), out=self.space[: at.numel()])
+        k, v = kv.view(*at.shape, -1).chunk(2, -1)
         o, lse = softmax_part(q, k, v, bias, self.scale)
         if index.real is not None:
             # A job without keys was padded with those of another, which may hold anything.
@@ -129,23 +137,33 @@ class _Run:
             o, lse = o.masked_fill(none[:, None, None], 0), lse.masked_fill(none[:, None], -math.inf)
         return o, lse
 
-    def _allowed(self, q_positions: Tensor, at: Tensor, planes: Tensor) -> Tensor:
-        """bool [G, M, N], by original positions."""
-        plan = self.plan
-        assert plan.mask is not None
-        if plan.k_perm is not None:
-            at = plan.k_perm[planes[:, None] if plan.k_perm.shape[0] > 1 else 0, at]
-        return plan.mask.allowed(q_positions, at, plan.keys)
-
-    def _tensor(self, values: object) -> Tensor:
+    def _tensor(self, values: npt.NDArray[Any]) -> Tensor:
         """A table of the host, on the device."""
-        return torch.as_tensor(values, device=self.q.device)
+        found = torch.from_numpy(values)
+        return found if self.q.device.type == "cpu" else found.to(self.q.device)
 
     def output(self, q: Tensor, value_dim: int) -> Output:
-        """The outputs, in the shape and dtype of the queries."""
-        lse = [x[:-1].view(q.shape[:3]) for x in self.lse]
-        o = self.o[:-1, :value_dim].to(q.dtype).view(*q.shape[:3], -1)
-        return Output(o, lse[0], lse[1] if len(lse) > 1 else None)
+        """The outputs at their places, in the dtype of the queries. One place more takes what padding computed."""
+        count = q.shape[:3].numel()
+        o = self.q.new_zeros(count + 1, self.q.shape[1])
+        lses = [self.q.new_full((count + 1,), -math.inf) for _ in range(1 if self.stand_in is None else 2)]
+        if self.o:
+            o.index_copy_(0, self.places, torch.cat(self.o))
+            for lse, parts in zip(lses, self.lse, strict=False):
+                lse.index_copy_(0, self.places, torch.cat(parts))
+        lses = [lse[:-1].view(q.shape[:3]) for lse in lses]
+        o = o[:-1, :value_dim].to(q.dtype).view(*q.shape[:3], -1)
+        return Output(o, lses[0], lses[1] if len(lses) > 1 else None)
+
+
+def allowed(plan: Plan, queries: Tensor, keys: Tensor) -> Tensor:
+    """What the mask of `plan` says of each pair: bool [G, M, N]. queries [G, M]: plane * Sq + original position (or
+    beyond, for padding); keys [G, N]: key plane * Sk + arranged place."""
+    assert plan.mask is not None
+    planes, places = keys // plan.keys, keys % plan.keys
+    if plan.k_perm is not None:
+        places = plan.k_perm[planes if plan.k_perm.shape[0] > 1 else 0, places]
+    return plan.mask.allowed(queries % plan.queries, places, plan.keys)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ is counted on the host, in numpy: index arithmetic over a few thousand rows, a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,11 @@ Bools = npt.NDArray[np.bool_]
 CALL = 16384
 """Pairs of tokens that cost as much as one more call of the batched kernel: so much padding is worth a call saved."""
 
-ROOM = 2**16
-"""Keys that one batch may gather: 64-dimensional keys and values take 32 MiB then."""
+ROOM = 2**13
+"""Queries and keys of one batch, per thread: what is gathered should stay in a core's cache until it is read."""
+
+TABLE = 2**18
+"""Keys whose places are worked out at a time: enough to do it in few calls, few enough to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,14 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Jobs of similar length. jobs: [G]; span: the range of keys that all of them read whole, where there is one."""
+    """Jobs of similar length. jobs: [G]; queries: M; keys: of the longest job.
+
+    span: the range of keys that all of them read whole, where there is one and their key planes are consecutive.
+    """
 
     jobs: Ints
+    queries: int
+    keys: int
     span: tuple[int, int] | None
 
 
@@ -57,42 +65,73 @@ class Jobs:
     count: Ints
     places: Ints
 
-    def batches(self) -> Iterator[Batch]:
-        """All jobs, in batches whose padding costs less than the calls they save."""
+    def batches(self, threads: int = 1) -> list[Batch]:
+        """All jobs, in batches whose padding costs less than the calls they save, for so many threads."""
         keys = self.rows.tokens[self.row]
         low = np.where(self.rows.whole[self.row], self.rows.low[self.row], -1)
         order = np.lexsort((self.key_plane, self.count, low, keys))
         n, m, low = keys[order].tolist(), self.count[order].tolist(), low[order].tolist()
-        start = 0
+        found, start = [], 0
         while start < len(n):
             stop, most, real = start + 1, m[start], n[start] * m[start]
             while stop < len(n) and low[stop] == low[start] and (low[start] < 0 or n[stop] == n[start]):
                 wide, size = max(most, m[stop]), stop + 1 - start
                 padding = size * wide * n[stop] - real - n[stop] * m[stop]
-                if padding > CALL * (size - 1) or size * (n[stop] + wide) > ROOM:
+                if padding > CALL * (size - 1) or size * (n[stop] + wide) > ROOM * threads:
                     break
                 most, real, stop = wide, real + n[stop] * m[stop], stop + 1
-            yield Batch(order[start:stop], (low[start], low[start] + n[start]) if low[start] >= 0 else None)
+            planes = self.key_plane[order[start:stop]]
+            alike = low[start] >= 0 and bool((np.diff(planes) == 1).all())
+            span = (low[start], low[start] + n[start]) if alike else None
+            found.append(Batch(order[start:stop], most, n[stop - 1], span))
             start = stop
+        return found
 
-    def queries(self, jobs: Ints) -> Index:
-        """The queries of these jobs: see `places`."""
-        return _padded(self.places, self.first[jobs], self.count[jobs])
+    def queries(self, batches: Sequence[Batch]) -> tuple[Ints, Bools | None]:
+        """The queries of these batches, [G, M] after [G, M]: places as in `places`, and which are not padding."""
+        jobs, widths = _joined(batches, [batch.queries for batch in batches])
+        return _padded(self.places, self.first[jobs], self.count[jobs], widths)
 
-    def keys(self, jobs: Ints, part: str = "all") -> Index | None:
-        """Arranged places of the keys of these jobs within their planes; None where no job has any.
+    def keys(self, batches: Sequence[Batch], part: str = "all") -> list[Index | None]:
+        """The keys of each batch: key plane * Sk + arranged place; None where no job of a batch has any.
 
         part: "full" chunks (the mask has nothing to say), "ragged" ones, or "all".
         """
+        jobs = np.concatenate([batch.jobs for batch in batches])
         row, rows = self.row[jobs], self.rows
         first = rows.full[row] if part == "ragged" else rows.start[row]
         last = rows.full[row] if part == "full" else rows.end[row]
-        chunk = ragged(first, last - first)
-        places = ragged(rows.chunk_start[chunk], rows.chunk_length[chunk])
         lengths = rows.up_to[last] - rows.up_to[first]
-        if not lengths.any():
-            return None
-        return _padded(places, np.cumsum(lengths) - lengths, lengths)
+        sizes = np.array([batch.jobs.size for batch in batches])
+        ends = np.cumsum(sizes)
+        longest = np.maximum.reduceat(lengths, ends - sizes)
+        chunk = ragged(first, last - first)
+        lead = (self.key_plane[jobs] * self.plan.keys).repeat(last - first)
+        places = ragged(rows.chunk_start[chunk] + lead, rows.chunk_length[chunk])
+        flat, real = _padded(places, np.cumsum(lengths) - lengths, lengths, longest.repeat(sizes), in_order=True)
+        found: list[Index | None] = []
+        start = 0
+        for size, wide in zip(sizes.tolist(), longest.tolist(), strict=True):
+            own = slice(start, start + size * wide)
+            some = real[own].reshape(size, wide) if real is not None and not real[own].all() else None
+            found.append(Index(flat[own].reshape(size, wide), some) if wide else None)
+            start = own.stop
+        return found
+
+
+def tables(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Runs of batches whose keys fit one table (see `TABLE`)."""
+    some: list[Batch] = []
+    held = 0
+    for batch in batches:
+        size = batch.jobs.size * batch.keys
+        if some and held + size > TABLE:
+            yield some
+            some, held = [], 0
+        some.append(batch)
+        held += size
+    if some:
+        yield some
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +211,25 @@ def ragged(starts: Ints, lengths: Ints) -> Ints:
     return np.arange(ends[-1] if ends.size else 0) + (starts - ends + lengths).repeat(lengths)
 
 
-def _padded(values: Ints, first: Ints, count: Ints) -> Index:
-    """values[first : first + count] of each job as one table, padded with the first value of the job (or any)."""
-    longest = int(count.max())
-    offsets = np.arange(longest)
-    if (count == longest).all():
-        return Index(values[first[:, None] + offsets], None)
-    real = offsets < count[:, None]
-    safe = np.where(count > 0, first, 0)
-    return Index(values[np.where(real, first[:, None] + offsets, safe[:, None])], real)
+def _joined(batches: Sequence[Batch], each: list[int]) -> tuple[Ints, Ints]:
+    """The jobs of all batches, and the number of its batch in `each` for every one of them."""
+    sizes = [batch.jobs.size for batch in batches]
+    return np.concatenate([batch.jobs for batch in batches]), np.array(each).repeat(sizes)
+
+
+def _padded(
+    values: Ints, first: Ints, count: Ints, widths: Ints, in_order: bool = False
+) -> tuple[Ints, Bools | None]:
+    """values[first : first + count] of each job, padded to its width with the first of them; and which are not padding.
+
+    in_order: the jobs' values follow each other. A job without values is padded with any.
+    """
+    if (count == widths).all():
+        return values if in_order else values[ragged(first, count)], None
+    offset = ragged(np.zeros_like(widths), widths)
+    real = offset < count.repeat(widths)
+    at = first.repeat(widths) + np.where(real, offset, 0)
+    return values[np.minimum(at, values.size - 1)], real
 
 
 def host(x: Tensor) -> Ints:
