@@ -164,7 +164,7 @@ class _Antidiagonal(ScorerState):
         q, k = real(view.q, blocks.q, NONE), real(view.k, blocks.k, NEVER)
         q, k = strided(q, self.stride).flip(2).flatten(2), strided(k, self.stride).flatten(2)
         of_q, of_k = self._belongs(blocks.q), grouped(self._belongs(blocks.k), groups)
-        allowed = self._allowed(view) & (of_k[..., blocks.k.roles != NEVER].sum(-1) > 0)[:, None, :]
+        allowed = self._allowed(view) & (of_k * (blocks.k.roles != NEVER)).any(-1)[:, None, :]
         found = q.new_zeros(q.shape[0], blocks.q.count, blocks.k.count)
         step = max(1, ELEMENTS // (q.shape[1] * k.shape[1] * groups))
         for at in range(0, k.shape[0], step):
