@@ -22,6 +22,7 @@ from tests.hosts import PIXART_CALL, WAN_CALL, small_pixart, small_wan
 COMMANDS = [
     [], ["demo"], ["generate"], ["compare"], ["recipes"], ["doctor"],
     ["train"], ["train", "pretrain"], ["bench"], ["bench", "overhead"], ["bench", "recipes"], ["bench", "cache"],
+    ["bench", "attention"],
 ]  # fmt: skip
 
 
