@@ -63,6 +63,14 @@ def _planes(x: Tensor, rows: list[int], batch: int) -> Tensor:
     return flat if len(rows) == flat.shape[0] else flat[rows]
 
 
+def _gathered(k: Tensor, v: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """k [r, S, D] and v [r, S, Dv] at place int64 [r, T]. Row by row: whole keys are copied, and only those."""
+    if len(place) == 1:
+        return k[0].index_select(0, place[0])[None], v[0].index_select(0, place[0])[None]
+    k, v = (torch.stack([one.index_select(0, at) for one, at in zip(x, place, strict=True)]) for x in (k, v))
+    return k, v
+
+
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """The chunks of each row: start, length int64 [R, M]; those that are not read have length 0."""
@@ -133,14 +141,14 @@ class Alike:
         if self.stretches is not None:
             views = [(k[:, low:high], v[:, low:high]) for low, high in self.stretches]
         else:
-            at = self._places() + torch.arange(len(self.rows))[:, None] * k.shape[1]
-            views = [tuple(x.reshape(-1, x.shape[-1])[at.flatten()].view(*at.shape, -1) for x in (k, v))]  # type: ignore[list-item]
+            views = [_gathered(k, v, self._places())]
         parts = [attend_all(q[None], keys[None], values[None], scale) for keys, values in views]
         o, lse = parts[0] if len(parts) == 1 else merge(parts)
         return o[0], lse[0]
 
     def _places(self) -> Tensor:
         """Places that each row reads: int64 [r, T]."""
-        start, length = self.chunks.start[self.rows], self.chunks.length[self.rows]
-        within = torch.arange(int(length.max()))
-        return (start[..., None] + within)[within < length[..., None]].view(len(self.rows), -1)
+        start, length = self.chunks.start[self.rows].flatten(), self.chunks.length[self.rows].flatten()
+        before = length.cumsum(0) - length
+        jumps = (start - before).repeat_interleave(length)
+        return (jumps + torch.arange(jumps.numel())).view(len(self.rows), -1)

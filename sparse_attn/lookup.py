@@ -40,7 +40,7 @@ class Clusters:
         return self.order.means
 
 
-def cluster(k: Tensor, count: int, rounds: int = 10, first: Tensor | None = None) -> Clusters:
+def cluster(k: Tensor, count: int, rounds: int = 4, first: Tensor | None = None) -> Clusters:
     """k-means of k [B, Hk, P, D] by cosine, each head by itself, from centroids at evenly spaced places (paper, 3.1).
 
     A cluster that loses all its keys keeps its direction. Keys before first (int64 [B]: padding) stand in front of
@@ -116,7 +116,7 @@ class Lookup(Reader):
     kind: ClassVar[str] = "lookup"
     share: float = Field(default=0.1, gt=0, le=1)
     cluster: int = Field(default=16, ge=1)
-    rounds: int = Field(default=10, ge=0)
+    rounds: int = Field(default=4, ge=0)
     sample: int = Field(default=64, ge=1)
 
     def start(self) -> ReaderState:
