@@ -69,7 +69,7 @@ class Defaults:
 
 
 ON_CPU = Defaults((4096, 8192, 16_384), (64,), (0.05, 0.1, 0.2, 0.3, 0.5), 4, None)
-ON_GPU = Defaults((16_384, 32_760, 75_600, 118_800), (64, 128), (0.1, 0.2, 0.3), 24, 540.0)
+ON_GPU = Defaults((16_384, 32_760, 75_600, 118_800), (128, 64), (0.1, 0.2, 0.3), 24, 540.0)
 """On a GPU: a round size, Wan at 480p and 720p, HunyuanVideo at 720p; one call ends within ten minutes."""
 
 FOR_KERNELS = 0.6

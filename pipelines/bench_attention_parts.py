@@ -94,7 +94,9 @@ def flex_call(trial: Trial) -> Call | str:
         return str(reason)
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     x, mask = trial.inputs, home.block_mask(trial.plan, trial.inputs.q.device)
-    attend: Any = torch.compile(flex.flex_attention, dynamic=False)
+    # Each block mask is a graph of its own; after eight of them torch would go on without compiling, which is dense.
+    torch.compiler.reset()
+    attend: Any = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
     def call() -> torch.Tensor:
         found: torch.Tensor = attend(x.q, x.k, x.v, block_mask=mask, scale=x.scale, enable_gqa=_grouped(x))

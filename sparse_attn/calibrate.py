@@ -48,9 +48,10 @@ def measured(
     overhead = seconds_of(lambda: sparse_attention(few[0], few[1], few[2], tiny), device, repeats)
     taken = seconds_of(lambda: sparse_attention(q, k, v, some), device, repeats) - overhead
     sparse = work * DENSITY / max(taken, 0.1 * overhead)
-    a, b = (torch.randn(2048, 1024, device=device, dtype=dtype) for _ in range(2))
-    linear = 2.0 * 2048 * 2048 * 1024 / seconds_of(lambda: a @ b.T, device, repeats)
-    big = torch.zeros(2**24, device=device)
+    rows, columns = (8192, 4096) if large else (2048, 1024)
+    a, b = (torch.randn(rows, columns, device=device, dtype=dtype) for _ in range(2))
+    linear = 2.0 * rows * rows * columns / seconds_of(lambda: a @ b.T, device, repeats)
+    big = torch.zeros(2**28 if large else 2**24, device=device)
     bandwidth = 2 * big.numel() * 4 / seconds_of(big.clone, device, repeats)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Machine(name, dense, sparse, linear, bandwidth, overhead, source="measured here")
