@@ -97,9 +97,10 @@ class AttentionSeam:
         nothing is decided anew: what was sparse at this step is sparse again, all else is dense."""
         step = self.gate.session.step
         learned = {} if self.off or step is None else self.learned.get(_kind(call), {})
-        if step is None or not any(each.q is not None for each in learned.values()):
+        wanted = {number for (number, _), each in learned.items() if each.q is not None}
+        if step is None or not wanted:
             return forward()
-        with self.sites.walking(Following(self, step, learned, ours)):
+        with self.sites.walking(Following(self, step, learned, wanted, ours)):
             return forward()
 
     def _learn(self, call: Call) -> dict[Key, Learned]:
@@ -151,13 +152,19 @@ class AttentionSeam:
 
 @dataclass(slots=True)
 class Following:
-    """A walk that follows the host's loop. visits: calls of each site so far."""
+    """A walk that follows the host's loop. wanted: numbers of the sites that may be sparse. ours: see `evaluate`. visits:
+    calls of each site so far."""
 
     seam: AttentionSeam
     step: Step
     learned: dict[Key, Learned]
+    wanted: set[int]
     ours: bool
     visits: dict[int, int] = field(default_factory=dict)
+
+    def wants(self, site: Site) -> bool:
+        """Those that may be sparse in calls of this kind."""
+        return site.number in self.wanted
 
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any]) -> Tensor:
         """o [B, Hq, Sq, Dv]: sparse where everything about this call is known, else the host's own."""

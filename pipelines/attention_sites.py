@@ -25,6 +25,10 @@ ELSEWHERE = "elsewhere"
 class Walk(Protocol):
     """One evaluation of a network in one thread: what its attention calls are answered with."""
 
+    def wants(self, site: Site) -> bool:
+        """Is it worth asking about this site? Those that nobody wants run as if nothing had been attached."""
+        ...
+
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any]) -> Tensor:
         """o [B, Hq, Sq, Dv] for q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] of one call.
 
@@ -48,8 +52,8 @@ class Site:
 
     @property
     def awake(self) -> bool:
-        """Is somebody walking through the network, in this thread?"""
-        return self.walks.now is not None
+        """Is somebody walking through the network, in this thread, who wants this site?"""
+        return self.walks.now is not None and self.walks.now.wants(self)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
         """What the present walk says; the host's own attention where there is none."""

@@ -73,6 +73,10 @@ class Learning:
     visits: dict[int, int] = field(default_factory=dict)
     elsewhere: int = 0
 
+    def wants(self, site: Site) -> bool:
+        """Every one."""
+        return True
+
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any]) -> Tensor:
         """Zeros, and NaN for queries that hold one."""
         blind = q.isnan().any(-1)
