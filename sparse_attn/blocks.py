@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.sparse_attn.sums import block_sums
+
 SPARSE, DENSE, NONE = 0, 1, 2
 """Roles of query blocks: read what is selected; read all but padding; read nothing."""
 SELECT, ALWAYS, NEVER = 0, 1, 2
@@ -105,18 +107,8 @@ def restore(x: Tensor, perm: Tensor | None) -> Tensor:
 
 
 def block_mean(x: Tensor, order: Order) -> Tensor:
-    """Mean of arranged x [B, H, S, D] over each block of `order`: float32 [B * H, C, D]; 0 for empty blocks.
-
-    Adds token by token (`index_add`), because differences of running sums lose digits on long sequences.
-    """
-    b, h, s, d = x.shape
-    planes, count = b * h, order.count
-    labels = order.labels().expand(planes, s)
-    flat = labels + torch.arange(planes, device=x.device)[:, None] * count
-    sums = torch.zeros(planes * count, d, device=x.device, dtype=torch.float32)
-    sums.index_add_(0, flat.reshape(-1), x.reshape(planes * s, d).float())
-    sizes = order.sizes.expand(planes, count).reshape(-1, 1).clamp(min=1)
-    return (sums / sizes).view(planes, count, d)
+    """Mean of arranged x [B, H, S, D] over each block of `order`: float32 [B * H, C, D]; 0 for empty blocks."""
+    return block_sums(x.flatten(0, 1), order.bounds) / order.sizes.clamp(min=1)[:, :, None]
 
 
 def uniform(length: int, block: int, device: torch.device | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hasten.errors import UsageError
 from hasten.sparse_attn.blocks import NEVER, grouped
@@ -47,10 +48,10 @@ class _LastQueries(ScorerState):
         blocks = view.blocks
         if blocks.q.perm is not None or blocks.k.perm is not None:
             raise UsageError("The scorer last-queries looks for diagonals; use it with the layout identity.")
-        shares, at = self._probe(view)
+        shares = self._probe(view)
         labels = grouped(blocks.k.labels(), view.groups)
         columns = key_sums(shares, labels, blocks.k.count).mean(1)
-        diagonals = self._diagonals(view, shares, at)
+        diagonals = self._diagonals(view, shares)
         columns = _best(columns, self.part.columns)[:, None, :]
         if self.part.diagonals is not None:
             diagonals = self._widest(view, diagonals)
@@ -58,8 +59,8 @@ class _LastQueries(ScorerState):
         chosen = self.part.columns is not None and self.part.diagonals is not None
         return readable(mass.log() if chosen else logarithm(mass), view)
 
-    def _probe(self, view: View) -> tuple[Tensor, Tensor]:
-        """Shares of the probing queries, float32 [P, M, Sk], and their positions among the keys, int64 [M]."""
+    def _probe(self, view: View) -> Tensor:
+        """Shares of the probing queries, which stand one behind the other: float32 [P, M, Sk]."""
         b, heads, _, width = view.q.shape
         end = last_query(view)
         rows = torch.arange(max(0, end - self.part.queries), end, device=view.q.device)
@@ -71,22 +72,18 @@ class _LastQueries(ScorerState):
         mask = view.mask or Mask(right=None)
         keys = torch.arange(k.shape[1], device=k.device)
         logits.masked_fill_(~mask.allowed(rows, keys, k.shape[1]), -math.inf)
-        return logits.softmax(-1).nan_to_num_(0.0), rows + mask.offset
+        return logits.softmax(-1).nan_to_num_(0.0)
 
-    def _diagonals(self, view: View, shares: Tensor, at: Tensor) -> Tensor:
+    def _diagonals(self, view: View, shares: Tensor) -> Tensor:
         """Expected share by distance: mean share at the distances that a pair of blocks spans, times its keys."""
-        keys = shares.shape[2]
-        distance = at[:, None] - torch.arange(keys, device=at.device) + keys
-        total = int(view.q.shape[2]) + 2 * keys
-        flat = distance.clamp(0, total - 1).reshape(-1)
-        sums = shares.new_zeros(shares.shape[0], total).index_add_(1, flat, shares.flatten(1))
-        seen = shares.new_zeros(total).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
-        upto = torch.nn.functional.pad((sums / seen.clamp(min=1)).double().cumsum(1), (1, 0))
+        planes, total = shares.shape[0], shares.shape[1] + shares.shape[2] - 1
+        upto = pad(diagonal_means(shares).double().cumsum(1), (1, 0))
         q, k = view.blocks.q.bounds.long(), grouped(view.blocks.k.bounds, view.groups).long()
-        offset = (view.mask.offset if view.mask is not None else 0) + keys
-        first = (q[:, :-1, None] + offset - (k[:, None, 1:] - 1)).clamp(0, total)
-        last = (q[:, 1:, None] - 1 + offset - k[:, None, :-1]).clamp(0, total - 1) + 1
-        planes, rows, columns = shares.shape[0], first.shape[1], first.shape[2]
+        # Diagonal c holds the pairs with key - query = c - latest.
+        latest = last_query(view) - 1
+        first = (latest - q[:, 1:, None] + 1 + k[:, None, :-1]).clamp(0, total)
+        last = (latest - q[:, :-1, None] + k[:, None, 1:] - 1).clamp(-1, total - 1) + 1
+        rows, columns = first.shape[1:]
         first, last = (x.expand(planes, -1, -1).flatten(1) for x in (first, last.maximum(first)))
         mass = (upto.gather(1, last) - upto.gather(1, first)) / (last - first).clamp(min=1)
         return mass.float().clamp(min=0).view(planes, rows, columns) * (k[:, 1:] - k[:, :-1])[:, None, :]
@@ -100,6 +97,19 @@ class _LastQueries(ScorerState):
         found = found.scatter_reduce(1, number, diagonals.flatten(1), "amax")
         chosen = _best(found, self.part.diagonals) > 0
         return diagonals * chosen.gather(1, number).view_as(diagonals)
+
+
+def diagonal_means(shares: Tensor) -> Tensor:
+    """Means along diagonals: float32 [P, M + N - 1] for [P, M, N]; the last row's first element is alone on the first.
+
+    Row i is moved M - 1 - i places to the right, by reading a padded matrix with a row length that is one less; then
+    diagonals are columns.
+    """
+    planes, rows, columns = shares.shape
+    flat = pad(shares.flip(1), (0, rows)).view(planes, -1)[:, : rows * (columns + rows - 1)]
+    sums = flat.view(planes, rows, -1).sum(1)
+    at = torch.arange(rows + columns - 1, device=shares.device)
+    return sums / (at.clamp(max=rows - 1) - (at - columns + 1).clamp(min=0) + 1)
 
 
 def _best(mass: Tensor, count: int | None) -> Tensor:

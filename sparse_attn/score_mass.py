@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.errors import UsageError
 from hasten.sparse_attn.blocks import NEVER
 from hasten.sparse_attn.score import Scorer, ScorerState, View, logarithm, readable
-from hasten.sparse_attn.sums import add_rows, key_sums
+from hasten.sparse_attn.sums import block_sums, key_sums
 
 ELEMENTS = 2**24
 """Attention scores that are held at a time, in elements."""
@@ -93,13 +93,13 @@ def block_mass(view: View, lse: Tensor | None = None, samples: int | None = None
     blocks, groups = view.blocks, view.groups
     q, k = view.q.flatten(0, 1), view.k.flatten(0, 1)
     found = q.new_zeros(q.shape[0], blocks.q.count, blocks.k.count, dtype=torch.float32)
-    places, labels = _looked_at(view, samples)
+    places, bounds = _looked_at(view, samples)
     own_k = blocks.k.labels()
     for plane in range(q.shape[0]):
         own = plane // groups
         keys, columns = k[own].float(), own_k[own % own_k.shape[0]]
         padding = blocks.k.roles[columns] == NEVER
-        rows, row_labels = places[plane % places.shape[0]], labels[plane % labels.shape[0]]
+        rows, own_bounds = places[plane % places.shape[0]], bounds[plane % bounds.shape[0]]
         step = max(1, ELEMENTS // keys.shape[0])
         for at in range(0, rows.numel(), step):
             some = rows[at : at + step]
@@ -108,21 +108,21 @@ def block_mass(view: View, lse: Tensor | None = None, samples: int | None = None
             total = logits.logsumexp(-1) if lse is None else lse.flatten(0, 1)[plane, some].float()
             shares = logits.sub_(total[:, None]).exp_().nan_to_num_(0.0)
             sums = key_sums(shares[None], columns[None], blocks.k.count)
-            add_rows(found[plane : plane + 1], row_labels[None, at : at + step], sums)
+            found[plane] += block_sums(sums, own_bounds[None], at)[0]
     if samples is not None:
         return found.div_(samples)
     return found.div_(blocks.q.sizes.clamp(min=1)[:, :, None])
 
 
 def _looked_at(view: View, samples: int | None) -> tuple[Tensor, Tensor]:
-    """Arranged places of the queries that are looked at, and the block that each stands for: int64 [P1, M]."""
+    """Arranged places of the queries that are looked at, int64 [P1, M], and where those of each block begin among them."""
     order = view.blocks.q
     if samples is None:
-        return torch.arange(order.length, device=view.q.device)[None], order.labels()
+        return torch.arange(order.length, device=view.q.device)[None], order.bounds
     at = (torch.arange(samples, device=view.q.device) + 0.5) / samples
     places = order.bounds[:, :-1, None] + (at * order.sizes[:, :, None]).long()
-    labels = torch.arange(order.count, device=view.q.device).repeat_interleave(samples)
-    return places.clamp(max=order.length - 1).flatten(1).long(), labels[None]
+    bounds = torch.arange(order.count + 1, dtype=torch.int32, device=view.q.device) * samples
+    return places.clamp(max=order.length - 1).flatten(1).long(), bounds[None]
 
 
 def _bar(logits: Tensor, view: View, plane: int, rows: Tensor) -> None:

@@ -16,7 +16,7 @@ from hasten.sparse_attn.blocks import NEVER, NONE, Order, block_mean, grouped
 from hasten.sparse_attn.compensate import block_variance, log_mass
 from hasten.sparse_attn.plan import Compensation
 from hasten.sparse_attn.score import Scorer, ScorerState, View, logarithm, means, products, readable
-from hasten.sparse_attn.sums import add_rows
+from hasten.sparse_attn.sums import block_sums
 
 ELEMENTS = 2**25
 """Scores that are held at a time, in elements."""
@@ -120,7 +120,7 @@ class _MeanRows(ScorerState):
             own = labels[:, at : at + step]
             logits = log_mass(rows[:, at : at + step], tables, view.scale, view.groups)
             logits.masked_fill_(_of_rows(barred, own) == -math.inf, -math.inf)
-            add_rows(found, own, logits.softmax(-1).nan_to_num_(0.0))
+            found += block_sums(logits.softmax(-1).nan_to_num_(0.0), q.bounds, at)
         found /= q.sizes.clamp(min=1)[:, :, None]
         return readable(logarithm(found), view)
 

@@ -22,6 +22,7 @@ from hasten.sparse_attn.mask import causal
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.segments import plain
+from hasten.sparse_attn.sums import block_sums, in_segments
 from tests.sparse_attn.random_blocks import Case, cases, normal
 
 
@@ -46,6 +47,23 @@ def test_tables_are_the_means_of_blocks(case: Case) -> None:
             assert torch.allclose(found.values[plane, block].double(), values.mean(0), atol=1e-5)
             assert torch.allclose(found.variances[plane, block].double(), keys.var(0, correction=0), atol=1e-5)
             assert float(found.log_sizes[plane, block]) == pytest.approx(math.log(len(keys)), abs=1e-6)
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_sums_of_blocks_are_the_same_both_ways_and_in_parts(case: Case) -> None:
+    """The way of a GPU, which adds in one order, and the way of a CPU; and parts of the rows add up."""
+    order = case.blocks.k
+    planes = case.heads[0] * case.heads[2]
+    rows = normal(case.seed, planes, order.length, 3)
+    whole = block_sums(rows, order.bounds)
+    other = in_segments(rows.reshape(-1, 3), order.sizes.expand(planes, -1))
+    assert torch.allclose(whole, other, atol=1e-5)
+    cut = order.length // 3
+    parts = block_sums(rows[:, :cut], order.bounds) + block_sums(rows[:, cut:], order.bounds, cut)
+    assert torch.allclose(whole, parts, atol=1e-5)
+    there = order.bounds.clamp(cut, order.length).diff(dim=1).expand(planes, -1)
+    assert torch.allclose(in_segments(rows[:, cut:].reshape(-1, 3), there), block_sums(rows[:, cut:], order.bounds, cut), atol=1e-5)
 
 
 def test_variances_of_tight_blocks_keep_their_digits() -> None:

@@ -20,7 +20,7 @@ from hasten.sparse_attn.mask import causal
 from hasten.sparse_attn.score import Scorer, View, products
 from hasten.sparse_attn.score_bands import AShape
 from hasten.sparse_attn.score_both import Both
-from hasten.sparse_attn.score_columns import LastQueries
+from hasten.sparse_attn.score_columns import LastQueries, diagonal_means
 from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, MeanRows, Pooled, similarity
 from hasten.sparse_attn.score_static import Static
 from hasten.sparse_attn.segments import Segment, Tokens, padding, plain, text
@@ -236,6 +236,13 @@ def test_last_queries_find_columns_and_diagonals() -> None:
     for row in range(6, 12):
         assert read[row, row - 5], "the diagonal 40 tokens back"
     assert read.sum() <= 12 + 12 + 7
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 9), (9, 4), (1, 7), (7, 1)])
+def test_means_along_diagonals(rows: int, columns: int) -> None:
+    shares = normal(0, 2, rows, columns)
+    expected = [[x.diagonal(c - rows + 1).mean() for c in range(rows + columns - 1)] for x in shares]
+    assert torch.allclose(diagonal_means(shares), torch.tensor(expected), atol=1e-6)
 
 
 def test_last_queries_are_those_before_text_and_padding() -> None:
