@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +68,7 @@ def attention(
         import torch
 
         from hasten.pipelines import bench_attention as bench
+        from hasten.pipelines.bench_attention_parts import clock_of
         from hasten.pipelines.loading import pick_device, pick_dtype
 
         where = pick_device(device)
@@ -87,7 +89,8 @@ def attention(
                 tell=output.note,
             )
         output.table(rows, COLUMNS if all("tokens" in row for row in rows) else {"model": "network"} | COLUMNS)
-        output.finish([_short(row) for row in rows], repeats=repeats)
+        clock = "processor time" if clock_of(where) is time.process_time else "wall clock"
+        output.finish([_short(row) for row in rows], repeats=repeats, clock=clock)
         red = [row for row in rows if row.get("correct") is False and not str(row.get("control") or "").startswith("peer")]
         if red:
             output.warn(f"{len(red)} rows are red: their output is not what their blocks say.")

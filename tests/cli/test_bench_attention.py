@@ -100,7 +100,7 @@ def test_a_gate_that_passes_everything_would_be_seen() -> None:
     inputs = parts.synthetic(parts.Size(320, 16, 2), CPU, torch.float32)
     for method in bench.METHODS:
         trial = Trial(method, inputs)
-        trial.choose(0.4)
+        trial.choose(0.7)
         found = trial.attend()
         assert trial.error(found) < 1e-5, method.name
         other = Trial(method, inputs)
