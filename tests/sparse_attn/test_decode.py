@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.errors import UsageError
-from hasten.sparse_attn.decode import Work, decode, pages, select, split, whole
+from hasten.sparse_attn.decode import Work, decode, decode_torch, pages, select, split, whole
 from hasten.sparse_attn.mask import Mask
+from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reader import Everything, Recent, newest
 
+
+def by_pieces(q: Tensor, k: Tensor, v: Tensor, work: Work, mask: Mask | None = None) -> Output:
+    """The twin of the kernel, which a CPU does not use without need."""
+    return decode_torch(q, k, v, work, q.shape[-1] ** -0.5, mask)
+
+
+Run = Callable[..., Output]
+EITHER = pytest.mark.parametrize("run", [decode, by_pieces], ids=["in place", "by pieces"])
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(4, 70))
 """B, Hk, G, n, S (with n <= S)."""
 
@@ -61,9 +71,11 @@ def test_pieces_cover_each_chunk_once_and_are_equal(counts: list[int], pieces: i
     assert int(work.tokens()) == 4 * sum(counts)
 
 
-@settings(max_examples=40, deadline=None)
+@EITHER
+@pytest.mark.parametrize("drafted", [False, True])
+@settings(max_examples=30, deadline=None)
 @given(sizes=SIZES, pieces=st.integers(1, 12), block=st.integers(1, 9), seed=st.integers(0, 999))
-def test_any_choice_of_blocks(sizes: tuple[int, ...], pieces: int, block: int, seed: int) -> None:
+def test_any_choice_of_blocks(run: Run, drafted: bool, sizes: tuple[int, ...], pieces: int, block: int, seed: int) -> None:
     b, hk, _, n, s = sizes
     q, k, v = draw(*sizes[:4], s, seed)
     g = torch.Generator().manual_seed(seed)
@@ -76,19 +88,24 @@ def test_any_choice_of_blocks(sizes: tuple[int, ...], pieces: int, block: int, s
     unread = ~reads.view(b, hk, s, 1)
     work = select(keep, bounds, pieces, block, places=s)
     assert int(work.tokens()) == int(reads.sum())
-    out = decode(q, k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("inf")), work)
-    close(out, truth(q, k, v, grouped.expand(-1, -1, n, -1)))
+    mask = newest(n, q.device) if drafted else None
+    allowed = grouped.expand(-1, -1, n, -1)
+    if mask is not None:
+        allowed = allowed & mask.allowed(torch.arange(n), torch.arange(s), s)
+    out = run(q, k.masked_fill(unread, float("nan")), v.masked_fill(unread, float("inf")), work, mask=mask)
+    close(out, truth(q, k, v, allowed))
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_ragged_batch_with_padding_on_both_sides(dtype: torch.dtype) -> None:
+def test_ragged_batch_with_padding_on_both_sides(dtype: torch.dtype, run: Run) -> None:
     q, k, v = (x.to(dtype) for x in draw(3, 2, 3, 1, 50, 0))
     lengths, starts = torch.tensor([50, 7, 33]), torch.tensor([0, 7, 30])
     place = torch.arange(50)
     reads = (place < lengths[:, None]) & (place >= starts[:, None])
     poison = ~reads[:, None, :, None]
     work = whole(lengths, 2, 50, pieces=4, block=16, starts=starts)
-    out = decode(q, k.masked_fill(poison, float("nan")), v.masked_fill(poison, float("nan")), work)
+    out = run(q, k.masked_fill(poison, float("nan")), v.masked_fill(poison, float("nan")), work)
     o, lse = truth(q, k, v, reads[:, None, None])
     tolerance = 2 * (o - o.to(dtype).double()).abs().max() + 1e-6
     assert (out.o.double() - o).abs().max() <= tolerance and out.o.dtype == dtype
@@ -96,10 +113,11 @@ def test_ragged_batch_with_padding_on_both_sides(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.lse.double(), lse, rtol=1e-5, atol=1e-5)
 
 
-def test_pages_of_one_pool() -> None:
+@EITHER
+def test_pages_of_one_pool(run: Run) -> None:
     q, k, v = draw(2, 2, 2, 1, 48, 1)
     table, lengths, page = torch.tensor([[3, 0, 5], [1, 4, 0]]), torch.tensor([20, 11]), 8
-    out = decode(q, k[:1], v[:1], pages(table, lengths, 2, page, pieces=3))
+    out = run(q, k[:1], v[:1], pages(table, lengths, 2, page, pieces=3))
     for sample in range(2):
         place = (table[sample, :, None] * page + torch.arange(page)).flatten()[: int(lengths[sample])]
         alone = truth(q[sample : sample + 1], k[:1, :, place], v[:1, :, place], torch.ones(1, dtype=torch.bool))

@@ -91,6 +91,14 @@ def test_runs_are_made_anew_and_a_crop_is_noticed() -> None:
         assert state.made == s  # type: ignore[attr-defined]
 
 
+def test_a_cache_that_grew_anew_is_another_one() -> None:
+    k, v, q = draw(1, 2, 300, 8), draw(1, 2, 300, 8, seed=1), draw(1, 2, 1, 8, seed=2)
+    state, fresh = Delta(window=16).start(), Delta(window=16).start()
+    state.attend(q, -k[:, :, :200], v[:, :, :200], None, SCALE)
+    after = state.attend(q, k[:, :, :201], v[:, :, :201], None, SCALE)
+    assert torch.equal(after.o, fresh.attend(q, k[:, :, :201], v[:, :, :201], None, SCALE).o)
+
+
 def test_runs_as_a_layout() -> None:
     k = draw(2, 3, 50, 8)
     blocks = Runs(share=0.2, block=16).start().blocks(k, k, plain(50), plain(50))

@@ -116,6 +116,14 @@ def test_a_cache_cut_into_the_prompt_forgets_the_prompt() -> None:
     assert state.num_bytes() == 0
 
 
+def test_a_cache_that_grew_anew_is_read_whole() -> None:
+    q, k, v = draw(1, 2, 1, 32, 40)
+    state = Lookup(share=0.1, cluster=4).start()
+    state.prepare(q, -k[:, :, :32], v[:, :, :32], None, SCALE)
+    out = state.attend(q[:, :, :1], k, v, None, SCALE)
+    assert torch.equal(out.o, Everything().start().attend(q[:, :, :1], k, v, None, SCALE).o)
+
+
 def test_share_above_is_the_rule_per_key() -> None:
     bounds = torch.tensor([[0, 2, 10, 10, 12]]).int()
     blocks = Blocks(Order(None, torch.tensor([[0, 4]]).int(), torch.zeros(1)), Order(None, bounds, torch.zeros(4)))
