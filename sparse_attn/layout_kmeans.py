@@ -18,8 +18,13 @@ from hasten.sparse_attn.layout import Arrangement, Layout, LayoutState
 from hasten.sparse_attn.layout_tree import balanced
 from hasten.sparse_attn.segments import Segment
 
-ROOM = 1 << 21
-"""Distances that are in memory at once: 8 MB, which most caches hold."""
+ROOM = {"cpu": 1 << 18}
+"""Distances that are in memory at once: 1 MB, which a core's cache holds; on devices without the kernels, `WIDE`."""
+
+WIDE = 1 << 24
+
+LEAF = 64
+"""Tokens per leaf of the tree that the first clusters begin with, at most. Fewer are faster and begin worse."""
 
 Metric = Literal["euclidean", "cosine"]
 
@@ -32,11 +37,12 @@ class KMeans(Layout):
     for 75,600 tokens of Wan 720p, which are 252 and 76 tokens). Never more clusters than tokens.
     first, warm: passes of Lloyd's algorithm at the first call of a run, and at later ones, which begin with the clusters
     of the one before (SVG2: 50 and 2). Their number is fixed: nothing is read from the device.
-    init: where the first call begins. "spread": one token out of each of C equal stretches of the sequence. "random": any
-    C tokens, as SVG2. Both by `seed`, the same for all heads.
+    init: where the first call begins. "tree": the leaves of a balanced tree (see `layout_tree`) over up to 64 tokens per
+    cluster, spread over the sequence; similar clusters are neighbours then, so that what is read is fewer, longer ranges.
+    "random": any C tokens, as SVG2. Both by `seed`, the same for all heads.
+    sample: all passes of a call but the last look at one in `sample` tokens, each pass at others.
     metric: "cosine" clusters directions (Squeezed attention, arXiv 2411.09688, section 3.1); means are of the vectors as
     they are, so long ones count for more.
-    ordered: neighbouring clusters are similar, so that what is read is fewer, longer ranges.
     outliers: share of the keys, those with the lowest cosine to their cluster's mean, that every query reads (ShadowKV,
     arXiv 2410.21465, section 4.1, sets whole chunks of 8 tokens aside; here it is single tokens).
 
@@ -49,12 +55,12 @@ class KMeans(Layout):
     k_size: float = Field(76, ge=1)
     q_clusters: int | None = Field(None, ge=1)
     k_clusters: int | None = Field(None, ge=1)
-    first: int = Field(10, ge=1)
+    first: int = Field(3, ge=1)
     warm: int = Field(2, ge=1)
-    init: Literal["spread", "random"] = "spread"
+    init: Literal["tree", "random"] = "tree"
     seed: int = 0
+    sample: int = Field(4, ge=1)
     metric: Metric = "euclidean"
-    ordered: bool = False
     outliers: float = Field(0.0, ge=0, lt=1)
 
     def clusters(self, tokens: int, side: str) -> int:
@@ -62,14 +68,18 @@ class KMeans(Layout):
         number, size = (self.q_clusters, self.q_size) if side == "q" else (self.k_clusters, self.k_size)
         return min(tokens, number if number is not None else max(1, round(tokens / size)))
 
-    def begin(self, tokens: int, clusters: int) -> Tensor:
-        """Tokens that the first clusters begin with: int64 [C], on the CPU."""
+    def begin(self, x: Tensor, clusters: int) -> Tensor:
+        """The means that the first call begins with: float32 [P, C, D] for x [P, n, D]."""
+        planes, n, d = x.shape
         generator = torch.Generator().manual_seed(self.seed)
         if self.init == "random":
-            return torch.randperm(tokens, generator=generator)[:clusters]
-        edges = torch.arange(clusters + 1) * tokens // clusters
-        share = torch.rand(clusters, generator=generator, dtype=torch.float64)
-        return edges[:-1] + (share * edges.diff()).long()
+            return x[:, torch.randperm(n, generator=generator)[:clusters].to(x.device)].float()
+        each = min(LEAF, n // clusters)
+        edges = torch.arange(clusters * each + 1) * n // (clusters * each)
+        share = torch.rand(clusters * each, generator=generator, dtype=torch.float64)
+        some = x[:, (edges[:-1] + (share * edges.diff()).long()).to(x.device)].float()
+        order = balanced(some, each)
+        return some.gather(1, order[..., None].expand_as(some)).view(planes, clusters, each, d).mean(2)
 
     def start(self) -> LayoutState:
         return _KMeans(self)
@@ -87,10 +97,8 @@ class _KMeans(LayoutState):
         tokens, old = self._last.get((side, segment.name), (0, x))
         warm = tokens == n and old.shape == (b * h, count, d) and old.device == x.device
         if not warm:
-            old = points[:, part.begin(n, count).to(x.device)].float()
-        labels, centroids, sizes = lloyd(points, old, part.warm if warm else part.first, part.metric)
-        if part.ordered and not warm:
-            labels, centroids, sizes = in_line(labels, centroids, sizes)
+            old = part.begin(points, count)
+        labels, centroids, sizes = lloyd(points, old, part.warm if warm else part.first, part.metric, min(part.sample, n))
         self._last[side, segment.name] = n, centroids
         apart = round(part.outliers * n) if side == "k" else 0
         if not apart:
@@ -105,7 +113,9 @@ class _KMeans(LayoutState):
         return sum(t.numel() * t.element_size() for _, t in self._last.values())
 
 
-def lloyd(x: Tensor, centroids: Tensor, passes: int, metric: Metric = "euclidean") -> tuple[Tensor, Tensor, Tensor]:
+def lloyd(
+    x: Tensor, centroids: Tensor, passes: int, metric: Metric = "euclidean", sample: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels [P, n], means float32 [P, C, D] of what they name (an empty cluster's: as before), sizes [P, C].
 
     x: [P, n, D] in any floating dtype, centroids: [P, C, D]. On a CPU one plane after the other, which stays in its cache
@@ -114,9 +124,10 @@ def lloyd(x: Tensor, centroids: Tensor, passes: int, metric: Metric = "euclidean
     to_nearest, to_means = two_steps(x)
     found = []
     for part, old in zip(x.split(1), centroids.split(1), strict=True) if x.device.type == "cpu" else [(x, centroids)]:
-        for _ in range(passes):
-            labels = to_nearest(part, normalize(old, dim=-1) if metric == "cosine" else old)
-            old, sizes = to_means(part, labels, old.shape[1], old)
+        for number in range(passes):
+            seen = part[:, number % sample :: sample] if number < passes - 1 else part
+            labels = to_nearest(seen, normalize(old, dim=-1) if metric == "cosine" else old)
+            old, sizes = to_means(seen, labels, old.shape[1], old)
         found.append((labels, old, sizes))
     labels, means, sizes = (torch.cat(each) for each in zip(*found, strict=True))
     return labels, means, sizes
@@ -146,7 +157,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     e = centroids - middle
     norm = (e.square() + 2 * e * middle).sum(-1)[:, None]
     labels = torch.empty(planes, n, dtype=torch.int64, device=x.device)
-    at_once = max(1, ROOM // (planes * centroids.shape[1]))
+    at_once = max(1, ROOM.get(x.device.type, WIDE) // (planes * centroids.shape[1]))
     for first in range(0, n, at_once):
         distances = torch.baddbmm(norm, x[:, first : first + at_once].float(), e.mT, alpha=-2)
         torch.argmin(distances, -1, out=labels[:, first : first + at_once])
@@ -173,14 +184,6 @@ def runs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     found, perm = keys.sort(stable=True, dim=-1)
     edges = torch.arange(count + 1, device=labels.device, dtype=found.dtype).expand(labels.shape[0], -1)
     return perm, torch.searchsorted(found, edges.contiguous(), out_int32=True)
-
-
-def in_line(labels: Tensor, centroids: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same clusters numbered so that neighbours are similar: the leaves of a balanced tree over their means."""
-    order = balanced(centroids, 1)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    means = centroids.gather(1, order[..., None].expand_as(centroids))
-    return rank.gather(1, labels.long()), means, sizes.gather(1, order)
 
 
 def set_apart(x: Tensor, labels: Tensor, centroids: Tensor, number: int) -> Tensor:

@@ -34,8 +34,8 @@ SMALL: dict[str, list[Layout]] = {
     "curve": [Curve(block=5, q_block=9)],
     "kmeans": [
         KMeans(q_size=7, k_size=3, first=3),
-        KMeans(q_clusters=4, k_clusters=300, init="random", ordered=True, outliers=0.1, first=2, warm=1),
-        KMeans(k_size=5, metric="cosine", first=2, outliers=0.3, seed=3),
+        KMeans(q_clusters=4, k_clusters=300, init="random", outliers=0.1, first=2, warm=1, sample=1),
+        KMeans(k_size=5, metric="cosine", first=2, outliers=0.3, seed=3, sample=3),
     ],
     "tree": [Tree(block=4, q_block=6), Tree(block=1, q_block=None, iterations=2)],
     "lsh": [LSH(block=6, projections=3), LSH(block=5, q_block=8, projections=9, seed=2)],
