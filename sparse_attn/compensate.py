@@ -16,6 +16,7 @@ from hasten.sparse_attn.blocks import SELECT, SPARSE, Blocks, Order, block_mean,
 from hasten.sparse_attn.extent import FULL, block_states
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Compensation, Output
+from hasten.sparse_attn.sums import block_sums, of, slices
 
 
 class StandIn(Part):
@@ -74,10 +75,13 @@ def block_variance(x: Tensor, order: Order, mean: Tensor) -> Tensor:
 
     float32 [B * H, C, D]. The mean is taken off first: a difference of squares would lose all digits of tight blocks.
     """
-    planes, count = mean.shape[:2]
-    own = order.labels() + torch.arange(planes, device=x.device)[:, None] * count
-    near = mean.reshape(planes * count, -1).index_select(0, own.reshape(-1)).view(x.shape)
-    return block_mean((x.float() - near).square_(), order)
+    rows, labels, found = x.flatten(0, 1), order.labels(), torch.empty_like(mean)
+    for part in slices(rows.shape[0], rows.shape[1] * rows.shape[2]):
+        centres = mean[part]
+        own = of(labels, part) + torch.arange(centres.shape[0], device=x.device)[:, None] * order.count
+        near = centres.reshape(-1, centres.shape[2]).index_select(0, own.reshape(-1)).view(rows[part].shape)
+        found[part] = block_sums((rows[part].float() - near).square_(), of(order.bounds, part))
+    return found.div_(order.sizes.clamp(min=1)[:, :, None])
 
 
 def approximate_map(

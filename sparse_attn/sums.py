@@ -11,12 +11,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HELD = 2**26
+"""Elements that are held in float32 at a time: a quarter of a GiB."""
+
+
+def slices(planes: int, elements: int) -> list[slice]:
+    """The planes in groups of at most `HELD` elements. elements: of one plane."""
+    step = max(1, HELD // max(1, elements))
+    return [slice(at, at + step) for at in range(0, planes, step)]
+
+
+def of(shared: Tensor, part: slice) -> Tensor:
+    """What belongs to some of the planes; all of it where the planes share it."""
+    return shared if shared.shape[0] == 1 else shared[part]
+
 
 def block_sums(rows: Tensor, bounds: Tensor, first: int = 0) -> Tensor:
     """Sums over the rows of each block: float32 [P, C, N] for rows [P, M, N] and bounds int32 [1 or P, C + 1].
 
     first: arranged place of the first row; blocks of which no row is here have 0.
     """
+    parts = slices(rows.shape[0], rows.shape[1] * rows.shape[2])
+    found = [_block_sums(rows[part], of(bounds, part), first) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _block_sums(rows: Tensor, bounds: Tensor, first: int) -> Tensor:
     (planes, count, width), blocks = rows.shape, bounds.shape[1] - 1
     flat = rows.reshape(planes * count, width).float()
     if flat.is_cuda:

@@ -66,6 +66,20 @@ def test_sums_of_blocks_are_the_same_both_ways_and_in_parts(case: Case) -> None:
     assert torch.allclose(in_segments(rows[:, cut:].reshape(-1, 3), there), block_sums(rows[:, cut:], order.bounds, cut), atol=1e-5)
 
 
+def test_long_sequences_are_summed_in_groups_of_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, never = normal(0, 2, 3, 50, 5), torch.zeros(1, 4, dtype=torch.bool)
+    shared = Identity(block=13).start().blocks(k, k, plain(50), plain(50)).k
+    own = replace(shared, bounds=torch.tensor([[0, 3 + p, 20, 30 + p, 50] for p in range(6)], dtype=torch.int32))
+    for order in (shared, own):
+        whole = centroids(k, k, order, never, second_order=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("hasten.sparse_attn.sums.HELD", 600)
+            parts = centroids(k, k, order, never, second_order=True)
+        assert torch.equal(whole.keys, parts.keys)
+        assert whole.variances is not None and parts.variances is not None
+        assert torch.equal(whole.variances, parts.variances)
+
+
 def test_variances_of_tight_blocks_keep_their_digits() -> None:
     x = 1000 + 0.01 * normal(0, 1, 1, 64, 4)
     order = Identity(block=16).start().blocks(x, x, plain(64), plain(64)).k
