@@ -26,7 +26,7 @@ def _columns(
     scale, left, right, offset, tree_keys, keys, queries, q_perm_plane, k_perm_plane,
     q_b, q_h, q_s, k_b, k_h, k_s,
     HQ: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -56,9 +56,9 @@ def _columns(
     out = sums + key_plane * keys
 
     begin, middle, end = tl.load(row_start + row), tl.load(row_full + row), tl.load(row_end + row)
-    for i in tl.range(begin, end):
-        real_n = on_n < tl.load(chunk_length + i)
-        n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
+    for i in tl.range(begin * PARTS, end * PARTS):
+        real_n = on_n < tl.load(chunk_length + i // PARTS) - i % PARTS * BLOCK_N
+        n = (tl.load(chunk_start + i // PARTS) + i % PARTS * BLOCK_N + on_n).to(tl.int64)
         y = tl.load(k_at + n[None, :] * k_s, mask=real_n[None, :] & real_d[:, None], other=0.0)
         if UPCAST:
             y = y.to(tl.float32)
@@ -68,7 +68,7 @@ def _columns(
             k_pos = tl.load(k_perm + key_plane * k_perm_plane + n, mask=real_n, other=0).to(tl.int32)
         read = real_m[:, None] & real_n[None, :]
         if MASKED:  # noqa: SIM102  (decided when compiling; the next one on the device)
-            if i >= middle:
+            if i >= middle * PARTS:
                 read = allowed(
                     token, k_pos, left, right, offset, tree, tree_keys, keys, real_m, real_n, LEFT, RIGHT, TREE
                 )
@@ -108,7 +108,8 @@ def prepare(
         | launch.mask_arguments(plan.mask)
         | launch.strides(q=q, k=k)
         | {"HQ": hq, "GROUPS": hq // hk, "D": d, "BLOCK_D": launch.power(d)}
-        | {"BLOCK_M": chosen.block_m, "PIECES": pieces, "BLOCK_N": launch.power(plan.block_n)}
+        | {"BLOCK_M": chosen.block_m, "PIECES": pieces}
+        | {"BLOCK_N": chosen.block_n, "PARTS": config.chunk(plan.block_n) // chosen.block_n}
         | {"PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
     grid = (plan.tile_start.numel() * pieces,)

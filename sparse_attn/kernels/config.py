@@ -24,10 +24,11 @@ MAX_STAGES = 3
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How one kernel is launched. block_m: queries per program; block_c: blocks that one step compensates for; tma:
-    full chunks are read by the copy engine of sm_90 and later."""
+    """How one kernel is launched. block_m: queries per program; block_n: keys that it reads at once; block_c: blocks
+    that one step compensates for; tma: full chunks are read by the copy engine of sm_90 and later."""
 
     block_m: int
+    block_n: int
     block_c: int
     warps: int
     stages: int
@@ -41,21 +42,24 @@ def forward_config(
 
     Raises `UsageError` where block_n is larger than 256.
     """
-    block_n = chunk(block_n)
-    wide = max(power(head_dim), power(value_dim))
-    size = dtype.itemsize
-    rows = 128 if wide <= 128 and size == 2 and block_n <= 128 else 64
-    rows = min(rows, power(block_m))
-    columns = 64 if wide <= 64 else 32
-    warps = 8 if rows == 128 or (rows == 64 and wide > 128) else 4
-    return Config(rows, columns, warps, stages(arch, wide, size, rows, block_n))
+    wide, most = max(power(head_dim), power(value_dim)), chunk(block_n)
+    if dtype == torch.float32:
+        rows, columns, blocks, warps = 32 if wide <= 128 and order < 2 else 16, 32, 16, 4
+    elif wide <= 128:
+        rows, columns, blocks, warps = 128, 128, 64 if wide <= 64 else 32, 8
+    else:
+        rows, columns, blocks, warps = 64, 64 if order == 0 else 32, 16, 8
+    rows, columns = min(rows, power(block_m)), min(columns, most)
+    if rows < 64:
+        warps = 4
+    return Config(rows, columns, blocks, warps, stages(arch, wide, dtype.itemsize, rows, columns))
 
 
 def decode_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, rows: int, block_n: int) -> Config:
     """For `decode.decode`. rows: queries that share one key head, times their number."""
     wide, size, block_n = max(power(head_dim), power(value_dim)), dtype.itemsize, chunk(block_n)
     tile = min(64, power(rows))
-    return Config(tile, 0, 4, stages(arch, wide, size, tile, block_n))
+    return Config(tile, block_n, 0, 4, stages(arch, wide, size, tile, block_n))
 
 
 def stages(arch: int, wide: int, size: int, rows: int, block_n: int) -> int:

@@ -35,13 +35,14 @@ def _forward(
     scale, left, right, offset, tree_keys, keys, queries, q_perm_plane, k_perm_plane, blocks,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
     HQ: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
     ORDER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """scale: of the logits, times log2(e). PIECES programs share a tile. ORDER of the compensation: 0 is none.
-    k_view, v_view: descriptors of k and v for the copy engine (TMA), or None: full chunks are read through pointers."""
+    """scale: of the logits, times log2(e). PIECES programs share a tile; chunks of up to CHUNK keys are read in PARTS.
+    ORDER of the compensation: 0 is none. k_view, v_view: descriptors of k and v for the copy engine (TMA), which then
+    reads full chunks; or None."""
     tile = tl.program_id(0) // PIECES
     first = (tl.program_id(0) % PIECES) * BLOCK_M
     length = tl.load(tile_length + tile) - first
@@ -56,9 +57,7 @@ def _forward(
     on_m, on_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     on_d, on_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     real_m, real_d, real_dv = on_m < length, on_d < D, on_dv < DV
-    token = tl.load(tile_start + tile) + first + on_m
-    if q_perm is not None:
-        token = tl.load(q_perm + plane * q_perm_plane + token, mask=real_m, other=0).to(tl.int32)
+    token = _tokens(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m)
     q_at = q + batch * q_b + head * q_h + token.to(tl.int64)[:, None] * q_s + on_d[None, :]
     x = tl.load(q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
     if UPCAST:
@@ -70,11 +69,11 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     begin, middle, end = tl.load(row_start + row), tl.load(row_full + row), tl.load(row_end + row)
-    if BLOCK_N != CHUNK:  # a full chunk does not fill its tile: ask about every length
+    if BLOCK_N * PARTS != CHUNK:  # a full chunk does not fill its tiles: ask about every length
         middle = begin
 
-    for i in tl.range(begin, middle):
-        start = tl.load(chunk_start + i)
+    for i in tl.range(begin * PARTS, middle * PARTS):
+        start = tl.load(chunk_start + i // PARTS) + i % PARTS * BLOCK_N
         if k_view is not None:
             y = k_view.load([batch.to(tl.int32), key_head.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D).T
             z = v_view.load([batch.to(tl.int32), key_head.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_DV)
@@ -87,9 +86,9 @@ def _forward(
         s = tl.dot(x, y, input_precision=PRECISION)
         m, total, acc = fold_full(s, scale, z, m, total, acc, PRECISION)
 
-    for i in tl.range(middle, end):
-        real_n = on_n < tl.load(chunk_length + i)
-        n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
+    for i in tl.range(middle * PARTS, end * PARTS):
+        real_n = on_n < tl.load(chunk_length + i // PARTS) - i % PARTS * BLOCK_N
+        n = (tl.load(chunk_start + i // PARTS) + i % PARTS * BLOCK_N + on_n).to(tl.int64)
         y = tl.load(k_at + n[None, :] * k_s, mask=real_n[None, :] & real_d[:, None], other=0.0)
         z = tl.load(v_at + n[:, None] * v_s, mask=real_n[:, None] & real_dv[None, :], other=0.0)
         if UPCAST:
@@ -104,7 +103,7 @@ def _forward(
         s = tl.where(read, s, -float("inf"))
         m, total, acc = fold(s, z, m, total, acc, PRECISION)
 
-    place = plane * queries + token
+    place = plane * queries + _tokens(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m)
     if ORDER > 0:
         _, exact = finish(m, total)
         tl.store(lse_exact + place, exact, mask=real_m)
@@ -112,10 +111,21 @@ def _forward(
             x, m, total, acc, centre, value, log_size, variance, approximate, key_plane, row, blocks, scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_C, ORDER, PRECISION, UPCAST,
         )  # fmt: skip
+        place = plane * queries + _tokens(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m)
     divisor, whole = finish(m, total)
     o_at = o + place[:, None] * DV + on_dv[None, :]
     tl.store(o_at, (acc / divisor[:, None]).to(o.dtype.element_ty), mask=real_m[:, None] & real_dv[None, :])
     tl.store(lse + place, whole, mask=real_m)
+
+
+@triton.jit
+def _tokens(start, on_m, q_perm, q_plane, real_m):
+    """Original positions of the queries of a tile. Read anew (volatile) where they are needed: kept over the loops,
+    they would cost the registers that the loops are short of."""
+    token = tl.load(start, volatile=True) + on_m
+    if q_perm is not None:
+        token = tl.load(q_perm + q_plane + token, mask=real_m, other=0, volatile=True).to(tl.int32)
+    return token
 
 
 @triton.jit
@@ -203,7 +213,7 @@ def prepare(
     lse_exact = torch.full_like(lse, -torch.inf) if order else None
     arguments = (
         {"q": q, "k": k, "v": v, "o": o, "lse": lse, "lse_exact": lse_exact}
-        | (_views(k, v, launch.power(plan.block_n)) if chosen.tma else {"k_view": None, "v_view": None})
+        | (_views(k, v, chosen.block_n) if chosen.tma else {"k_view": None, "v_view": None})
         | {"scale": scale * launch.LOG2E, "queries": sq}
         | launch.plan_arguments(plan)
         | launch.mask_arguments(plan.mask)
@@ -211,7 +221,7 @@ def prepare(
         | launch.strides(q=q, k=k, v=v)
         | {"HQ": hq, "GROUPS": hq // hk, "D": d, "DV": dv, "BLOCK_D": launch.power(d), "BLOCK_DV": launch.power(dv)}
         | {"BLOCK_M": chosen.block_m, "PIECES": pieces, "BLOCK_C": chosen.block_c}
-        | {"BLOCK_N": launch.power(plan.block_n), "CHUNK": plan.block_n}
+        | {"BLOCK_N": chosen.block_n, "CHUNK": plan.block_n, "PARTS": config.chunk(plan.block_n) // chosen.block_n}
         | {"ORDER": order, "PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
     grid = (plan.tile_start.numel() * pieces,)
