@@ -66,7 +66,7 @@ def execute(
 
 @functools.cache
 def _compiled(flex: Any) -> Callable[..., Any]:
-    return torch.compile(flex.flex_attention)  # type: ignore[no-any-return]
+    return torch.compile(flex.flex_attention)
 
 
 def block_mask(plan: Plan, device: torch.device) -> Any:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.sparse_attn.jobs import Batch, Index, Jobs, jobs_of, tables
-from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 Part = tuple[Tensor, Tensor]
@@ -86,7 +85,7 @@ class _Run:
         flat = widened(q.to(exact).reshape(-1, q.shape[-1]).index_select(0, at), wide)
         if real is not None:
             at = at.masked_fill(~torch.as_tensor(real, device=q.device), q.shape[:3].numel())
-        stand_in = _StandIn.of(compensation, wide, scale, exact) if compensation is not None else None
+        stand_in = _StandIn.of(compensation, wide, exact) if compensation is not None else None
         return cls(jobs, scale, flat, kv, at, stand_in, kv.new_empty(0))
 
     def batch(self, batch: Batch, indices: list[Index | None]) -> None:
@@ -98,11 +97,13 @@ class _Run:
         for index, asks in zip(indices, (len(indices) == 1, False), strict=False):
             if index is not None:
                 parts.append(self._gathered(q, index, None if asks else self.places[own].view(size)))
-        o, lse = parts[0] if len(parts) == 1 else merge(parts or [(torch.zeros_like(q), q.new_full(size, -math.inf))])
+        o, lse = parts[0] if parts else (torch.zeros_like(q), q.new_full(size, -math.inf))
+        for part in parts[1:]:
+            o, lse = both((o, lse), part)
         if self.stand_in is not None:
             rows, planes = (self._tensor(x[batch.jobs]) for x in (self.jobs.row, self.jobs.key_plane))
             self.lse[1].append(lse.flatten())
-            o, lse = merge([(o, lse), self.stand_in.part(q, rows, planes, self.scale)])
+            o, lse = both((o, lse), self.stand_in.part(q, rows, planes, self.scale))
         self.o.append(o.reshape(-1, o.shape[-1]))
         self.lse[0].append(lse.flatten())
         self.done = own.stop
@@ -168,35 +169,40 @@ def allowed(plan: Plan, queries: Tensor, keys: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _StandIn:
-    """Compensation as extra keys: the second order is one more product, over squared queries and variances.
-
-    keys, values: [Pk, C, 1 or 2 times the head dimension]; log_sizes: [Pk, C]; approximate: bool [R, C].
-    """
+    """Compensation as extra keys. keys, values, variances (or None): [Pk, C, D]; log_sizes: [Pk, C]; approximate: bool
+    [R, C]."""
 
     keys: Tensor
     values: Tensor
+    variances: Tensor | None
     log_sizes: Tensor
     approximate: Tensor
-    second: bool
 
     @classmethod
-    def of(cls, found: Compensation, wide: int, scale: float, exact: torch.dtype) -> _StandIn:
+    def of(cls, found: Compensation, wide: int, exact: torch.dtype) -> _StandIn:
         # The means of padding may be anything; the weight of what nobody asks for is 0, but 0 times NaN is not.
         unused = ~found.approximate.any(0)[:, None]
-        keys = widened(found.keys.to(exact), wide).masked_fill(unused, 0)
-        if found.variances is not None:
-            spread = widened(found.variances.to(exact), wide).masked_fill(unused, 0)
-            keys = torch.cat([keys, spread * (scale / 2)], -1)
-        values = widened(found.values.to(exact), keys.shape[-1]).masked_fill(unused, 0)
-        return cls(keys, values, found.log_sizes.to(exact), found.approximate, found.variances is not None)
+        keys, values, variances = (
+            None if x is None else widened(x.to(exact), wide).masked_fill(unused, 0)
+            for x in (found.keys, found.values, found.variances)
+        )
+        assert keys is not None and values is not None
+        return cls(keys, values, variances, found.log_sizes.to(exact), found.approximate)
 
     def part(self, q: Tensor, rows: Tensor, planes: Tensor, scale: float) -> Part:
         """Attention of q [G, M, D] to the blocks that stand in for what rows [G] of planes [G] do not read."""
         sizes = self.log_sizes.index_select(0, planes)
         bias = sizes.masked_fill(~self.approximate.index_select(0, rows), -math.inf)[:, None]
-        both = torch.cat([q, q.square()], -1) if self.second else q
-        o, lse = softmax_part(both, self.keys.index_select(0, planes), self.values.index_select(0, planes), bias, scale)
-        return o[..., : q.shape[-1]], lse
+        if self.variances is not None:
+            spread = self.variances.index_select(0, planes).mT
+            bias = torch.baddbmm(bias, q.square(), spread, alpha=scale**2 / 2)
+        return softmax_part(q, self.keys.index_select(0, planes), self.values.index_select(0, planes), bias, scale)
+
+
+def both(a: Part, b: Part) -> Part:
+    """As `merge.merge`, of two parts that are 0 where their LSE is -inf: in one pass over the outputs."""
+    share = (b[1] - a[1]).sigmoid().nan_to_num(0.0)
+    return torch.lerp(a[0], b[0], share[..., None]), torch.logaddexp(a[1], b[1])
 
 
 def softmax_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Part:

@@ -208,7 +208,8 @@ def rows_of(plan: Plan) -> Rows:
 def ragged(starts: Ints, lengths: Ints) -> Ints:
     """arange(start, start + length) for each pair, one after the other."""
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if ends.size else 0) + (starts - ends + lengths).repeat(lengths)
+    found: Ints = np.arange(ends[-1] if ends.size else 0) + (starts - ends + lengths).repeat(lengths)
+    return found
 
 
 def _joined(batches: Sequence[Batch], each: list[int]) -> tuple[Ints, Ints]:

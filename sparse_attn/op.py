@@ -127,8 +127,12 @@ def _sparse_attention(
     if window:
         left, right = (None if x == UNLIMITED else x for x in window[:2])
         mask = Mask(left, right, window[2], tree)
-    plan = Plan((b, hq, hk), queries, keys, block_m, block_n, q_perm, k_perm, *index, mask=mask)
-    stand_in = Compensation(*tables, variances=variances) if tables else None
+    tiles, rows, chunks = index[:4], index[4:7], index[7:]
+    plan = Plan(
+        (b, hq, hk), queries, keys, block_m, block_n, q_perm, k_perm, tiles[0], tiles[1], tiles[2], tiles[3],
+        rows[0], rows[1], rows[2], chunks[0], chunks[1], mask,
+    )  # fmt: skip
+    stand_in = Compensation(tables[0], tables[1], tables[2], tables[3], variances) if tables else None
     with torch.no_grad():
         found = attention.sparse_attention(q, k, v, plan, scale=scale, compensation=stand_in, arranged=arranged)
     exact = found.lse_exact if found.lse_exact is not None else found.lse.new_empty(0)
