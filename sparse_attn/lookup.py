@@ -75,8 +75,8 @@ def cluster(k: Tensor, count: int, rounds: int = 4, first: Tensor | None = None)
 
 def _nearest(unit: Tensor, centroids: Tensor, padding: Tensor) -> Tensor:
     """int64 [Pk, P]: 1 + the centroid of the largest cosine, 0 for padding."""
-    at_once = max(1, PRODUCTS // (unit.shape[0] * centroids.shape[1]))
-    best = [(part @ centroids.mT).argmax(-1) for part in unit.split(at_once, 1)]
+    pieces = -(-unit.shape[0] * unit.shape[1] * centroids.shape[1] // PRODUCTS)
+    best = [(part @ centroids.mT).argmax(-1) for part in unit.chunk(max(1, pieces), 1)]
     return torch.where(padding, 0, torch.cat(best, 1) + 1)
 
 

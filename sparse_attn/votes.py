@@ -50,7 +50,7 @@ class _Votes(ReaderState):
         self.made = 0  # choices made so far
         self.edge = 0  # places from here on are read, whatever was chosen
         self.query = self.k = self.v = torch.empty(0)  # of the choice: mean query, and the keys and values chosen
-        self.work: Work | None = None  # which of them each sample really has
+        self._work: Work | None = None  # which of them each sample really has
         self.witness: Witness | None = None
 
     def attend(
@@ -63,11 +63,11 @@ class _Votes(ReaderState):
         begin = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if first is None else first
         if not self._serves(q, k):
             self._choose(q, k, v, begin, scale)
-        assert self.work is not None
-        chosen = decode(q, self.k, self.v, self.work, scale=scale)
+        assert self._work is not None
+        chosen = decode(q, self.k, self.v, self._work, scale=scale)
         late = None if first is None else (first - self.edge).clamp(min=0)
         near = self.everything.attend(q, k[:, :, self.edge :], v[:, :, self.edge :], late, scale, tree)
-        self.read = self.work.tokens() + self._near(begin, s) * k.shape[1]
+        self.read = self._work.tokens() + self._near(begin, s) * k.shape[1]
         return Output(*merge([(chosen.o, chosen.lse), (near.o, near.lse)]))
 
     def num_bytes(self) -> int:
@@ -100,7 +100,7 @@ class _Votes(ReaderState):
         bounds = torch.stack([zero, own, zero + sinks, sinks + real, zero + chosen.shape[1]], 1)
         keep = torch.tensor([True, False, True, False], device=k.device).expand(len(begin) * k.shape[1], -1)
         bounds = bounds.repeat_interleave(k.shape[1], 0)
-        self.work = select(keep, bounds, workers(k.device), places=chosen.shape[1])
+        self._work = select(keep, bounds, workers(k.device), places=chosen.shape[1])
         self.query, self.witness, self.made = _mean(q), Witness(k, self.edge - 1), self.made + 1
 
 
