@@ -229,7 +229,7 @@ def test_a_band_of_single_tokens_has_the_density_it_is_named_for() -> None:
     assert float(found.float().mean()) == pytest.approx(0.3, abs=0.01)
 
 
-@pytest.mark.parametrize("layout", [Identity(block=6), Identity(block=1), Tiles(tile=(1, 1, 6))])
+@pytest.mark.parametrize("layout", [Identity(block=6), Identity(block=1), Tiles(tile=(1, 1, 6)), Tiles(tile=(2, 1, 6))])
 def test_radial_bands_narrow_with_the_distance_of_frames(layout: Layout) -> None:
     grid, part = (9, 2, 6), Radial(decay=0.5, least=4, sink=False)
     found, blocks = reads(part, Tokens((video(*grid),)), layout)
