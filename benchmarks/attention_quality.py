@@ -1,6 +1,6 @@
 """What is lost by reading part of the keys: every way of being sparse at equal density and at equal work, beside the oracle.
 
-    python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-video-large] [--json FILE]
+    python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-video-large] [--folder PLACE]
 
 Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds), and queries, keys and values recorded from tiny-video: at its
 own size (576 tokens) and at twice each side and twice the frames (4352 tokens, which it was not trained on).
@@ -51,7 +51,7 @@ from hasten.sparse_attn.synthetic import CLUSTERED, HEADS, heads
 from hasten.sparse_attn.trial import Inputs, Method, Trial
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core" / "attention-quality.json"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core"
 DENSITIES = (0.1, 0.2, 0.3)
 GRID = (15, 16, 16)
 SEEDS = (0, 1)
@@ -76,6 +76,7 @@ def methods(small: bool) -> list[Method]:
     found = [
         Method("raster blocks, pooled", Identity(block=block), Pooled(), second, **equal),
         Method("3-D tiles, centroid", Tiles(block=block), Centroid(), second, **equal),
+        Method("3-D tiles, first order", Tiles(block=block), Centroid(), Compensate(order=1), **equal),
         Method("balanced tree, centroid", Tree(block=block, q_block=2 * block), Centroid(), second),
         Method("k-means, centroid", clusters, Centroid(), second),
         Method("k-means, first order", clusters, Centroid(), Compensate(order=1)),
@@ -307,17 +308,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = ["synthetic", *RECORDED]
     parser.add_argument("--inputs", nargs="+", default=known, choices=known)
-    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument("--folder", default=RESULTS, type=Path, help="gets one attention-quality-INPUT.json each")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    streams, rows = Streams("attention quality", arguments.json), []
+    for source in arguments.inputs:
+        answer(source, arguments.folder / f"attention-quality-{source}.json")
+
+
+def answer(source: str, file: Path) -> None:
+    """Study one input, print the means, write every row."""
+    streams, rows = Streams("attention quality", str(file)), []
     with streams.open(), torch.no_grad():
-        for source in arguments.inputs:
-            for name, names, inputs in synthetic() if source == "synthetic" else recorded(source):
-                rows += study(name, names, inputs, source == "tiny-video", streams.note)
+        for name, names, inputs in synthetic() if source == "synthetic" else recorded(source):
+            rows += study(name, names, inputs, source == "tiny-video", streams.note)
         shown = averaged(rows)
         streams.table(shown, {key: key.replace("_", " ") for key in shown[0]} | {"rho_error": "rho error"})
-        answers, sweep = (bars(rows), sharpness()) if "synthetic" in arguments.inputs else ([], [])
+        answers, sweep = (bars(rows), sharpness()) if source == "synthetic" else ([], [])
         if answers:
             streams.table(sweep, {key: key.replace("_", " ") for key in sweep[0]})
             streams.table(answers, {"bar": "bar", "met": "met", "detail": "numbers"})
