@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RefusedError, UsageError
+from hasten.sparse_attn.backends import WIDEST, installed
 from hasten.sparse_attn.decode_cpu import decode_cpu
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.merge import finite, merge_rows, normalise
@@ -151,23 +152,36 @@ def decode(
     The G * n queries that share a key head are one tile, so that each key is read once for all of them. A cache whose
     batch is 1 is a pool that all samples read (`pages`). mask: asked about (query, place) where it is given: causal
     among new queries, windows, the tree of a draft. Accumulates in float32; o comes back in the dtype of q.
-    backend: "auto" takes triton on CUDA where it is installed, else torch. Without windows a CPU reads the cache in place.
+    backend: "auto" takes Triton on CUDA where it can (see `refuses`), else torch. Without windows a CPU reads in place.
     """
     _check(q, k, v, work)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton" or backend == "auto" and q.is_cuda:
-        try:
-            from hasten.sparse_attn.kernels.decode import decode as kernel
-        except ImportError as error:
-            if backend == "triton":
-                raise RefusedError(f"backend='triton' needs triton ({error}). Install it or pass backend='torch'.") from None
-        else:
-            return kernel(q, k, v, work, scale=scale, mask=mask)
+    reason = refuses(q, k, v) if backend == "triton" or q.is_cuda else None
+    if backend == "triton" and reason is not None:
+        raise RefusedError(f'backend="triton" cannot run this call: {reason} backend="auto" takes one that can.')
+    if backend == "triton" or backend == "auto" and q.is_cuda and reason is None:
+        from hasten.sparse_attn.kernels.decode import decode as kernel
+
+        return kernel(q, k, v, work, scale=scale, mask=mask)
     tree_only = mask is None or (mask.left is None and mask.right is None)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == "cpu" and tree_only and not needs_grad and q.dtype != torch.float64:
+    if q.device.type == "cpu" and tree_only and not _needs_grad(q, k, v) and q.dtype != torch.float64:
         return decode_cpu(q, k, v, work, scale, mask)
     return decode_torch(q, k, v, work, scale, mask)
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernel cannot run a call (on CUDA, "auto" then takes plain torch, slowly); None where it can."""
+    if not installed("triton"):
+        return "triton is not installed (pip install triton)."
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernel takes float16, bfloat16 or float32, one for all."
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return f"a head dimension is {max(q.shape[-1], v.shape[-1])}, the kernel takes up to {WIDEST}."
+    return "gradients are asked for, which it does not have." if _needs_grad(q, k, v) else None
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def decode_torch(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, mask: Mask | None) -> Output:

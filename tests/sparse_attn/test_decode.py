@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.errors import UsageError
+from hasten.errors import RefusedError, UsageError
 from hasten.sparse_attn.decode import Work, decode, decode_torch, pages, select, split, whole
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Output
@@ -171,11 +171,19 @@ def test_windows_of_the_mask() -> None:
     close(out, truth(q, k, v, mask.allowed(torch.arange(4), torch.arange(24), 24)))
 
 
+def test_gradients_reach_queries_keys_and_values() -> None:
+    q, k, v = (x.double().requires_grad_() for x in draw(1, 2, 2, 1, 9, 7, d=3))
+    work = whole(torch.tensor([9]), 2, 9, 3, 4)
+    assert torch.autograd.gradcheck(lambda q, k, v: decode(q, k, v, work).o, (q, k, v))
+
+
 def test_mistakes_say_what_fits() -> None:
     q, k, v = draw(2, 2, 2, 1, 16, 6)
     with pytest.raises(UsageError, match="rows"):
         decode(q, k, v, whole(torch.tensor([16]), 2, 16, 2))
     with pytest.raises(UsageError, match="heads divide"):
         decode(q[:, :3], k, v, whole(torch.tensor([16, 16]), 2, 16, 2))
+    with pytest.raises(RefusedError, match="float64"):
+        decode(*(x.double() for x in (q, k, v)), whole(torch.tensor([16, 16]), 2, 16, 2), backend="triton")
     with pytest.raises(UsageError, match="pieces"):
         split(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 0)
