@@ -1,14 +1,14 @@
-"""What is lost by reading part of the keys: every way of being sparse at equal density and at equal work, beside the oracle.
+"""What is lost by reading part of the keys: ways of being sparse at equal density and at equal work, beside the oracle.
 
     python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-video-large] [--folder PLACE]
 
-Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds), and queries, keys and values recorded from tiny-video: at its
-own size (576 tokens) and at twice each side and twice the frames (4352 tokens, which it was not trained on).
+Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds), and queries, keys and values recorded from tiny-video: at
+its own size (576 tokens) and at twice each side and twice the frames (4352 tokens, which it was not trained on).
 tiny-flux has 32 tokens, which are read in one block.
-For each method, density and head: the mass that was read, that of the oracle (the same blocks chosen by their true mass),
-the relative error of the output with and without what stands in for the rest, how far rho is from the mass, the work of
-whole tiles over that of the pairs, and the time of a plan. Static patterns and recipes of several patterns run at the
-density that they have.
+For each method, density and head: the mass that was read, that of the oracle (the same blocks chosen by their true
+mass), the relative error of the output with and without what stands in for the rest, how far rho is from the mass,
+the work of whole tiles over that of the pairs, and the time of a plan. Static patterns and recipes of several
+patterns run at the density that they have.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def synthetic() -> Iterator[tuple[str, list[str], Inputs]]:
 
 
 class Recorder(TorchFunctionMode):
-    """Keeps q, k, v of self- and joint attention: every call of `scaled_dot_product_attention` over as many keys as queries."""
+    """Keeps q, k, v of self- and joint attention: calls of `scaled_dot_product_attention` with Sk = Sq."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Recorder(TorchFunctionMode):
 
 
 def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
-    """Attention of a bundled model at some steps and layers of one run of its first prompt; heads by layer and number."""
+    """Attention of a bundled model at some steps and layers of one run of its first prompt."""
     model, other = RECORDED[source]
     pipe, call = tiny_models.load(model), tiny_models.call_defaults(model) | other
     steps = [int(share * call["num_inference_steps"]) for share in STEPS]
@@ -150,8 +150,10 @@ def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
         for layer in LAYERS:
             if layer < len(calls):
                 q, k, v = (x[:1] for x in calls[layer])
-                yield f"{source}, step {step}", [f"layer {layer}, head {h}" for h in range(q.shape[1])], Inputs(
-                    q, k, v, Tokens((video(*grid),))  # patches are single latents
+                yield (
+                    f"{source}, step {step}",
+                    [f"layer {layer}, head {h}" for h in range(q.shape[1])],
+                    Inputs(q, k, v, Tokens((video(*grid),))),  # a token of this model is one latent
                 )
 
 
@@ -255,10 +257,15 @@ def sharpness() -> list[Row]:
         found = []
         for seed in SEEDS:
             q, k, v = heads(GRID, 64, kinds, seed=seed)
-            trial = Trial(Method("", KMeans(), Centroid(), Compensate(order=2)), Inputs(q, k, v, Tokens((video(*GRID),))))
+            trial = Trial(
+                Method("", KMeans(), Centroid(), Compensate(order=2)), Inputs(q, k, v, Tokens((video(*GRID),)))
+            )
             trial.choose(0.1)
             found += judged(trial, dense(q, k, v, trial.inputs.scale), CLUSTERED, {})
-        means = {key: statistics.mean(row[key] for row in found) for key in ("mass", "dropped_error", "output_error", "rho_error")}
+        means = {
+            key: statistics.mean(row[key] for row in found)
+            for key in ("mass", "dropped_error", "output_error", "rho_error")
+        }
         rows.append({"sharpness": sharp} | means | {"ratio": means["output_error"] / means["dropped_error"]})
     return rows
 
@@ -278,7 +285,8 @@ def bars(rows: Sequence[Row]) -> list[Row]:
     share = min(row["mass"] / row["oracle_mass"] for row in svg2)
     return [
         {"bar": "k-means and compensation at 10 %: at most a tenth of the drop-only error on clustered heads",
-         "met": ratio <= 0.1, "detail": f"{ratio:.3f} over heads and seeds; {worst:.3f} on the one where it helps least"},
+         "met": ratio <= 0.1,
+         "detail": f"{ratio:.3f} over heads and seeds; {worst:.3f} on the one where it helps least"},
         {"bar": "rho within 0.01 of the truth there", "met": rho <= 0.01, "detail": f"largest mean distance {rho:.4f}"},
         {"bar": "SVG2 at 20 %: at least 95 % of the oracle's mass", "met": share >= 0.95,
          "detail": f"least share {share:.3f} over all heads"},
@@ -287,7 +295,16 @@ def bars(rows: Sequence[Row]) -> list[Row]:
 
 def averaged(rows: Sequence[Row]) -> list[Row]:
     """One line per model, method, budget and density: means over heads and seeds, for people."""
-    keys = ("density", "tile_density", "mass", "oracle_mass", "output_error", "dropped_error", "rho_error", "planning_seconds")
+    keys = (
+        "density",
+        "tile_density",
+        "mass",
+        "oracle_mass",
+        "output_error",
+        "dropped_error",
+        "rho_error",
+        "planning_seconds",
+    )
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "note" not in row:

@@ -108,8 +108,8 @@ def bench_attention(
 ) -> list[Row]:
     """Rows for every size, density and method, dense attention first; docs/attention-bench.md says what the keys mean.
 
-    machine: rates for the predicted column; None measures this machine. models: whole networks at 720p too. seconds: after
-    so many nothing new is begun, and a row says what was left out.
+    machine: rates for the predicted column; None measures this machine. models: whole networks at 720p too. seconds:
+    after so many nothing new is begun, and a row says what was left out.
     """
     began = time.perf_counter()
     rates = machine or measured(device, dtype=dtype)
@@ -153,13 +153,14 @@ def at_size(
         found = _at_density(size, density, trials, backends[fastest], device, repeats, flex, machine, truth)
         rows += found
         for row in found:
-            tell(f"{size.tokens} tokens, D {size.head_dim}, {row['recipe']}, density {row.get('density', 0):.2f}: {_told(row)}")
+            name = f"{size.tokens} tokens, D {size.head_dim}, {row['recipe']}"
+            tell(f"{name}, density {row.get('density', 0):.2f}: {_told(row)}")
     return rows
 
 
 def _at_density(
-    size: Size, density: float, trials: dict[str, Trial], dense: Callable[[], object], device: torch.device, repeats: int, flex: bool,
-    machine: Machine, truth: Output,
+    size: Size, density: float, trials: dict[str, Trial], dense: Callable[[], object], device: torch.device,
+    repeats: int, flex: bool, machine: Machine, truth: Output,
 ) -> list[Row]:  # fmt: skip
     """All methods at one density, in turns with dense attention."""
     calls, planning, failed = {"dense": Timed(dense)}, dict[str, Timed](), dict[str, str]()
@@ -199,7 +200,12 @@ def _at_density(
 
 
 def _named(size: Size, name: str) -> Row:
-    return {"model": f"{size.tokens} tokens, D {size.head_dim}", "recipe": name, "tokens": size.tokens, "head_dim": size.head_dim}
+    return {
+        "model": f"{size.tokens} tokens, D {size.head_dim}",
+        "recipe": name,
+        "tokens": size.tokens,
+        "head_dim": size.head_dim,
+    }
 
 
 def _dense_row(size: Size, name: str, each: Timed, fastest: Timed, first: bool, truth: Output) -> Row:
@@ -212,7 +218,9 @@ def _dense_row(size: Size, name: str, each: Timed, fastest: Timed, first: bool, 
         "control": None if first else f"peer:{name}", "density": 1.0, "seconds": each.median, "max_error": error,
         "correct": right, "n": len(each.seconds),
     }  # fmt: skip
-    return row | ({"speedup": fastest.median / each.median} if right else {"note": f"wrong by {error:.1e}, no speed-up"})
+    return row | (
+        {"speedup": fastest.median / each.median} if right else {"note": f"wrong by {error:.1e}, no speed-up"}
+    )
 
 
 def _sparse_row(
@@ -239,7 +247,9 @@ def _sparse_row(
     if not right:
         return row | {"note": f"red: off by {error:.1e} from what its blocks say; no speed-up is given"}
     speedup = dense.median / each.median
-    ours = predict(size.shape, min(1.0, spent.density), machine, planning=0.0, waste=spent.tile_density / spent.density)
+    ours = predict(
+        size.shape, min(1.0, spent.density), machine, planning=0.0, waste=spent.tile_density / spent.density
+    )
     return row | {"speedup": speedup, "ideal_share": speedup * spent.density, "predicted": ours.kernel}
 
 

@@ -49,7 +49,7 @@ MORE = 2
 
 
 def cuda_backends(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Each dense backend of this machine that takes `inputs`, tried once: PyTorch's, FlashAttention 3, SageAttention."""
+    """Each dense backend of this machine that takes `inputs`; PyTorch's, FlashAttention 3, SageAttention."""
     for name, call in _candidates(inputs):
         try:
             call()
@@ -91,7 +91,7 @@ def _candidates(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Clusters at `SHARE`, never dense, with a new plan at every step and with one plan for all: the difference is planning."""
+    """Clusters at `SHARE`, never dense: a new plan at every step, and one plan for all. The difference is planning."""
     pattern = Pattern(layout=KMeans(), score=Centroid(), select=TopK(share=SHARE, by="tokens"))
     policy = SparseAttention(patterns=(pattern,), compensate=Compensate(), warm=0.0, min_tokens=0)
     kept = policy.model_copy(update={"refresh": 1000})
@@ -102,8 +102,8 @@ def recipes() -> dict[str, Recipe]:
 
 
 def bench_models(
-    device: torch.device, *, dtype: torch.dtype, machine: Machine, seconds: float, models: Iterable[ModelShape] | None = None,
-    tell: Tell = lambda _: None,
+    device: torch.device, *, dtype: torch.dtype, machine: Machine, seconds: float,
+    models: Iterable[ModelShape] | None = None, tell: Tell = lambda _: None,
 ) -> list[Row]:  # fmt: skip
     """All of `MODELS`; what cannot run has the reason in its row. seconds: no network is begun after so many."""
     began, rows = time.perf_counter(), []
@@ -114,7 +114,9 @@ def bench_models(
         try:
             found = bench_model(model, recipes(), device, dtype=dtype, machine=machine, density=SHARE, tell=tell)
         except (HastenError, torch.OutOfMemoryError) as error:
-            rows.append({"model": model.name, "recipe": "clusters", "note": f"{type(error).__name__}: {str(error)[:200]}"})
+            rows.append(
+                {"model": model.name, "recipe": "clusters", "note": f"{type(error).__name__}: {str(error)[:200]}"}
+            )
             continue
         plain, fresh, kept = (row["seconds"] for row in found)
         found[1]["planning_seconds"], found[1]["planning_fraction"] = fresh - kept, (fresh - kept) / plain
@@ -140,7 +142,8 @@ def bench_model(
     """
     plain, held = scaled_step(model, None, device, dtype, steps)
     tell(f"{model.name}, plain: {plain:.2f} s a step")
-    note = f"scaled to {' + '.join(str(n) for n in model.full.values())} blocks from 1 and {1 + MORE} of each kind; random weights"
+    blocks = " + ".join(str(number) for number in model.full.values())
+    note = f"scaled to {blocks} blocks from 1 and {1 + MORE} of each kind; random weights"
     common = {"model": model.name, "n": steps - 1, "note": note}
     rows = [common | {"recipe": "plain", "seconds": plain, "speedup": 1.0, "bytes_held": held}]
     shape = SHAPES.get(model.shape)
@@ -159,7 +162,8 @@ def scaled_step(
 ) -> tuple[float, int]:
     """Seconds of one step of the whole network, and bytes at the peak of the largest one that ran.
 
-    t(1, 1, ..) + sum over the kinds of (blocks - 1) * (t(.., 1 + MORE, ..) - t(1, 1, ..)) / MORE, times the evaluations.
+    t(1, 1, ..) + sum over the kinds of (blocks - 1) * (t(.., 1 + MORE, ..) - t(1, 1, ..)) / MORE, times the
+    evaluations.
     """
     ones = dict.fromkeys(model.blocks, 1)
     base, peak = step_seconds(model, ones, recipe, device, dtype, steps)
@@ -172,9 +176,14 @@ def scaled_step(
 
 
 def step_seconds(
-    model: ModelShape, counts: dict[str, int], recipe: Recipe | None, device: torch.device, dtype: torch.dtype, steps: int
+    model: ModelShape,
+    counts: dict[str, int],
+    recipe: Recipe | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int,
 ) -> tuple[float, int]:
-    """Median seconds of one evaluation with `counts` blocks over `steps` steps, the first one not counted; peak bytes."""
+    """Median seconds of one evaluation with `counts` blocks over `steps` steps but the first, and peak bytes."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     network = model.build(counts, device, dtype)
@@ -188,7 +197,9 @@ def step_seconds(
     return statistics.median(taken[1:] or taken), peak
 
 
-def _run(network: nn.Module, scheduler: Any, inputs: dict[str, Tensor], device: torch.device, steps: int) -> list[float]:
+def _run(
+    network: nn.Module, scheduler: Any, inputs: dict[str, Tensor], device: torch.device, steps: int
+) -> list[float]:
     """Seconds of each evaluation of a short run of the solver."""
     scheduler.set_timesteps(steps, device=device)
     latents, taken = inputs["hidden_states"], []

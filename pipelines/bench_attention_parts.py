@@ -71,13 +71,17 @@ def dense_backends(inputs: Inputs) -> Iterator[tuple[str, Call]]:
 
         yield from cuda_backends(inputs)
     else:
-        yield "sdpa", lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, enable_gqa=_grouped(inputs))
+        yield (
+            "sdpa",
+            lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, enable_gqa=_grouped(inputs)),
+        )
 
 
 def dense_output(inputs: Inputs) -> Output:
-    """Dense attention and its LSE: what everything is judged by. In half precision the flash kernel's, which has both."""
+    """Dense attention and its LSE, which everything is judged by: in half precision on a GPU the flash kernel's."""
     if inputs.q.device.type == "cuda" and inputs.q.dtype != torch.float32:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention(inputs.q, inputs.k, inputs.v, scale=inputs.scale)[:2]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        o, lse = flash(inputs.q, inputs.k, inputs.v, scale=inputs.scale)[:2]
         return Output(o, lse)
     return dense_with_lse(inputs.q, inputs.k, inputs.v, inputs.scale)
 
@@ -107,7 +111,9 @@ def flex_call(trial: Trial) -> Call | str:
             warnings.simplefilter("ignore")
             call()
     except Exception as error:  # noqa: BLE001 - whatever the compiler says is the finding
-        return f"FlexAttention does not compile here: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        return (
+            f"FlexAttention does not compile here: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        )
     return call
 
 

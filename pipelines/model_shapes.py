@@ -20,8 +20,8 @@ class ModelShape:
     """One network and one size of video.
 
     cls: transformer class of diffusers. config: its arguments. blocks: arguments that say how many blocks of each kind
-    there are. latents: [channels, frames, height, width]. text: (tokens, width) of the prompt's embedding. pooled: width
-    of the pooled embedding, 0 for none. evaluations: per step. shape: its name in `roofline.SHAPES`.
+    there are. latents: [channels, frames, height, width]. text: (tokens, width) of the prompt's embedding. pooled:
+    width of the pooled embedding, 0 for none. evaluations: per step. shape: its name in `roofline.SHAPES`.
     """
 
     name: str
@@ -74,8 +74,8 @@ HUNYUAN: dict[str, Any] = {
 }  # fmt: skip
 
 WAN_14B: dict[str, Any] = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
-    "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13_824, "num_layers": 40, "cross_attn_norm": True,
+    "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
+    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13_824, "num_layers": 40, "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
 }  # fmt: skip
 
@@ -105,7 +105,9 @@ def model_shape(name: str) -> ModelShape:
 def small(model: ModelShape) -> ModelShape:
     """The same network of a size for a processor: two heads, one block of each kind twice, a clip of a few tokens."""
     config = model.config | {"num_attention_heads": 2, "attention_head_dim": 24} | dict.fromkeys(model.blocks, 2)
-    config |= {"text_embed_dim": 32, "pooled_projection_dim": 16} if model.pooled else {"text_dim": 32, "freq_dim": 32}
+    config |= (
+        {"text_embed_dim": 32, "pooled_projection_dim": 16} if model.pooled else {"text_dim": 32, "freq_dim": 32}
+    )
     config |= {"rope_axes_dim": (8, 8, 8)} if model.pooled else {"ffn_dim": 64}
     return replace(
         model, config=config, latents=(model.latents[0], 3, 8, 12), text=(5, 32), pooled=16 if model.pooled else 0

@@ -33,13 +33,17 @@ def measured(
 ) -> Machine:
     """Rates of `device` (a few tenths of a second on two cores): measure once per session and hand the result on.
 
-    What is not given: 4 heads of 64 on 1024 tokens in float32; on a GPU, which smaller calls would not fill, 16 heads of
-    128 on 8192 tokens in bfloat16. Dense attention is PyTorch's. Larger calls are somewhat more efficient, both dense and
-    sparse. The overhead is what a sparse call on 64 tokens takes.
+    What is not given: 4 heads of 64 on 1024 tokens in float32; on a GPU, which smaller calls would not fill, 16 heads
+    of 128 on 8192 tokens in bfloat16. Dense attention is PyTorch's. Larger calls are somewhat more efficient, both
+    dense and sparse. The overhead is what a sparse call on 64 tokens takes.
     """
     large = device.type == "cuda"
     dtype = dtype or (torch.bfloat16 if large else torch.float32)
-    tokens, heads, head_dim = tokens or (8192 if large else 1024), heads or (16 if large else 4), head_dim or (128 if large else 64)
+    tokens, heads, head_dim = (
+        tokens or (8192 if large else 1024),
+        heads or (16 if large else 4),
+        head_dim or (128 if large else 64),
+    )
     q, k, v = (torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype) for _ in range(3))
     work = 4.0 * heads * tokens * tokens * head_dim
     dense = work / seconds_of(lambda: F.scaled_dot_product_attention(q, k, v), device, repeats)

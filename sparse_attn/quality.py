@@ -54,9 +54,7 @@ def within(scores: Tensor, blocks: Blocks, density: float) -> Tensor:
     return blocks.force(within_tokens(scores, blocks, density))
 
 
-def at_tile_density(
-    scores: Tensor, blocks: Blocks, target: float, tiles: Callable[[Tensor], float]
-) -> Tensor:
+def at_tile_density(scores: Tensor, blocks: Blocks, target: float, tiles: Callable[[Tensor], float]) -> Tensor:
     """`within` with the budget at which the work of whole tiles, `tiles(keep)`, is `target` of dense attention's."""
     low, high = 0.0, min(1.0, target * 1.5)
     for _ in range(6):
@@ -71,8 +69,8 @@ def sampled_error(
 ) -> float:  # fmt: skip
     """Largest error of `found` against the float64 reference on some queries, relative to the largest output.
 
-    q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] in original order. Made for sequences whose full reference would
-    not fit: `samples` evenly spread arranged places of every plane. inf where any output at all is not finite.
+    q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] in original order. Made for sequences whose full reference
+    would not fit: `samples` evenly spread arranged places of every plane. inf where any output at all is not finite.
     """
     places = torch.linspace(0, q.shape[2] - 1, min(samples, q.shape[2]), device=q.device).long()
     few = Order(None, _counted(blocks.q.bounds, places), blocks.q.roles)

@@ -1,7 +1,8 @@
 """What sparse attention can gain, before anything is run: work of a model's shape over the rates of a machine.
 
-A prediction has two uses: attention that would not get faster stays dense (short sequences, small models), and a measured
-speed-up is shown beside what the shape allows. Nothing here runs anything; `calibrate` measures a machine's rates.
+A prediction has two uses: attention that would not get faster stays dense (short sequences, small models), and a
+measured speed-up is shown beside what the shape allows. Nothing here runs anything; `calibrate` measures a machine's
+rates.
 
 Units: FLOP (a multiplication and an addition are two), FLOP per second, seconds, bytes.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from hasten.errors import UsageError, nearest
 
 POINTWISE = 0.35
-"""Time of norms, modulation, activations and copies relative to the linear layers' (profiles of Wan and HunyuanVideo)."""
+"""Time of norms, modulation, activations and copies, relative to that of the linear layers."""
 
 PLANNING = 0.03
 """Time of making a plan relative to dense attention, where it was not measured: two k-means iterations are 1.2 to 1.7 %
@@ -27,9 +28,10 @@ WORTH = 1.1
 class Shape:
     """The work of one evaluation of a network.
 
-    tokens: queries of self-attention (one sample). keys: None: as many. linear: FLOP of the linear layers for each token,
-    all layers together; 0 where only the attention calls are looked at. cross: keys of cross-attention, which stays dense.
-    evaluations: of the network per step (2 with classifier-free guidance). batch: samples in one evaluation.
+    tokens: queries of self-attention (one sample). keys: None: as many. linear: FLOP of the linear layers for each
+    token, all layers together; 0 where only the attention calls are looked at. cross: keys of cross-attention, which
+    stays dense. evaluations: of the network per step (2 with classifier-free guidance). batch: samples in one
+    evaluation.
     """
 
     name: str
@@ -91,13 +93,19 @@ TERA = 1e12
 MACHINES: dict[str, Machine] = {
     machine.name: machine
     for machine in (
-        Machine("A100", 200 * TERA, 150 * TERA, 230 * TERA, 1.9e12, source="FlashAttention-2's paper; kernel assumed"),
-        Machine("H100", 600 * TERA, 450 * TERA, 550 * TERA, 3.3e12, source="FlashAttention-3's paper; Triton's tutorial"),
+        Machine(
+            "A100", 200 * TERA, 150 * TERA, 230 * TERA, 1.9e12, source="FlashAttention-2's paper; kernel assumed"
+        ),
+        Machine(
+            "H100", 600 * TERA, 450 * TERA, 550 * TERA, 3.3e12, source="FlashAttention-3's paper; Triton's tutorial"
+        ),
         Machine("H200", 600 * TERA, 450 * TERA, 550 * TERA, 4.8e12, source="as H100, faster memory"),
-        Machine("B200", 1500 * TERA, 700 * TERA, 1400 * TERA, 8e12, source="FlashAttention-4's claim; kernel assumed"),
+        Machine(
+            "B200", 1500 * TERA, 700 * TERA, 1400 * TERA, 8e12, source="FlashAttention-4's claim; kernel assumed"
+        ),
     )
 }
-"""Tables by name, bf16 and head dimension 128. None of them is a measurement of ours: `calibrate.measured` makes those."""
+"""Tables by name, bf16 and head dimension 128. None of them is measured by us: see `calibrate.measured`."""
 
 
 def linear_of(width: int, layers: int, matrices: float) -> float:
@@ -111,10 +119,18 @@ SHAPES: dict[str, Shape] = {
         # 33 x 45 x 80 video tokens and 256 of text; double and single blocks have 12 matrices on a token's path.
         Shape("hunyuan-720p", 119_056, 60, 24, 128, linear_of(3072, 60, 12)),
         # 21 frames of 45 x 80 or 30 x 52 tokens; 4 matrices of self-, 2 of cross-attention, feed-forward up and down.
-        Shape("wan-14b-720p", 75_600, 40, 40, 128, linear_of(5120, 40, 6 + 2 * 13_824 / 5120), cross=512, evaluations=2),
-        Shape("wan-14b-480p", 32_760, 40, 40, 128, linear_of(5120, 40, 6 + 2 * 13_824 / 5120), cross=512, evaluations=2),
-        Shape("wan-1.3b-720p", 75_600, 30, 12, 128, linear_of(1536, 30, 6 + 2 * 8960 / 1536), cross=512, evaluations=2),
-        Shape("wan-1.3b-480p", 32_760, 30, 12, 128, linear_of(1536, 30, 6 + 2 * 8960 / 1536), cross=512, evaluations=2),
+        Shape(
+            "wan-14b-720p", 75_600, 40, 40, 128, linear_of(5120, 40, 6 + 2 * 13_824 / 5120), cross=512, evaluations=2
+        ),
+        Shape(
+            "wan-14b-480p", 32_760, 40, 40, 128, linear_of(5120, 40, 6 + 2 * 13_824 / 5120), cross=512, evaluations=2
+        ),
+        Shape(
+            "wan-1.3b-720p", 75_600, 30, 12, 128, linear_of(1536, 30, 6 + 2 * 8960 / 1536), cross=512, evaluations=2
+        ),
+        Shape(
+            "wan-1.3b-480p", 32_760, 30, 12, 128, linear_of(1536, 30, 6 + 2 * 8960 / 1536), cross=512, evaluations=2
+        ),
     )
 }
 """Published shapes (configurations of HunyuanVideo and Wan 2.1), batch 1."""
@@ -153,7 +169,9 @@ def predict(
     Raises `UsageError` for a density outside 0 to 1 and for an unknown machine.
     """
     if not 0.0 < density <= 1.0:
-        raise UsageError(f"Density is the share of query-key pairs that are read, above 0 and up to 1; got {density}.")
+        raise UsageError(
+            f"Density is the share of query-key pairs that are read, above 0 and up to 1; got {density}."
+        )
     rates = machine_called(machine) if isinstance(machine, str) else machine
     rest = shape.linear_flop / rates.linear * (1 + POINTWISE)
     moving = shape.attention_bytes() / rates.bandwidth
@@ -178,8 +196,8 @@ def _why(shape: Shape, density: float, rates: Machine, speedup: float, kernel: f
     if speedup < at_least:
         rest = shape.linear_flop / rates.linear * (1 + POINTWISE)
         return (
-            f"{head}: attention would be {kernel:.1f} times as fast, but is only {share / (share + rest):.0%} of the time;"
-            f" the whole would gain {speedup:.2f}x, less than {at_least:.2f}x"
+            f"{head}: attention would be {kernel:.1f} times as fast, but is only"
+            f" {share / (share + rest):.0%} of the time; the whole would gain {speedup:.2f}x, less than {at_least:.2f}x"
         )
     return f"{head}: attention {kernel:.1f}x, the whole {speedup:.2f}x"
 

@@ -1,8 +1,8 @@
 """Heads without a model: queries, keys and values whose attention looks like that of video transformers.
 
 For tests and benchmarks of sparse attention where no weights are at hand. A scene of moving objects before a divided
-background gives every token its content; a head is a mixture of content and place. The six archetypes are those that the
-papers on sparse video attention describe (spatial and temporal heads: Sparse VideoGen, arXiv 2502.01776, section 3;
+background gives every token its content; a head is a mixture of content and place. The six archetypes are those that
+the papers on sparse video attention describe (spatial and temporal heads: Sparse VideoGen, arXiv 2502.01776, section 3;
 semantic ones: arXiv 2505.18875, section 3); the generator itself is our own.
 
 Shapes: H heads, S = frames * height * width tokens, D head dimension, W width of the content.
@@ -41,10 +41,11 @@ class Head:
     The defaults make a semantic head whose best fifth of the keys, in clusters, holds nine tenths of the mass: what
     SVG2's own settings (top-p 0.9) find on real models.
 
-    content: weight of what a token shows. place: weights of where it is, along frames, height and width; 0: the axis does
-    not matter. rotate: content is rotated by place too, as rotary embeddings do in a real head. noise: what is left of a
-    query or key that content and place do not explain, relative to the content. bias: norm of a vector that all keys
-    share, relative to one key. sharpness: largest logit there can be, whatever D is; small ones make diffuse heads.
+    content: weight of what a token shows. place: weights of where it is, along frames, height and width; 0: the axis
+    does not matter. rotate: content is rotated by place too, as rotary embeddings do in a real head. noise: what is
+    left of a query or key that content and place do not explain, relative to the content. bias: norm of a vector that
+    all keys share, relative to one key. sharpness: largest logit there can be, whatever D is; small ones make diffuse
+    heads.
     """
 
     content: float = 1.0
@@ -83,7 +84,9 @@ def heads(
         if name not in known:
             raise UsageError(f"There is no head {name!r}; known: {', '.join(HEADS)}.{nearest(name, HEADS)}")
     if head_dim % 2 or head_dim < 6:
-        raise UsageError(f"Head dimension {head_dim} cannot be rotated along three axes; it must be even and at least 6.")
+        raise UsageError(
+            f"Head dimension {head_dim} cannot be rotated along three axes; it must be even and at least 6."
+        )
     if min(grid) < 1:
         raise UsageError(f"A grid has at least one token along each axis, got {grid} (frames, height, width).")
     shown = scene(grid, _generator("scene", seed))
@@ -93,7 +96,9 @@ def heads(
     return q, k, v
 
 
-def scene(grid: Grid, generator: torch.Generator, *, objects: int = 6, regions: int = 6, noise: float = 0.3) -> Tensor:
+def scene(
+    grid: Grid, generator: torch.Generator, *, objects: int = 6, regions: int = 6, noise: float = 0.3
+) -> Tensor:
     """What each token shows: float32 [S, W], rows of norm about 1.
 
     `objects` ellipses move in straight lines (and are reflected at the borders) before `regions` still parts of the
@@ -147,7 +152,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def _head(head: Head, shown: Tensor, angles: Tensor, d: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _head(
+    head: Head, shown: Tensor, angles: Tensor, d: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """One head of the scene `shown` [S, W]: q, k, v [S, D]."""
     shared = torch.randn(WIDTH, d, generator=generator) / math.sqrt(WIDTH)
     weights = torch.cat([w * DECAY ** torch.arange(n) for w, n in zip(head.place, axis_pairs(d), strict=True)])

@@ -91,6 +91,7 @@ class Trial:
     def select(self, scores: Tensor, blocks: Blocks, density: float, budget: Budget = "tokens") -> None:
         """Select by `scores` (float32 [P1, Cq, Ck]) and pack."""
         if budget == "tiles":
+
             def tiles(keep: Tensor) -> float:
                 return float(tile_density(self._packed(blocks, keep)))
 

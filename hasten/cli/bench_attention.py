@@ -37,26 +37,35 @@ COLUMNS = {
 def attention(
     tokens: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", help="May be repeated. Default: 4096 8192 16384; on a GPU 16384 to 118800.", min=64),
+        typer.Option(
+            metavar="N", help="May be repeated. Default: 4096 8192 16384; on a GPU 16384 to 118800.", min=64
+        ),
     ] = None,
     head_dim: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="May be repeated. Default: 64; on a GPU 64 and 128.", min=6, max=256)
+        list[int] | None,
+        typer.Option(metavar="N", help="May be repeated. Default: 64; on a GPU 64 and 128.", min=6, max=256),
     ] = None,
     density: Annotated[
         list[float] | None,
-        typer.Option(metavar="X", help="May be repeated. Default: 0.05 to 0.5; on a GPU 0.1 0.2 0.3.", min=0.001, max=1.0),
+        typer.Option(
+            metavar="X", help="May be repeated. Default: 0.05 to 0.5; on a GPU 0.1 0.2 0.3.", min=0.001, max=1.0
+        ),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="blocks, tiles, tree, clusters. May be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="blocks, tiles, tree, clusters. May be repeated. Default: all."),
     ] = None,
-    heads: Annotated[int | None, typer.Option(metavar="N", help="Heads of each size. Default: 4; on a GPU 24.", min=1, max=128)] = None,
+    heads: Annotated[
+        int | None, typer.Option(metavar="N", help="Heads of each size. Default: 4; on a GPU 24.", min=1, max=128)
+    ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="Rounds in which all candidates take turns.", min=1)] = 5,
     flex: Annotated[bool, typer.Option(help="FlexAttention on the same blocks, compiled, too.")] = True,
     models: Annotated[
         bool, typer.Option(help="On a GPU: steps of HunyuanVideo and Wan 14B at 720p with random weights, too.")
     ] = True,
     seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="Begin nothing new after this. Default: no limit; on a GPU 540.", min=1.0)
+        float | None,
+        typer.Option(metavar="S", help="Begin nothing new after this. Default: no limit; on a GPU 540.", min=1.0),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -91,7 +100,11 @@ def attention(
         output.table(rows, COLUMNS if all("tokens" in row for row in rows) else {"model": "network"} | COLUMNS)
         clock = "processor time" if clock_of(where) is time.process_time else "wall clock"
         output.finish([_short(row) for row in rows], repeats=repeats, clock=clock)
-        red = [row for row in rows if row.get("correct") is False and not str(row.get("control") or "").startswith("peer")]
+        red = [
+            row
+            for row in rows
+            if row.get("correct") is False and not str(row.get("control") or "").startswith("peer")
+        ]
         if red:
             output.warn(f"{len(red)} rows are red: their output is not what their blocks say.")
             raise typer.Exit(1)

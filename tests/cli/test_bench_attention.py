@@ -52,8 +52,8 @@ def test_a_red_row_has_no_speed_up(monkeypatch: pytest.MonkeyPatch, hasten: Any)
 
     monkeypatch.setattr(Trial, "attend", wrong)
     ran = hasten(
-        "bench", "attention", "--tokens", 256, "--density", 0.5, "--heads", 1, "--repeats", 1, "--no-flex", "--method", "tree",
-        "--device", "cpu", "--json", "-",
+        "bench", "attention", "--tokens", 256, "--density", 0.5, "--heads", 1, "--repeats", 1, "--no-flex",
+        "--method", "tree", "--device", "cpu", "--json", "-",
     )  # fmt: skip
     assert ran.code == 1 and "1 rows are red" in ran.err
     row = ran.json["rows"][1]

@@ -1,4 +1,4 @@
-"""Mass, errors and budgets agree with what is counted pair by pair; trials run what they chose; machines are measured."""
+"""Mass, errors and budgets agree with what is counted pair by pair; machines are measured."""
 
 from __future__ import annotations
 
