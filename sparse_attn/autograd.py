@@ -142,7 +142,7 @@ class _Slabs(torch.autograd.Function):
         o = torch.zeros(q.shape[0] * q.shape[1] * q.shape[2], v.shape[3], dtype=exact, device=q.device)
         lse = torch.full(o.shape[:1], -math.inf, dtype=exact, device=q.device)
         inputs = (q, k, v, bias, keys, values, variances)
-        for slab in _slabs(plan):
+        for slab in _slabs(plan, compensation is not None):
             o_part, lse_part = _attend(_leaves(inputs, slab, exact), slab, scale, compensation)
             o[slab.q_at[slab.q_real]] = o_part[slab.q_real]
             lse[slab.q_at[slab.q_real]] = lse_part[slab.q_real]
@@ -156,7 +156,7 @@ class _Slabs(torch.autograd.Function):
         inputs = ctx.saved_tensors
         sums = [None if x is None else torch.zeros(x.shape, dtype=ctx.exact, device=x.device) for x in inputs]
         d_o, d_lse = d_o.to(ctx.exact).flatten(0, 2), d_lse.to(ctx.exact).flatten()
-        for slab in _slabs(ctx.plan):
+        for slab in _slabs(ctx.plan, ctx.compensation is not None):
             leaves = _leaves(inputs, slab, ctx.exact)
             wanted = [x.requires_grad_() for x in leaves if x is not None]
             with torch.enable_grad():
@@ -228,13 +228,16 @@ def _attend(leaves: Inputs, slab: _Slab, scale: float, compensation: Compensatio
     return weights @ v / safe[..., None], (safe.log() + top[..., 0]).masked_fill(nothing, -math.inf)
 
 
-def _slabs(plan: Plan) -> Iterator[_Slab]:
-    """The tiles of a plan, those with most keys first, as many at once as there is `ROOM` for. Reads the plan."""
+def _slabs(plan: Plan, compensated: bool) -> Iterator[_Slab]:
+    """The tiles of a plan, those with most keys first, as many at once as there is `ROOM` for. Reads the plan.
+
+    Tiles that read nothing, not even what stands in, are left out: their queries may hold anything.
+    """
     tokens, lengths = _row_tokens(plan)
     longest = max(1, int(plan.tile_length.max())) if plan.tile_length.numel() else 1
     work = lengths[plan.tile_row.long()]
     order = work.argsort(descending=True, stable=True)
-    order = order[plan.tile_length[order] > 0]
+    order = order[(plan.tile_length[order] > 0) & ((work[order] > 0) | compensated)]
     at = 0
     while at < order.numel():
         width = max(1, int(work[order[at]]))

@@ -49,11 +49,12 @@ def _backward(
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
     HQ: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr,
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
     COMPENSATED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """PIECES programs share a tile. d_o, lse, delta, d_q are contiguous in original order, d_k and d_v arranged."""
+    """PIECES programs share a tile, a chunk is read in SPLIT steps of BLOCK_N keys: what is added to d_k and d_v has to
+    fit into registers. d_o, lse, delta, d_q are contiguous in original order, d_k and d_v arranged."""
     tile = tl.program_id(0) // PIECES
     first = (tl.program_id(0) % PIECES) * BLOCK_M
     length = tl.load(tile_length + tile) - first
@@ -85,9 +86,13 @@ def _backward(
     d_x = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     log_scale = scale * 1.4426950408889634
 
-    for i in tl.range(tl.load(row_start + row), tl.load(row_end + row)):
-        real_n = on_n < tl.load(chunk_length + i)
-        n = (tl.load(chunk_start + i) + on_n).to(tl.int64)
+    d_k += key_plane * keys * D
+    d_v += key_plane * keys * DV
+    for i in tl.range(tl.load(row_start + row) * SPLIT, tl.load(row_end + row) * SPLIT):
+        within = i % SPLIT * BLOCK_N + on_n
+        real_n = within < tl.load(chunk_length + i // SPLIT)
+        place = tl.load(chunk_start + i // SPLIT) + within
+        n = place.to(tl.int64)
         held_k, held_v = real_n[:, None] & real_d[None, :], real_n[:, None] & real_dv[None, :]
         k_at = k + batch * k_b + key_head * k_h + n[:, None] * k_s + on_d[None, :]
         v_at = v + batch * v_b + key_head * v_h + n[:, None] * v_s + on_dv[None, :]
@@ -104,35 +109,39 @@ def _backward(
         else:
             s = tl.where(real_n[None, :], s, -float("inf"))
         d_x, dy, dz = _gradients(x, g, y, z, s, total, shift, scale, d_x, PRECISION)
-        held_at = key_plane * keys + n
-        tl.atomic_add(d_k + held_at[:, None] * D + on_d[None, :], dy, mask=held_k, sem="relaxed")
-        tl.atomic_add(d_v + held_at[:, None] * DV + on_dv[None, :], dz, mask=held_v, sem="relaxed")
+        tl.atomic_add(d_k + (place[:, None] * D + on_d[None, :]), dy, mask=held_k, sem="relaxed")
+        tl.atomic_add(d_v + (place[:, None] * DV + on_dv[None, :]), dz, mask=held_v, sem="relaxed")
 
     if COMPENSATED:
         on_c = tl.arange(0, BLOCK_C)
+        centre += key_plane * blocks * D
+        value += key_plane * blocks * DV
+        d_centre += key_plane * blocks * D
+        d_value += key_plane * blocks * DV
         for c in tl.range(0, blocks, BLOCK_C):
             block = c + on_c
-            place = key_plane * blocks + block
             stands = tl.load(approximate + row.to(tl.int64) * blocks + block, mask=block < blocks, other=0) != 0
             held_k, held_v = stands[:, None] & real_d[None, :], stands[:, None] & real_dv[None, :]
-            size = tl.load(log_size + place, mask=stands, other=-float("inf"))
-            y = tl.load(centre + place[:, None] * D + on_d[None, :], mask=held_k, other=0.0)
-            z = tl.load(value + place[:, None] * DV + on_dv[None, :], mask=held_v, other=0.0)
+            size = tl.load(log_size + key_plane * blocks + block, mask=stands, other=-float("inf"))
+            y_at, z_at = block[:, None] * D + on_d[None, :], block[:, None] * DV + on_dv[None, :]
+            y, z = tl.load(centre + y_at, mask=held_k, other=0.0), tl.load(value + z_at, mask=held_v, other=0.0)
             if UPCAST:
                 y, z = y.to(tl.float32), z.to(tl.float32)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * log_scale + size[None, :] * 1.4426950408889634
             d_x, dy, dz = _gradients(x, g, y, z, s, total, shift, scale, d_x, PRECISION)
-            tl.atomic_add(d_centre + place[:, None] * D + on_d[None, :], dy, mask=held_k, sem="relaxed")
-            tl.atomic_add(d_value + place[:, None] * DV + on_dv[None, :], dz, mask=held_v, sem="relaxed")
+            tl.atomic_add(d_centre + y_at, dy, mask=held_k, sem="relaxed")
+            tl.atomic_add(d_value + z_at, dz, mask=held_v, sem="relaxed")
 
     tl.store(d_q + at[:, None] * D + on_d[None, :], d_x.to(d_q.dtype.element_ty), mask=held_q)
 
 
 KERNEL = _backward
 
-CONFIG = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 8, 1)}
-"""Padded head dimension -> (queries per program, warps, stages). `test_kernels_compile_other` holds that none
-spills."""
+CONFIG = {
+    16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1),
+}  # fmt: skip
+"""Padded head dimension -> (queries per program, keys per step, warps, stages). `test_kernels_compile_other` holds that
+none spills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +169,11 @@ def backward(
     dtype = launch.same_dtype(q=q, k=k, v=v)
     launch.check(_backward, q=q, k=k, v=v, d_o=d_o, tile_start=plan.tile_start)
     check_shapes(q, k, v, plan)
+    if max(plan.keys, plan.queries) * max(q.shape[3], v.shape[3]) >= 2**31:
+        raise RefusedError(
+            f"{max(plan.keys, plan.queries)} tokens of one head do not fit the 32-bit places of the Triton backward."
+            ' Use backend="torch".'
+        )
     if compensation is not None and compensation.variances is not None:
         raise RefusedError(
             "The Triton backward has no gradient through the variances of second-order compensation."
@@ -179,8 +193,8 @@ def prepare(
     q, k, v, d_o = launch.rows(q), launch.rows(k), launch.rows(v), d_o.to(q.dtype).contiguous()
     (hq, d), (hk, dv) = (q.shape[1], q.shape[3]), (k.shape[1], v.shape[3])
     block_d = launch.power(max(d, dv))
-    block_m, warps, stages = CONFIG[block_d]
-    block_m = min(block_m, launch.power(plan.block_m))
+    block_m, block_n, warps, stages = CONFIG[block_d]
+    block_m, block_n = min(block_m, launch.power(plan.block_m)), min(block_n, launch.power(plan.block_n))
     pieces = -(-plan.block_m // block_m)
     delta = (d_o.float() * output.o.float()).sum(-1)
     tables = _tables(compensation, q.dtype)
@@ -198,7 +212,8 @@ def prepare(
         | tables
         | launch.strides(q=q, k=k, v=v)
         | {"HQ": hq, "GROUPS": hq // hk, "D": d, "DV": dv, "BLOCK_D": launch.power(d), "BLOCK_DV": launch.power(dv)}
-        | {"BLOCK_M": block_m, "PIECES": pieces, "BLOCK_N": launch.power(plan.block_n), "BLOCK_C": 32}
+        | {"BLOCK_M": block_m, "PIECES": pieces, "BLOCK_N": block_n, "SPLIT": -(-plan.block_n // block_n)}
+        | {"BLOCK_C": min(32, block_n)}
         | {"COMPENSATED": compensation is not None, "PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
     grid = (plan.tile_start.numel() * pieces,)

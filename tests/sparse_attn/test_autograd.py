@@ -153,15 +153,21 @@ def test_short_floats_are_rounded_once(dtype: torch.dtype) -> None:
 def test_what_is_not_read_may_hold_anything() -> None:
     case, _ = problem()
     q, k, v = tensors(case)
-    keep = case.keep.clone()
-    keep[:, :, 4], keep[:, 1, 0] = False, True  # the last block of keys
+    keep = torch.zeros_like(case.keep)
+    keep[:, 0, 1], keep[:, 2, 3:] = True, True  # rows of 3 and 5 keys; not the first key, nothing for the second block
     plan = pack(case.blocks, keep, case.heads, block_m=4, block_n=2)
-    chosen = case.blocks.k.labels() != 4
+    chosen = case.blocks.k.labels() != 0
     read = chosen.new_zeros(1, 2, 9)
     assert case.blocks.k.perm is not None and not chosen.all()
     read.view(2, 9).scatter_(1, case.blocks.k.perm, chosen)
+    idle = torch.zeros(1, 4, 7, dtype=torch.bool)
+    assert case.blocks.q.perm is not None
+    idle.view(4, 7).scatter_(1, case.blocks.q.perm, case.blocks.q.labels() == 1)
     clean = [x.requires_grad_() for x in (q, k, v)]
-    dirty = [clean[0], *(x.detach().masked_fill(~read[..., None], torch.nan).requires_grad_() for x in clean[1:])]
+    dirty = [
+        x.detach().masked_fill(unread[..., None], torch.nan).requires_grad_()
+        for x, unread in zip(clean, (idle, ~read, ~read), strict=True)
+    ]
     found = []
     for inputs in (clean, dirty):
         o, _ = planned_attention(*inputs, plan)
