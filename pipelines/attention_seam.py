@@ -5,9 +5,11 @@ Shapes: B batch, Hq, Hk heads, Sq, Sk tokens, D, Dv head dimensions.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from hasten.pipelines.attention_facts import Held, record
 from hasten.pipelines.attention_gain import declines
 from hasten.pipelines.attention_masks import Padding, readable_keys, understand, with_padding
 from hasten.pipelines.attention_sites import Site, Sites
-from hasten.pipelines.attention_tokens import CROSS, TEXT_ONLY, Key, Learned, learn
+from hasten.pipelines.attention_tokens import CROSS, PATCH, TEXT_ONLY, Key, Learned, learn
 from hasten.pipelines.host import Call
 from hasten.pipelines.writes import kind_of, twin
 from hasten.sparse_attn.mask import Mask
@@ -43,6 +45,8 @@ class AttentionSeam:
     def __init__(self, gate: DenoiserGate, policy: SparseAttention) -> None:
         self.gate, self.policy = gate, policy
         self.sites = Sites(gate.model)
+        for inner in gate.below():
+            inner.above.append(self)
         self.states: dict[Place, Held] = {}
         self.learned: dict[Hashable, dict[Key, Learned]] = {}
         self.paddings: dict[Hashable, Padding] = {}
@@ -79,6 +83,8 @@ class AttentionSeam:
         """Put the network back as it was."""
         self.forget()
         self.sites.detach()
+        for inner in self.gate.below():
+            inner.above.remove(self)
 
     def num_bytes(self) -> int:
         """Bytes held for later steps."""
@@ -89,7 +95,7 @@ class AttentionSeam:
     def prepare(self, call: Call) -> None:
         """Look at the first call of each kind, before anything else sees it."""
         kind = _kind(call)
-        if kind not in self.learned and not self.off:
+        if kind not in self.learned and self.sites.all:
             self.learned[kind] = self._learn(call)
 
     def evaluate(self, call: Call, forward: Callable[[], Any], *, ours: bool = False) -> Any:
@@ -103,15 +109,20 @@ class AttentionSeam:
         with self.sites.walking(Following(self, step, learned, wanted, ours)):
             return forward()
 
+    def repeating(self) -> AbstractContextManager[None]:
+        """While open, the evaluation in progress is repeated by a session inside this one."""
+        now = self.sites.walks.now
+        return self.sites.walking(replace(now, ours=True, visits={})) if isinstance(now, Following) else nullcontext()
+
     def _learn(self, call: Call) -> dict[Key, Learned]:
         """The first call of a kind: evaluate it once more on marked latents. The result is thrown away."""
 
         def evaluate(marked: Call, walk: Any) -> None:
             with self.sites.walking(walk, everywhere=True):
-                self.gate.bare(*marked.args, **marked.kwargs)
+                self.gate.bare(marked)
 
         try:
-            found, elsewhere = learn(twin(call), evaluate, _channels(self.gate.model))
+            found, elsewhere = learn(twin(call), evaluate, *_latents_of(self.gate.model))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a network says to NaN is a reason to leave it alone
@@ -249,10 +260,14 @@ def _unfit(about: Learned, q: Tensor, k: Tensor, named: dict[str, Any]) -> str:
     return ""
 
 
-def _channels(model: nn.Module) -> set[int]:
-    """How many channels the latents may have, by the network's configuration."""
+def _latents_of(model: nn.Module) -> tuple[set[int], int]:
+    """How many channels the latents may have, and how many positions make a token, by the network's configuration."""
     config = dict(getattr(model, "config", {}))
-    return {value for name, value in config.items() if isinstance(value, int) and name in CHANNELS}
+    channels = {config[name] for name in CHANNELS if isinstance(config.get(name), int)}
+    found: Any = config.get("patch_size")
+    sides = [found] * 2 if isinstance(found, int) else list(found or [])
+    known = sides and all(isinstance(side, int) and side > 0 for side in sides)
+    return channels, math.prod(sides) if known else PATCH
 
 
 def _kind(call: Call) -> Hashable:

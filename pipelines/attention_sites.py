@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hasten.pipelines.attention_processors import Catch, dense, reason_against, stand_in
+from hasten.errors import UsageError
+from hasten.pipelines.attention_processors import SITE, Catch, dense, reason_against, stand_in
 from hasten.pipelines.host import is_whole_compiled
 from hasten.session import Attachment
 from hasten.sparse_attn.op import ticket
@@ -85,6 +86,12 @@ class Sites:
             processor = getattr(module, "processor", None)
             if processor is None or not callable(processor) or name.rpartition(".")[2] == "processor":
                 continue
+            if hasattr(processor, SITE):
+                self.detach()
+                raise UsageError(
+                    "Another open session already makes this network's attention sparse. Close it first, or put both"
+                    " methods into one recipe."
+                )
             if reason := reason_against(processor):
                 self.refused[name] = reason
                 continue

@@ -29,8 +29,8 @@ from hasten.sparse_attn.segments import Segment, Tokens, reference, text
 Key = tuple[int, int]
 """Number of a site, and which of its calls within one evaluation."""
 
-SHARE = 0.2
-"""Of positions that are NaN: patches of 2 x 2 then are with a probability of 0.6, so that both kinds are frequent."""
+PATCH = 4
+"""Positions in a patch where nobody says. Half of the patches are to be NaN, so that both kinds are frequent."""
 
 TEXT_AT_MOST = 2048
 """A longer range that does not depend on the latents is taken for clean pictures: dense queries would cost too much."""
@@ -115,11 +115,12 @@ class Latents:
         axis = usual if usual in fitting or not fitting else fitting[0]
         return cls(tuple(n for at, n in enumerate(shape) if at not in (0, axis)), axis, batched)
 
-    def mark(self, everywhere: bool) -> Tensor:
-        """bool of `sizes`: positions that become NaN."""
+    def mark(self, patch: int, *, everywhere: bool) -> Tensor:
+        """bool of `sizes`: positions that become NaN. patch: positions that make a token."""
         if everywhere or math.prod(self.sizes) < 2:
             return torch.ones(self.sizes, dtype=torch.bool)
-        chosen = torch.rand(self.sizes, generator=torch.Generator().manual_seed(0)) < SHARE
+        share: float = 1 - 0.5 ** (1 / (patch if len(self.sizes) > 1 else 1))
+        chosen: Tensor = torch.rand(self.sizes, generator=torch.Generator().manual_seed(0)) < share
         chosen.view(-1)[0], chosen.view(-1)[-1] = True, False
         return chosen
 
@@ -137,20 +138,21 @@ class Latents:
 Evaluate = Callable[[Call, Learning], None]
 
 
-def learn(call: Call, evaluate: Evaluate, channels: set[int]) -> tuple[dict[Key, Learned], int]:
+def learn(call: Call, evaluate: Evaluate, channels: set[int], patch: int = PATCH) -> tuple[dict[Key, Learned], int]:
     """What the sites of a network are given in calls like this one, and how many calls stand outside of processors.
 
     evaluate: runs the network on a call, with attention answered by the walk. channels: how many the latents may have.
+    patch: positions of the latents that make a token, about.
     Raises whatever the network raises when it is shown NaN.
     """
     latents = Latents.of(call, channels)
     if latents is None:
         return {}, 0
-    first, marked = _walk(call, evaluate, latents, everywhere=False)
+    first, marked = _walk(call, evaluate, latents, latents.mark(patch, everywhere=False))
     batch = call.get(call.layout.sample).shape[0] if latents.batched else len(call.get(call.layout.sample))
     resolver = Resolver(batch, list(boxes(marked)), call)
     unclear = [marks for marks in first.marks.values() if not resolver.clear(marks)]
-    second = _walk(call, evaluate, latents, everywhere=True)[0].marks if unclear else {}
+    second = _walk(call, evaluate, latents, latents.mark(patch, everywhere=True))[0].marks if unclear else {}
     found: dict[Key, Learned] = {}
     for key, marks in first.marks.items():
         learned = resolver.learned(marks, second.get(key))
@@ -161,8 +163,8 @@ def learn(call: Call, evaluate: Evaluate, channels: set[int]) -> tuple[dict[Key,
     return found, first.elsewhere
 
 
-def _walk(call: Call, evaluate: Evaluate, latents: Latents, *, everywhere: bool) -> tuple[Learning, Tensor]:
-    walk, marked = Learning(), latents.mark(everywhere)
+def _walk(call: Call, evaluate: Evaluate, latents: Latents, marked: Tensor) -> tuple[Learning, Tensor]:
+    walk = Learning()
     evaluate(call.changed(lambda value: latents.poison(value, marked)), walk)
     return walk, marked
 
@@ -227,6 +229,8 @@ class Resolver:
             return "its samples are laid out in different ways"
         total, at = int(row.sum()), int(row.int().argmax())
         for box in self.boxes:
+            if bool(box.all()):  # that says nothing about order
+                continue
             for order in itertools.permutations(range(3)):
                 turned = box.permute(order)
                 flat = turned.reshape(-1)

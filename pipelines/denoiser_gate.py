@@ -69,10 +69,12 @@ class DenoiserGate:
         group = session.group if session.group is not None else group_of(model)
         self.agree: Mean = alone if group is None else across(group)
         self.attention: AttentionSeam | None = None
+        self.above: list[AttentionSeam] = []
         self._attach()
         try:
             policy = session.recipe.attention
-            self.attention = AttentionSeam(self, policy) if isinstance(policy, SparseAttention) else None
+            if isinstance(policy, SparseAttention):
+                self.attention = AttentionSeam(self, policy)
             self.seam = self._seam()
         except BaseException:
             if self.attention is not None:
@@ -181,8 +183,9 @@ class DenoiserGate:
         if stand_in is not None and seen is not None:
             self.session.trace.add(self.event(step, self.stand_in_action(), signal=self.seam.change))
             return seen.rebuild(stand_in)
-        if self.attention is not None:
-            self.attention.prepare(call)
+        for gate in (self, *self.below()):  # those inside, too: their look must not be seen by what acts in this walk
+            if gate.attention is not None:
+                gate.attention.prepare(call)
         seam = self.session.guidance
         if seam is not None and self.writes.knows(kind) and seam.skips(step, x.shape[0]):
             answered = self._answer_uncond(step, call, x)
@@ -196,26 +199,42 @@ class DenoiserGate:
 
     def evaluate(self, call: Call) -> Any:
         """Run the network itself on `call`; all seams come here, so that what it writes into is known."""
-        return self.writes.watch(call, lambda: self._attended(call, self.inner, ours=False))
+        return self.writes.watch(call, lambda: self._attended(call))
 
     def rehearse(self, call: Call) -> Any:
-        """An evaluation of our own that the host has not asked for: sessions nested inside this one do not see it."""
-        return self.writes.watch(call, lambda: self._attended(call, self.bare, ours=True))
+        """An evaluation of our own that the host has not asked for. Sessions nested inside this one do not see it, but for
+        their attention and that of sessions around this one: it reads what it read in the evaluation before."""
+        with contextlib.ExitStack() as stack:
+            for attention in self.above:
+                stack.enter_context(attention.repeating())
+            return self.writes.watch(call, lambda: self._repeated(call))
 
-    def bare(self, *args: Any, **kwargs: Any) -> Any:
-        """The network without the sessions nested inside this one, and without notes of what it writes into."""
-        inner = self.inner
-        while isinstance(inner, DenoiserGate):
-            inner = inner.inner
-        return inner(*args, **kwargs)
+    def _repeated(self, call: Call) -> Any:
+        def below() -> Any:
+            inner = self.inner
+            return inner._repeated(call) if isinstance(inner, DenoiserGate) else inner(*call.args, **call.kwargs)
 
-    def _attended(self, call: Call, forward: Callable[..., Any], *, ours: bool) -> Any:
+        return below() if self.attention is None else self.attention.evaluate(call, below, ours=True)
+
+    def _attended(self, call: Call) -> Any:
         """One evaluation, its attention sparse where the recipe says so."""
 
         def work() -> Any:
-            return forward(*call.args, **call.kwargs)
+            return self.inner(*call.args, **call.kwargs)
 
-        return work() if self.attention is None else self.attention.evaluate(call, work, ours=ours)
+        return work() if self.attention is None else self.attention.evaluate(call, work)
+
+    def bare(self, call: Call) -> Any:
+        """The network without the sessions nested inside this one, and without notes of what it writes into."""
+        *_, last = self, *self.below()
+        return last.inner(*call.args, **call.kwargs)
+
+    def below(self) -> Iterator[DenoiserGate]:
+        """Gates of the sessions nested inside this one, outermost first."""
+        inner = self.inner
+        while isinstance(inner, DenoiserGate):
+            yield inner
+            inner = inner.inner
 
     def repeatable(self, call: Call) -> bool:
         """May `call`, which was just evaluated, be evaluated again in order to prove something?"""
