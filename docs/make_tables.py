@@ -4,7 +4,7 @@
     python docs/make_tables.py --check    exit 1 when one differs from what it should be
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance, bars, cache, budget,
-attention-speed, attention-bars, attention-quality.
+attention-speed, attention-bars, attention-quality, attention-sharpness.
 """
 
 from __future__ import annotations
@@ -363,6 +363,18 @@ def attention_quality_table() -> str:
     return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
 
 
+def attention_sharpness_table() -> str:
+    """How the gain from compensation depends on how sharp the synthetic heads are."""
+    forms = {"sharpness": "{:.0f}", "mass": "{:.3f}", "dropped_error": "{:.3f}", "output_error": "{:.4f}", "ratio": "{:.3f}"}
+    headings = ["largest logit", "mass read", "error, rest dropped", "error", "ratio", "rho off by"]
+    rows = [
+        [form.format(row[key]) for key, form in (forms | {"rho_error": "{:.4f}"}).items()]
+        for _, document in documents("attention-quality")
+        for row in document.get("sharpness", [])
+    ]
+    return table(headings, rows, left=0) if rows else f"{NOT_YET.capitalize()}.\n"
+
+
 def _values(rows: Sequence[Row], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row.get(key) is not None]
 
@@ -378,6 +390,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-speed": attention_speed_table,
     "attention-bars": attention_bars_table,
     "attention-quality": attention_quality_table,
+    "attention-sharpness": attention_sharpness_table,
 }
 
 

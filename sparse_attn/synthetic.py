@@ -38,8 +38,8 @@ BASE = 10_000.0
 class Head:
     """How one head attends.
 
-    The defaults make a semantic head whose best fifth of the keys, in clusters, holds nine tenths of the mass: what
-    SVG2's own settings (top-p 0.9) find on real models.
+    The defaults make a semantic head whose best fifth of the keys, in clusters, holds nine tenths of the mass. That is
+    our choice, not a measurement of real models; what depends on it should be tried with other `sharpness` too.
 
     content: weight of what a token shows. place: weights of where it is, along frames, height and width; 0: the axis
     does not matter. rotate: content is rotated by place too, as rotary embeddings do in a real head. noise: what is
