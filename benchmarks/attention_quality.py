@@ -14,7 +14,9 @@ patterns run at the density that they have.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,14 +57,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core"
 DENSITIES = (0.1, 0.2, 0.3)
 GRID = (15, 16, 16)
 SEEDS = (0, 1)
-STEPS, LAYERS = (0.1, 0.4, 0.8), (1, 5, 9)
-"""Which evaluations (of the conditional branch, by their share of the run) and attention calls are recorded."""
+LAYERS = (1, 5, 9)
+"""Attention calls that are recorded."""
 
-RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny-video": ("tiny-video", {}),
-    "tiny-video-large": ("tiny-video", {"height": 64, "width": 64, "num_frames": 33, "num_inference_steps": 10}),
+LARGE = {"height": 64, "width": 64, "num_frames": 33, "num_inference_steps": 10}
+RECORDED: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
+    "tiny-video": ("tiny-video", (0.1, 0.4, 0.8), {}),
+    "tiny-video-large": ("tiny-video", (0.4,), LARGE),
 }
-"""Input -> model and what its call differs in."""
+"""Input -> model, which steps (of the conditional branch, by their share of the run), what its call differs in."""
 
 Row = dict[str, Any]
 
@@ -123,9 +126,9 @@ class Recorder(TorchFunctionMode):
 
 def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
     """Attention of a bundled model at some steps and layers of one run of its first prompt."""
-    model, other = RECORDED[source]
+    model, shares, other = RECORDED[source]
     pipe, call = tiny_models.load(model), tiny_models.call_defaults(model) | other
-    steps = [int(share * call["num_inference_steps"]) for share in STEPS]
+    steps = [int(share * call["num_inference_steps"]) for share in shares]
     pipe.set_progress_bar_config(disable=True)
     network, found, count = pipe.transformer, [], 0
     plain = network.forward
@@ -161,16 +164,19 @@ def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
 
 
 def at_budgets(method: Method, inputs: Inputs, truth: Output) -> Iterator[tuple[Row, Trial]]:
-    """A method at every density, by tokens and by tiles; with the time of the second plan and the oracle's mass."""
+    """A method at every density, by tokens and by tiles, with the mass of the oracle, which reads as many tokens."""
     trial = Trial(method, inputs)
     view = trial.look()
     best = Oracle().start().scores(view)
     mine = method.score.start().scores(view)
     for density in DENSITIES:
         for budget in ("tokens", "tiles"):
-            trial.select(best, view.blocks, density, budget)  # type: ignore[arg-type]
-            ceiling = quality(trial.attend(compensated=False), truth).mass
             trial.select(mine, view.blocks, density, budget)  # type: ignore[arg-type]
+            read = cost(trial.plan, inputs.q.shape[-1]).density  # some scorers insist on blocks beyond the budget
+            blocks, keep = trial.blocks, trial.keep
+            trial.select(best, view.blocks, read)
+            ceiling = quality(trial.attend(compensated=False), truth).mass
+            trial.use(blocks, keep)
             yield {"budget": budget, "asked": density, "oracle_mass": ceiling}, trial
 
 
@@ -207,7 +213,8 @@ def as_it_is(name: str, policy: SparseAttention, inputs: Inputs, truth: Output) 
 def judged(trial: Trial, truth: Output, names: Sequence[str], head: Row) -> list[Row]:
     """One row for each head: with what stands in, and without it as `dropped_error`."""
     spent = cost(trial.plan, trial.inputs.q.shape[-1])
-    with_rest, without = quality(trial.attend(), truth), quality(trial.attend(compensated=False), truth)
+    without = quality(trial.attend(compensated=False), truth)
+    with_rest = quality(trial.attend(), truth) if trial.method.compensate is not None else without
     rows = []
     for number, name in enumerate(names):
         row = head | {
@@ -223,7 +230,8 @@ def judged(trial: Trial, truth: Output, names: Sequence[str], head: Row) -> list
     return rows
 
 
-def study(name: str, names: Sequence[str], inputs: Inputs, small: bool, tell: Any) -> list[Row]:
+@torch.no_grad()
+def study(name: str, names: Sequence[str], inputs: Inputs, small: bool) -> list[Row]:
     """All methods and recipes on one set of inputs."""
     truth = dense(inputs.q, inputs.k, inputs.v, inputs.scale)
     rows = []
@@ -231,7 +239,7 @@ def study(name: str, names: Sequence[str], inputs: Inputs, small: bool, tell: An
         head = {"model": name, "recipe": method.name, "planning_seconds": plan_seconds(method, inputs)}
         for facts, trial in at_budgets(method, inputs, truth):
             rows += judged(trial, truth, names, head | facts)
-        tell(f"{name}: {method.name}")
+        print(f"{name}: {method.name}", file=sys.stderr, flush=True)
     for recipe, policy in recipes():
         head = {"model": name, "recipe": recipe}
         only = policy.patterns[0]
@@ -245,7 +253,7 @@ def study(name: str, names: Sequence[str], inputs: Inputs, small: bool, tell: An
             rows += judged(trial, truth, names, head | {"budget": "own"})
         except HastenError as error:
             rows.append(head | {"note": str(error)})
-        tell(f"{name}: {recipe}")
+        print(f"{name}: {recipe}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -326,18 +334,22 @@ def main() -> None:
     known = ["synthetic", *RECORDED]
     parser.add_argument("--inputs", nargs="+", default=known, choices=known)
     parser.add_argument("--folder", default=RESULTS, type=Path, help="gets one attention-quality-INPUT.json each")
+    parser.add_argument("--jobs", default=1, type=int, help="processes that share the seeds, or steps and layers")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)  # forks beside other threads hang
     for source in arguments.inputs:
-        answer(source, arguments.folder / f"attention-quality-{source}.json")
+        answer(source, arguments.folder / f"attention-quality-{source}.json", arguments.jobs)
 
 
-def answer(source: str, file: Path) -> None:
+def answer(source: str, file: Path, jobs: int) -> None:
     """Study one input, print the means, write every row."""
-    streams, rows = Streams("attention quality", str(file)), []
+    streams = Streams("attention quality", str(file))
     with streams.open(), torch.no_grad():
-        for name, names, inputs in synthetic() if source == "synthetic" else recorded(source):
-            rows += study(name, names, inputs, source == "tiny-video", streams.note)
+        given = list(synthetic() if source == "synthetic" else recorded(source))
+        calls = [(name, names, inputs, source == "tiny-video") for name, names, inputs in given]
+        with multiprocessing.get_context("fork").Pool(jobs) as pool:
+            rows = [row for part in pool.starmap(study, calls, chunksize=1) for row in part]
         shown = averaged(rows)
         streams.table(shown, {key: key.replace("_", " ") for key in shown[0]} | {"rho_error": "rho error"})
         answers, sweep = (bars(rows), sharpness()) if source == "synthetic" else ([], [])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.blocks import Blocks
-from hasten.sparse_attn.compensate import Compensate, approximate_map
+from hasten.sparse_attn.compensate import StandIn, approximate_map
 from hasten.sparse_attn.density import tile_density
 from hasten.sparse_attn.layout import Layout, LayoutState
 from hasten.sparse_attn.pack import pack
@@ -55,7 +55,7 @@ class Method:
     name: str
     layout: Layout
     score: Scorer
-    compensate: Compensate | None = None
+    compensate: StandIn | None = None
     block_m: int = 128
     block_n: int = 64
 
@@ -110,11 +110,13 @@ class Trial:
         """Arrange keys and values, make what stands in (unless not `compensated`), attend."""
         x, order = self.inputs, self.blocks.k
         k, v = order.arrange(x.k), order.arrange(x.v)
-        tables = self._tables(k, v) if compensated else None
-        return sparse_attention(x.q, k, v, self.plan, scale=x.scale, compensation=tables, arranged=True)
+        tables, rest = self._tables(k, v) if compensated else None, self.method.compensate
+        out = sparse_attention(x.q, k, v, self.plan, scale=x.scale, compensation=tables, arranged=True)
+        return rest.add(out, x.q, k, v, self.blocks, self._left, x.scale) if compensated and rest is not None else out
 
     def error(self, found: Output, samples: int = 128, compensated: bool = True) -> float:
-        """Largest relative error of `found` against the float64 reference on sampled queries of every head."""
+        """Largest relative error of `found` against the float64 reference on sampled queries of every head. What
+        stands in must be tables (`Compensate`)."""
         x, order = self.inputs, self.blocks.k
         tables = self._tables(order.arrange(x.k), order.arrange(x.v)) if compensated else None
         return sampled_error(

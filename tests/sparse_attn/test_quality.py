@@ -11,6 +11,7 @@ from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import density, tile_density
 from hasten.sparse_attn.layout import Identity
 from hasten.sparse_attn.layout_kmeans import KMeans
+from hasten.sparse_attn.linear_rest import LinearRest
 from hasten.sparse_attn.quality import at_tile_density, quality, sampled_error, within
 from hasten.sparse_attn.reference import dense, reference, token_map
 from hasten.sparse_attn.score_pooled import Centroid, Pooled
@@ -23,6 +24,7 @@ KINDS = ("semantic", "temporal", "diffuse")
 METHODS = (
     Method("raster", Identity(block=16), Pooled(), None, 32, 16),
     Method("clusters", KMeans(q_size=24, k_size=11), Centroid(), Compensate(order=2), 32, 16),
+    Method("linear", KMeans(q_size=24, k_size=11), Centroid(), LinearRest(features=32), 32, 16),
 )
 
 
