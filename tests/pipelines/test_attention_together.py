@@ -88,7 +88,7 @@ def test_unet_with_deep_features_kept() -> None:
         expected = generate(pipe, UNET_CALL)
     with hasten.accelerate(pipe, Recipe(reuse=deep.reuse, attention=FULL.attention)) as both:
         found = generate(pipe, UNET_CALL)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert [(e.step, e.action) for e in both.trace.events] == [(e.step, e.action) for e in alone.trace.events]
     assert any(call.sparse for call in both.trace.attention)
     assert state_of(pipe.unet) == before and torch.equal(generate(pipe, UNET_CALL), plain)
