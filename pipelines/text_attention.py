@@ -50,19 +50,20 @@ def attach(model: Any, attention: CausalAttention | SparseAttention) -> TextSess
     """Let the self-attention of a causal language model read what `attention` says, until the session is closed.
 
     model: a `PreTrainedModel` whose attention goes through transformers' `AttentionInterface`; only this instance is
-    touched (its modules get a copy of the config, which names our function), and closing puts everything back as it was.
-    attention: a `SparseAttention` acts on prompts alone. `generate`, batches, padding on either side, sliding windows and
-    every kind of cache work as before. Where a call is not plain causal attention (dropout, soft caps, sinks with learned
-    logits, masks of another kind, asked-for attention weights, gradients) it is the model's own, and the session says why.
+    touched (its modules get a copy of the config, which names our function), and closing puts everything back.
+    attention: a `SparseAttention` acts on prompts alone. `generate`, batches, padding on either side, sliding
+    windows and every kind of cache work as before. Where a call is not plain causal attention (dropout, soft caps,
+    sinks with learned logits, masks of another kind, asked-for attention weights, gradients) it is the model's own,
+    and the session says why.
 
     Raises `ModelError` where this is no such model, `UsageError` where it is attached already.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{type(model).__name__} is not a transformers model. Pass the model itself, not its pipeline.")
+        raise ModelError(f"{type(model).__name__} is not a transformers model. Pass the model, not its pipeline.")
     if not model._can_set_attn_implementation():
         raise RefusedError(
-            f"The attention of {type(model).__name__} does not go through transformers' AttentionInterface, so it cannot be"
-            " replaced from outside."
+            f"The attention of {type(model).__name__} does not go through transformers' AttentionInterface, so it"
+            " cannot be replaced from outside."
         )
     modules = [module for module in model.modules() if _is_site(module)]
     if not modules:
@@ -75,8 +76,9 @@ def attach(model: Any, attention: CausalAttention | SparseAttention) -> TextSess
 
 @dataclass(slots=True)
 class Row:
-    """What happened at one layer. phase: "prompt" or "cache". sparse, dense: calls. read, all: pairs of a query row and a
-    key, over the sparse calls (read is a tensor that nobody has waited for)."""
+    """What happened at one layer. phase: "prompt" or "cache". sparse, dense: calls. read, all: over the sparse calls,
+    the pairs of a query and a key that were computed (a tensor that nobody has waited for), and that the model's own
+    attention computes."""
 
     layer: int
     phase: str
@@ -87,8 +89,9 @@ class Row:
 
     @property
     def density(self) -> float:
-        """Share of the pairs that were read, over the sparse calls; 1 where there were none. Waits for the device."""
-        return float(self.read) / self.all if self.all else 1.0
+        """Share of the model's pairs that were computed, over the sparse calls; 1 where there were none. What a mask
+        forbids within a block is computed, too, and counts. Waits for the device."""
+        return min(1.0, float(self.read) / self.all) if self.all else 1.0
 
 
 class TextSession:
@@ -196,8 +199,9 @@ class Site:
         return forward
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cache: Any, extra: dict[str, Any]
-    ) -> Any:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
+        cache: Any, extra: dict[str, Any],
+    ) -> Any:  # fmt: skip
         """What our attention function returns: o [B, n, Hq, Dv] and no weights. cache: the one it was called with."""
         reason = self._refuses(q, k, mask, extra)
         rule = None if reason else self.session.rule(mask, q, k.shape[2], extra.get("sliding_window"))
@@ -274,8 +278,8 @@ class Site:
         fact = state.facts[-1]
         if fact.density is None:
             return None
-        pairs = float(q.shape[2] * k.shape[2] * q.shape[0])
-        return o, fact.density * pairs, pairs
+        done = fact.density * float(q.shape[0] * q.shape[2] * k.shape[2])
+        return o, done, float(q.shape[0] * _pairs(mask, q.shape[2]))
 
     def _cache(
         self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, cache: Any
@@ -295,8 +299,11 @@ class Site:
 
     # --- the model's own ----------------------------------------------------------------------------
 
-    def own(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, extra: dict[str, Any]) -> Any:
-        """The attention that the model had: its eager function where it was eager or nothing else can do it, else SDPA."""
+    def own(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, extra: dict[str, Any]
+    ) -> Any:
+        """The attention that the model had: its eager function where it was eager or nothing else can do it, else
+        SDPA."""
         special = any(extra.get(name) is not None for name in ("softcap", "s_aux")) or extra.get("output_attentions")
         if self.before in ("eager", None) or special:
             eager = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
@@ -344,12 +351,21 @@ def _is_site(module: nn.Module) -> bool:
 
 
 def _fits(rule: Rule, cache: Any, layer: int) -> bool:
-    """May a reader act on this cache? Padding only in front, and no window of the model's own: a layer with one forgets,
-    so that places change their meaning."""
+    """May a reader act on this cache? Padding only in front, and no window of the model's own: a layer with one
+    forgets, so that places change their meaning."""
     behind = rule.stop is not None and any(stop != rule.end for stop in rule.stop)
     sliding = getattr(cache, "is_sliding", None)
     slides = isinstance(sliding, list) and layer < len(sliding) and bool(sliding[layer])
     return rule.window is None and not behind and not slides
+
+
+def _pairs(mask: Mask, queries: int) -> int:
+    """Pairs of a query and a key that a causal mask allows."""
+    most = mask.offset + queries  # keys of the last query
+    if mask.left is None or most <= mask.left + 1:
+        return (mask.offset + 1 + most) * queries // 2
+    growing = max(0, mask.left - mask.offset)  # queries that see less than a whole window
+    return (mask.offset + 1 + mask.offset + growing) * growing // 2 + (queries - growing) * (mask.left + 1)
 
 
 def _first(rule: Rule, device: torch.device) -> Tensor | None:

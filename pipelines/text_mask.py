@@ -15,8 +15,8 @@ from torch import Tensor
 class Rule:
     """Query i of sample b reads key j when first[b] <= j < stop[b], j <= i + offset, and j > i + offset - window.
 
-    offset: place of query 0 among the keys. end: one after the last place that any query reads (a static cache has more).
-    first, stop: padding in front and behind; None: none in any sample. window: tokens, None for no window.
+    offset: place of query 0 among the keys. end: one after the last place that any query reads (a static cache has
+    more). first, stop: padding in front and behind; None: none in any sample. window: tokens, None for no window.
     """
 
     offset: int
@@ -34,10 +34,10 @@ class Rule:
 def read(mask: Tensor | None, batch: int, queries: int, keys: int, window: int | None) -> Rule | None:
     """The rule that `mask` follows, None where it follows none of this kind.
 
-    mask: bool [B or 1, 1, n, S] or None, which means what it means for transformers' SDPA: one query reads all keys, more
-    read causally from the first key on. window: what the module says its window is; the mask decides whether it holds.
-    Each element is compared with the rule, so that masks of users, packed sequences or prefix models are not mistaken for
-    causal ones. Rows of padding queries, whose output nobody reads, are not. Waits for the device once.
+    mask: bool [B or 1, 1, n, S] or None, which means what it means for transformers' SDPA: one query reads all keys,
+    more read causally from the first key on. window: what the module says its window is; the mask decides whether it
+    holds. Each element is compared with the rule, so that masks of users, packed sequences or prefix models are not
+    mistaken for causal ones. Rows of padding queries, whose output nobody reads, are not. Waits for the device once.
     """
     if mask is None:
         return Rule(keys - 1, keys) if queries == 1 else Rule(0, queries)
@@ -57,7 +57,7 @@ def read(mask: Tensor | None, batch: int, queries: int, keys: int, window: int |
     plain_, near_, end_, *sides = torch.cat([torch.stack([plain, near, end]).long(), first, stop]).tolist()
     if not (plain_ or near_) or end_ < queries:
         return None
-    starts, stops = sides[: len(sides) // 2] * (batch // mask.shape[0]), sides[len(sides) // 2 :] * (batch // mask.shape[0])
+    starts, stops = (side * (batch // mask.shape[0]) for side in (sides[: len(sides) // 2], sides[len(sides) // 2 :]))
     kept = window if not plain_ else None
     if all(start == 0 for start in starts) and all(at == end_ for at in stops):
         return Rule(end_ - queries, end_, window=kept)

@@ -18,12 +18,11 @@ from hasten.sparse_attn.spans import Depth
 class CausalAttention(Attention):
     """Sparse reading of the prompt, of the cache, or both.
 
-    prompt: what the prompt's queries read of it, all at once; None: everything. Its `warm`, `tail` and `refresh` are about
-    steps of a diffusion model and do nothing here.
-    cache: what each new token reads of the cache; None: everything.
-    dense: stretches of the model's layers that stay as they are. LongGen (2410.01485): the middle third,
-    dense=[{begin: 0.333, end: 0.667}]; MASFormer (2310.12442): a few layers. min_tokens: prompts shorter than this, and
-    caches that hold fewer, are read densely.
+    prompt: what the prompt's queries read of it, all at once; None: everything. Its `warm`, `tail` and `refresh` are
+    about steps of a diffusion model and do nothing here. cache: what each new token reads of the cache; None:
+    everything. dense: stretches of the model's layers that stay as they are. LongGen (2410.01485): the middle third,
+    dense=[{begin: 0.333, end: 0.667}]; MASFormer (2310.12442): a few layers. min_tokens: prompts shorter than this,
+    and caches that hold fewer, are read densely.
     """
 
     kind: ClassVar[str] = "causal"

@@ -28,7 +28,7 @@ BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Stream-K (LeanAttention, 2405.10480, section IV): all chunks of all rows in one line, cut into equal pieces.
+    """Stream-K (LeanAttention, 2405.10480): all chunks of all rows in one line, cut into equal pieces.
 
     A piece that would reach over the end of a row is cut there, so that each belongs to one row. Rows of very different
     length (a ragged batch, heads with different budgets) thus cost what they hold; nothing waits for the longest one.
@@ -121,9 +121,11 @@ def select(keep: Tensor, bounds: Tensor, pieces: int, block: int = BLOCK, places
     return split(start, length, ends[:, -1], pieces, block)
 
 
-def whole(lengths: Tensor, heads: int, places: int, pieces: int, block: int = BLOCK, starts: Tensor | None = None) -> Work:
-    """Work that reads the whole cache: of sample b the places starts[b] (0) to lengths[b], for each of `heads` key heads.
-    lengths, starts: int [B]. places: S."""
+def whole(
+    lengths: Tensor, heads: int, places: int, pieces: int, block: int = BLOCK, starts: Tensor | None = None
+) -> Work:
+    """Work that reads the whole cache: of sample b the places starts[b] (0) to lengths[b], for each of `heads` key
+    heads. lengths, starts: int [B]. places: S."""
     first = torch.zeros_like(lengths) if starts is None else starts
     room = max(1, -(-places // block))
     start = first.long()[:, None] + torch.arange(room, device=lengths.device) * block
@@ -174,7 +176,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if not installed("triton"):
         return "triton is not installed (pip install triton)."
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernel takes float16, bfloat16 or float32, one for all."
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernel takes one of float16, bfloat16 and float32."
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         return f"a head dimension is {max(q.shape[-1], v.shape[-1])}, the kernel takes up to {WIDEST}."
     return "gradients are asked for, which it does not have." if _needs_grad(q, k, v) else None
@@ -228,8 +230,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, work: Work) -> None:
     b, hq, _, d = q.shape
     if k.shape[-1] != d or k.shape[:3] != v.shape[:3] or k.shape[0] not in (b, 1) or hq % k.shape[1]:
         raise UsageError(
-            f"decode() got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; k and v agree in all but the last"
-            " dimension, their batch is that of q (or 1: a pool of pages), their heads divide those of q."
+            f"decode() got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; k and v agree in all but the"
+            " last dimension, their batch is that of q (or 1: a pool of pages), their heads divide those of q."
         )
     if work.rows != b * k.shape[1]:
         raise UsageError(

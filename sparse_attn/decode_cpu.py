@@ -30,8 +30,9 @@ Stretch = tuple[int, int]
 def decode_cpu(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, mask: Mask | None) -> Output:
     """`decode` without equal pieces, which a CPU's kernels make for themselves. mask: a tree (and no window) at most.
 
-    What a mask touches, the last keys, is a part of its own; the rest needs none. There each row is read in place where it
-    is made of few stretches (all rows together where these are the same, as with windows), else its keys are gathered.
+    What a mask touches, the last keys, is a part of its own; the rest needs none. There each row is read in place
+    where it is made of few stretches (all rows together where these are the same, as with windows), else its keys are
+    gathered.
     """
     b, hq, n, d = q.shape
     hk, places = k.shape[1], k.shape[2]

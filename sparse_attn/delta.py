@@ -23,10 +23,10 @@ from hasten.sparse_attn.segments import Segment
 def runs(k: Tensor, count: int, limit: float = 0.0, first: Tensor | None = None) -> Tensor:
     """Bounds of runs of neighbouring keys of k [B, Hk, S, D] that are nearly alike: int32 [Pk, C + 1], C = `count`.
 
-    The changes |k_t - k_(t-1)| are added up along the sequence, and a new run begins wherever the sum passes a multiple of
-    theta: so no two keys of a run are further apart than theta. theta is `limit` times the root mean square length of the
-    plane's keys, or more where that takes to get along with C runs (an equal share of all change for each). first: int64
-    [B], padding before it belongs to no run.
+    The changes |k_t - k_(t-1)| are added up along the sequence, and a new run begins wherever the sum passes a
+    multiple of theta: so no two keys of a run are further apart than theta. theta is `limit` times the root mean
+    square length of the plane's keys, or more where that takes to get along with C runs (an equal share of all change
+    for each). first: int64 [B], padding before it belongs to no run.
     """
     b, hk, s, d = k.shape
     keys = k.reshape(b * hk, s, d).float()
@@ -39,15 +39,17 @@ def runs(k: Tensor, count: int, limit: float = 0.0, first: Tensor | None = None)
     size = keys.square().sum(-1).mean(-1, keepdim=True).sqrt()
     theta = torch.maximum(size.double() * limit, total[:, -1:] / count).clamp(min=1e-30)
     number = (total / theta).floor().clamp(max=count - 1)
-    ends = torch.searchsorted(number, torch.arange(count, device=k.device).double().expand(b * hk, -1).contiguous(), right=True)
+    numbers = torch.arange(count, device=k.device).double().expand(b * hk, -1).contiguous()
+    ends = torch.searchsorted(number, numbers, right=True)
     return torch.cat([begin, torch.maximum(ends, begin)], 1).int()
 
 
 class Runs(Layout):
-    """Blocks are the runs of `runs`: tokens keep their order, blocks differ in length. With compensation of first order and
-    a selection of what is near, this is DeltaLLM's prefill.
+    """Blocks are the runs of `runs`: tokens keep their order, blocks differ in length. With compensation of first
+    order and a selection of what is near, this is DeltaLLM's prefill.
 
-    share: runs per token. limit: see `runs`; 0 takes as many runs as `share` allows. Queries are cut into blocks of `block`.
+    share: runs per token. limit: see `runs`; 0 takes as many runs as `share` allows. Queries are cut into blocks of
+    `block`.
     """
 
     kind: ClassVar[str] = "runs"
@@ -73,9 +75,9 @@ class _Runs(LayoutState):
 class Delta(Reader):
     """The last `window` keys exactly; of those before, each run of nearly equal keys as one key with the mean value.
 
-    share: runs per far key. limit: see `runs`. sinks: first keys, read exactly. refresh: tokens after which runs are made
-    anew (those that come between are near, and exact). Each call waits for the device once, to see that the cache is still
-    the one that runs were made of.
+    share: runs per far key. limit: see `runs`. sinks: first keys, read exactly. refresh: tokens after which runs are
+    made anew (those that come between are near, and exact). Each call waits for the device once, to see that the
+    cache is still the one that runs were made of.
 
     DeltaLLM keeps, for every coordinate of a key, the last value unless it has changed by more than a threshold, and
     saves the products of coordinates that stayed; that needs hardware which skips zeros. Here a whole key stays or not,

@@ -44,8 +44,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask | None = Non
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o, lse) of q [B, H, m, D] over all of k [B, H, P, D], v [B, H, P, Dv].
 
-    CPUs use torch's flash kernel where it takes these (the operator under `scaled_dot_product_attention` returns the LSE);
-    else logits are held for at most `LOGITS` pairs at a time.
+    CPUs use torch's flash kernel where it takes these (the operator under `scaled_dot_product_attention` returns the
+    LSE); else logits are held for at most `LOGITS` pairs at a time.
     """
     plain = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1]
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

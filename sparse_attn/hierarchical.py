@@ -20,15 +20,15 @@ from hasten.sparse_attn.score import Scorer, ScorerState, View, readable
 
 
 def halve(q: Tensor, representatives: Tensor, low: Tensor, high: Tensor, top: int, most: int) -> tuple[Tensor, Tensor]:
-    """The `top` blocks of largest q.k among those from low to high, found by halving ranges of blocks (paper, algorithm 1).
+    """The `top` blocks of largest q.k among those from low to high, found by halving ranges of blocks.
 
     q: float32 [P, Q, M, D], M queries that stand for each query block. representatives: float32 [P, C, D], one key per
     block. low, high: int64 [1 or P, Q], the range searched. most: largest range (high - low), as a number.
     Returns blocks int64 [P, Q, top] and their scores float32 (-inf: the range held fewer).
 
-    2 * top equal ranges; the `top` of them whose middle key scores highest (the mean over M of the exponentials, so that
-    one query's find counts) are cut in two; and so on until each holds one block: log2(most / top) rounds, each of 2 * top
-    products per query.
+    2 * top equal ranges; the `top` of them whose middle key scores highest (the mean over M of the exponentials, so
+    that one query's find counts) are cut in two; and so on until each holds one block: log2(most / top) rounds, each
+    of 2 * top products per query.
     """
     planes, rows = q.shape[0], q.shape[1]
     low, high = low.expand(planes, rows), high.expand(planes, rows)
@@ -58,9 +58,10 @@ def _score(q: Tensor, representatives: Tensor, start: Tensor, end: Tensor) -> Te
 class Hierarchical(Scorer):
     """Scores the `top` key blocks that halving finds for each query block; all others are -inf (never read).
 
-    With the selector that keeps everything finite this is HiP's prefill. queries: evenly spaced queries that stand for a
-    query block. A key block is represented by its middle key. Under a causal mask the search ends at the query block.
-    Differences from the paper: single-key blocks are searched down to blocks (what the plan reads), not further.
+    With the selector that keeps everything finite this is HiP's prefill. queries: evenly spaced queries that stand
+    for a query block. A key block is represented by its middle key. Under a causal mask the search ends at the query
+    block. Differences from the paper: single-key blocks are searched down to blocks (what the plan reads), not
+    further.
     """
 
     kind: ClassVar[str] = "hierarchical"
@@ -119,10 +120,11 @@ def samples(x: Tensor, order: Order, count: int) -> Tensor:
 
 
 class Tree(Reader):
-    """HiP's decoding: the `top` blocks of `block` keys that halving finds, the first `sinks` keys and the last `window`.
+    """HiP's decoding: the `top` blocks of `block` keys that halving finds, the first `sinks` keys and the last
+    `window`.
 
-    The search is made anew every `refresh` tokens (the paper's implementation: 8). All new queries and all heads of one key
-    head search together.
+    The search is made anew every `refresh` tokens (the paper's implementation: 8). All new queries and all heads of
+    one key head search together.
     """
 
     kind: ClassVar[str] = "tree"

@@ -1,5 +1,5 @@
-"""Squeezed Attention: the prompt's keys are clustered once, and a query reads the clusters whose centroids it is near to
-(2411.09688).
+"""Squeezed Attention: the prompt's keys are clustered once, and a query reads the clusters whose centroids it is near
+to (2411.09688).
 
 Shapes: B batch, Hq, Hk heads, Pk = B * Hk planes, n queries, P keys of the prompt, C clusters, D, Dv head dimensions.
 """
@@ -41,7 +41,7 @@ class Clusters:
 
 
 def cluster(k: Tensor, count: int, rounds: int = 4, first: Tensor | None = None) -> Clusters:
-    """k-means of k [B, Hk, P, D] by cosine, each head by itself, from centroids at evenly spaced places (paper, 3.1).
+    """k-means of k [B, Hk, P, D] by cosine, each head by itself, from centroids at evenly spaced places.
 
     A cluster that loses all its keys keeps its direction. Keys before first (int64 [B]: padding) stand in front of
     cluster 0 and belong to none.
@@ -81,8 +81,8 @@ def _nearest(unit: Tensor, centroids: Tensor, padding: Tensor) -> Tensor:
 
 
 def key_shares(q: Tensor, clusters: Clusters, scale: float) -> Tensor:
-    """S_i = exp(q.C_i) / sum_j N_j exp(q.C_j): the softmax weight that one key of cluster i is expected to get (paper,
-    equation 1). q [B, Hq, n, D] -> float32 [Pk, G * n, C], G = Hq / Hk query heads per key head."""
+    """S_i = exp(q.C_i) / sum_j N_j exp(q.C_j): the softmax weight that one key of cluster i is expected to get. q [B,
+    Hq, n, D] -> float32 [Pk, G * n, C], G = Hq / Hk query heads per key head."""
     rows = q.reshape(clusters.means.shape[0], -1, q.shape[-1]).float()
     logits = rows @ clusters.means.mT * scale
     sizes = clusters.order.sizes.float()[:, None, :]
@@ -91,11 +91,11 @@ def key_shares(q: Tensor, clusters: Clusters, scale: float) -> Tensor:
 
 
 def threshold(share: Tensor, sizes: Tensor, budget: float) -> Tensor:
-    """The T for which clusters with S >= T hold `budget` of the keys, over all given queries together (paper, 3.2: one
+    """The T for which clusters with S >= T hold `budget` of the keys, over all given queries together (one
     threshold for all heads, so that a head with a peaked distribution reads less). share [Pk, m, C], sizes [Pk, C]."""
     weight = sizes.float()[:, None, :].expand_as(share).reshape(-1)
     order = share.reshape(-1).sort(descending=True)
-    taken = weight[order.indices].cumsum(0)
+    taken = weight[order.indices].double().cumsum(0)
     last = torch.searchsorted(taken, (taken[-1:] * budget).contiguous()).clamp(max=len(taken) - 1)
     return order.values[last][0]
 
@@ -107,10 +107,10 @@ class Lookup(Reader):
     queries of the prompt. cluster: keys per cluster on average. rounds: of k-means, run once per prompt.
 
     Differences from the paper: its threshold is one for all layers, found ahead of time; here each layer has its own,
-    found from the prompt itself. Queries that share a key head (grouped queries, new tokens of a draft) read what any of
-    them asks for. The hierarchical look-up (3.3) is left out. A copy of the prompt's keys and values in the order of the
-    clusters is held, for the cache of the host keeps its own order. A cache that is not the prompt's any more (cut and
-    grown anew) is read whole. Each call waits for the device once, to see that.
+    found from the prompt itself. Queries that share a key head (grouped queries, new tokens of a draft) read what any
+    of them asks for. The hierarchical look-up is left out. A copy of the prompt's keys and values in the order
+    of the clusters is held, for the cache of the host keeps its own order. A cache that is not the prompt's any more
+    (cut and grown anew) is read whole. Each call waits for the device once, to see that.
     """
 
     kind: ClassVar[str] = "lookup"
@@ -146,7 +146,8 @@ class _Lookup(ReaderState):
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, tree: Tensor | None = None
     ) -> Output:
         prompt = self.k.shape[2] if self.clusters is not None else 0
-        if self.clusters is None or self.witness is None or k.shape[2] - q.shape[2] < prompt or not self.witness.knows(k):
+        known = self.witness is not None and k.shape[2] - q.shape[2] >= prompt and self.witness.knows(k)
+        if self.clusters is None or not known:
             self.clusters, self.k, self.v, self.read = None, torch.empty(0), torch.empty(0), None
             return self.everything.attend(q, k, v, first, scale, tree)
         keep = (key_shares(q, self.clusters, scale) >= self.limit).any(1)

@@ -17,9 +17,10 @@ from hasten.errors import UsageError
 def merge(outputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys, from the attention over each: (o, lse).
 
-    outputs: o [..., Dv] and its lse [...] (natural logarithm of the softmax denominator) for each set. A query that read
-    nothing in a set has lse -inf there, and its o is not looked at; one that read nothing at all gets o 0 and lse -inf.
-    Sums are float32 (float64 for float64 inputs); o comes back in the dtype of the first part. Differentiable.
+    outputs: o [..., Dv] and its lse [...] (natural logarithm of the softmax denominator) for each set. A query that
+    read nothing in a set has lse -inf there, and its o is not looked at; one that read nothing at all gets o 0 and
+    lse -inf. Sums are float32 (float64 for float64 inputs); o comes back in the dtype of the first part.
+    Differentiable.
 
     This is the online softmax of FlashAttention (2205.14135, section 3.1) between whole parts: ring steps, shared
     prefixes (Hydragen, 2402.05099), pieces of one row (LeanAttention, 2405.10480).
@@ -29,8 +30,8 @@ def merge(outputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     for number, (o, lse) in enumerate(outputs):
         if o.shape[:-1] != lse.shape or o.shape != outputs[0][0].shape:
             raise UsageError(
-                f"merge(): part {number} has o {tuple(o.shape)} and lse {tuple(lse.shape)}; all parts have the o of part"
-                f" 0, {tuple(outputs[0][0].shape)}, and lse has that shape without its last dimension."
+                f"merge(): part {number} has o {tuple(o.shape)} and lse {tuple(lse.shape)}; all parts have the o of"
+                f" part 0, {tuple(outputs[0][0].shape)}, and lse has that shape without its last dimension."
             )
     exact = torch.promote_types(outputs[0][1].dtype, torch.float32)
     lses = torch.stack([lse.to(exact) for _, lse in outputs])

@@ -1,7 +1,7 @@
 """Shared prefixes: many samples read one prompt's keys as one matrix product (Hydragen, 2402.05099).
 
-Shapes: B batch, Hq, Hk heads, n new queries per sample, P tokens of a shared part, D, Dv head dimensions, Bs copies of the
-shared part (each shared by B / Bs samples that stand next to each other).
+Shapes: B batch, Hq, Hk heads, n new queries per sample, P tokens of a shared part, D, Dv head dimensions, Bs copies
+of the shared part (each shared by B / Bs samples that stand next to each other).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hasten.sparse_attn.plan import Output
 class Level:
     """Keys and values that a run of samples shares: k [Bs, Hk, P, D], v [Bs, Hk, P, Dv].
 
-    Bs = 1: all samples (a system prompt); Bs = B: each sample its own (a suffix); between: a tree of prefixes, as when
-    several continuations are drawn for each of several questions. work: where given, only its places are read, by
-    `decode` (ragged suffixes); it needs Bs = B. mask: which query reads which of these keys, by the query's number among
-    the n new ones and the key's place in this level.
+    Bs = 1: all samples (a system prompt); Bs = B: each sample its own (a suffix); between: a tree of prefixes, as
+    when several continuations are drawn for each of several questions. work: where given, only its places are read,
+    by `decode` (ragged suffixes); it needs Bs = B. mask: which query reads which of these keys, by the query's number
+    among the n new ones and the key's place in this level.
     """
 
     k: Tensor
@@ -39,7 +39,7 @@ def attend_levels(q: Tensor, levels: Sequence[Level], scale: float | None = None
     """Attention of q [B, Hq, n, D] over the keys of all levels together, exact whatever is shared.
 
     The queries of all samples that share a level stand in one matrix, so its keys are read once for all of them
-    (Hydragen, section 3.2; its hierarchical form, 3.3); the levels are merged by their LSE. `levels` are disjoint sets
+    (Hydragen, with its hierarchical form); the levels are merged by their LSE. `levels` are disjoint sets
     of keys; positions were applied (rotary embeddings) before.
     """
     if not levels:

@@ -24,21 +24,23 @@ Step = Callable[[Tensor, Tensor, Tensor, int], "Output | None"]
 """The same for this rank's queries and the keys of the rank whose number is given; None where nothing is read there."""
 
 
-def ulysses(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any, lengths: Sequence[int] | None = None) -> Output:
-    """Attention over a sequence whose tokens are spread over the ranks of `group` (DeepSpeed-Ulysses, 2309.14509, 3.1).
+def ulysses(
+    q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any, lengths: Sequence[int] | None = None
+) -> Output:
+    """Attention over a sequence whose tokens are spread over the ranks of `group` (DeepSpeed-Ulysses, 2309.14509).
 
     q [B, Hq, s, D], k [B, Hk, s, D], v [B, Hk, s, Dv]: this rank's tokens, all heads. An all-to-all trades tokens for
-    heads, `attend` sees all S tokens of Hq / N heads (so a plan is made per head, by the rank that owns it), a second one
-    trades back. lengths: tokens of every rank; None: the same on all.
+    heads, `attend` sees all S tokens of Hq / N heads (so a plan is made per head, by the rank that owns it), a second
+    one trades back. lengths: tokens of every rank; None: the same on all.
 
-    Key heads that N does not divide are repeated to the next multiple that it does, up to Hq. Raises `UsageError` where N
-    does not divide Hq.
+    Key heads that N does not divide are repeated to the next multiple that it does, up to Hq. Raises `UsageError`
+    where N does not divide Hq.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     lengths = [q.shape[2]] * size if lengths is None else list(lengths)
     hq, hk = q.shape[1], k.shape[1]
     if hq % size:
-        raise UsageError(f"Ulysses gives each of {size} ranks the same number of heads; {hq} heads do not divide. Use ring().")
+        raise UsageError(f"Ulysses gives each of {size} ranks as many heads; {hq} heads do not divide. Use ring().")
     if len(lengths) != size or lengths[rank] != q.shape[2]:
         raise UsageError(f"lengths={lengths} do not fit: {size} ranks, and rank {rank} has {q.shape[2]} tokens.")
     if hk % size:
@@ -54,9 +56,9 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, attend: Attend, group: Any, lengths
 def ring(q: Tensor, k: Tensor, v: Tensor, step: Step, group: Any, lengths: Sequence[int] | None = None) -> Output:
     """Attention of this rank's queries over the keys of all ranks, which travel round (Ring Attention, 2310.01889).
 
-    q [B, Hq, s, D], k [B, Hk, s, D], v [B, Hk, s, Dv]. `step` is called once for each rank's keys, its own first, with a
-    plan for that pair of shards (a causal one has the offset of the shards in its mask); the next keys travel meanwhile.
-    The parts are merged by their LSE, exactly. lengths: keys of every rank; None: the same on all.
+    q [B, Hq, s, D], k [B, Hk, s, D], v [B, Hk, s, Dv]. `step` is called once for each rank's keys, its own first,
+    with a plan for that pair of shards (a causal one has the offset of the shards in its mask); the next keys travel
+    meanwhile. The parts are merged by their LSE, exactly. lengths: keys of every rank; None: the same on all.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     lengths = [k.shape[2]] * size if lengths is None else list(lengths)

@@ -37,8 +37,8 @@ class ReaderState:
     read: Tensor | None = None
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float) -> None:
-        """The prompt has been read: its queries q [B, Hq, P, D] and what the cache holds of it, k [B, Hk, P, D], v. first:
-        as in `attend`."""
+        """The prompt has been read: its queries q [B, Hq, P, D] and what the cache holds of it, k [B, Hk, P, D], v.
+        first: as in `attend`."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, tree: Tensor | None = None

@@ -1,6 +1,7 @@
 """Mixed spans: how far each head and each layer of a causal model looks.
 
-Shapes: see `hasten.sparse_attn.blocks`. Positions are those of the sequence; a key block is read where any of its keys is.
+Shapes: see `hasten.sparse_attn.blocks`. Positions are those of the sequence; a key block is read where any of its
+keys is.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ class Near(Span):
 class Shards(Span):
     """Every `count`-th stretch of `width` keys, beginning at another one in each key head, and the last `window` keys.
 
-    S2-Attention's heterogeneous context sharding (2407.17678): each head holds a part of the context, all heads together
-    the whole of it. The blockwise stride of LongGen is the same with heads=1 (all heads hold the same shard). Stretches are
-    counted from the beginning of the sequence, so that a head's cache could drop the others; query heads that share a key
-    head have the same shard.
+    S2-Attention's heterogeneous context sharding (2407.17678): each head holds a part of the context, all heads
+    together the whole of it. The blockwise stride of LongGen is the same with heads=1 (all heads hold the same
+    shard). Stretches are counted from the beginning of the sequence, so that a head's cache could drop the others;
+    query heads that share a key head have the same shard.
     """
 
     kind: ClassVar[str] = "shards"
@@ -79,8 +80,8 @@ class Shards(Span):
 class Spans(Scorer):
     """Key head h looks as far as spans[h % len(spans)]: 0 for the blocks it reads, -inf for the others.
 
-    With the selector that keeps everything finite. Blocks are read whole where a span ends within one, so a head never sees
-    less than its span. Causality is the mask's affair.
+    With the selector that keeps everything finite. Blocks are read whole where a span ends within one, so a head
+    never sees less than its span. Causality is the mask's affair.
     """
 
     kind: ClassVar[str] = "spans"
@@ -123,7 +124,8 @@ def _scores(reads: Tensor, view: View) -> Tensor:
 
 
 class Depth(Part):
-    """A stretch of a model's layers, as shares of its depth: layer l of L is in it when begin <= (l + 1/2) / L < end."""
+    """A stretch of a model's layers, as shares of its depth: layer l of L is in it when begin <= (l + 1/2) / L <
+    end."""
 
     begin: float = Field(default=0.0, ge=0, le=1)
     end: float = Field(default=1.0, ge=0, le=1)

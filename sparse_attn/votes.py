@@ -21,16 +21,17 @@ from hasten.sparse_attn.reader import Everything, Reader, ReaderState, Witness
 class Votes(Reader):
     """The first `sinks` keys, the last `window`, and the `top` others that the heads vote for.
 
-    A head's vote for a key is its softmax weight among the candidates, so no head outvotes the others by the size of its
-    logits; votes are added over the heads (paper, 4.1: "head soft vote") and the new queries, and all heads read the same
-    tokens. The choice is used again while cos(q, the query it was made with) >= `similarity`, for all heads together
-    (4.2, selection cache); tokens that have come since are read.
+    A head's vote for a key is its softmax weight among the candidates, so no head outvotes the others by the size of
+    its logits; votes are added over the heads (the paper's soft vote) and the new queries, and all heads read
+    the same tokens. The choice is used again while cos(q, the query it was made with) >= `similarity`, for all heads
+    together (its selection cache); tokens that have come since are read.
 
     Defaults are the paper's. Differences from the official code: query head h votes with the key head it belongs to,
-    h // (Hq / Hk), and logits are scaled by 1/sqrt(D) before the softmax (that code maps heads otherwise, and leaves the
-    scale out); in a batch every sample chooses for itself, and the choice is renewed when any sample's query has turned.
-    similarity=0 never renews a choice for the query's sake, above 1 always does. Each call waits for the device once or
-    twice (is it the same cache, has the query turned?). The chosen keys and values are copied once per choice.
+    h // (Hq / Hk), and logits are scaled by 1/sqrt(D) before the softmax (that code maps heads otherwise, and leaves
+    the scale out); in a batch every sample chooses for itself, and the choice is renewed when any sample's query has
+    turned. similarity=0 never renews a choice for the query's sake, above 1 always does. Each call waits for the
+    device once or twice (is it the same cache, has the query turned?). The chosen keys and values are copied once per
+    choice.
     """
 
     kind: ClassVar[str] = "votes"
@@ -109,7 +110,8 @@ def _mean(q: Tensor) -> Tensor:
 
 
 def _taken(x: Tensor, place: Tensor) -> Tensor:
-    """x [B, H, S, D] at places int64 [B, T]: [B, H, T, D]; whole rows are copied, several times faster than `gather`."""
+    """x [B, H, S, D] at places int64 [B, T]: [B, H, T, D]; whole rows are copied, several times faster than
+    `gather`."""
     return torch.stack([one.index_select(1, at) for one, at in zip(x, place, strict=True)])
 
 

@@ -33,7 +33,8 @@ def order(tokens: int) -> Order:
 
 
 def keep(tokens: int) -> Tensor:
-    """Kept blocks of the whole sequence, alike for all heads: bool [1, C, C]; the second block of queries reads nothing."""
+    """Kept blocks of the whole sequence, alike for all heads: bool [1, C, C]; the second block of queries reads
+    nothing."""
     chosen = torch.rand(1, tokens // BLOCK, tokens // BLOCK, generator=torch.Generator().manual_seed(1)) < 0.5
     chosen[:, 1] = False
     return chosen
@@ -65,7 +66,9 @@ def work(rank: int, folder: str, port: int) -> None:
                 q, k, v = draw(sum(lengths), heads)
                 mine = (q[:, :, own], k[:, :, own], v[:, :, own])
 
-                def step(q: Tensor, k: Tensor, v: Tensor, source: int, starts=starts, lengths=lengths) -> Output | None:  # type: ignore[no-untyped-def]
+                def step(  # type: ignore[no-untyped-def]
+                    q: Tensor, k: Tensor, v: Tensor, source: int, starts=starts, lengths=lengths
+                ) -> Output | None:
                     if source > rank:
                         return None  # all of the future
                     at = [slice(starts[r] // BLOCK, (starts[r] + lengths[r]) // BLOCK) for r in (rank, source)]

@@ -36,7 +36,8 @@ def draw(b: int, hk: int, groups: int, n: int, s: int, seed: int, d: int = 8) ->
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, reads: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Float64 attention where reads (bool, broadcast to [B, Hq, n, S]) allows it; o 0 and lse -inf where it does not."""
+    """Float64 attention where reads (bool, broadcast to [B, Hq, n, S]) allows it; o 0 and lse -inf where it does
+    not."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(groups, 1) for x in (k, v))
     logits = q.double() @ k.mT * (scale or q.shape[-1] ** -0.5)
@@ -75,7 +76,9 @@ def test_pieces_cover_each_chunk_once_and_are_equal(counts: list[int], pieces: i
 @pytest.mark.parametrize("drafted", [False, True])
 @settings(max_examples=30, deadline=None)
 @given(sizes=SIZES, pieces=st.integers(1, 12), block=st.integers(1, 9), seed=st.integers(0, 999))
-def test_any_choice_of_blocks(run: Run, drafted: bool, sizes: tuple[int, ...], pieces: int, block: int, seed: int) -> None:
+def test_any_choice_of_blocks(
+    run: Run, drafted: bool, sizes: tuple[int, ...], pieces: int, block: int, seed: int
+) -> None:
     b, hk, _, n, s = sizes
     q, k, v = draw(*sizes[:4], s, seed)
     g = torch.Generator().manual_seed(seed)

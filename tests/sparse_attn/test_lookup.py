@@ -20,11 +20,14 @@ SCALE = 8**-0.5
 
 def draw(b: int, hq: int, hk: int, n: int, s: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(b, hq, n, 8, generator=g), torch.randn(b, hk, s, 8, generator=g), torch.randn(b, hk, s, 6, generator=g)
+    shapes = (b, hq, n, 8), (b, hk, s, 8), (b, hk, s, 6)
+    q, k, v = (torch.randn(*shape, generator=g) for shape in shapes)
+    return q, k, v
 
 
 def topics(hk: int, groups: int, s: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys about one of 8 topics in random order; each query head asks for one topic. Returns q, k, v and topic [Hk, S]."""
+    """Keys about one of 8 topics in random order; each query head asks for one topic. Returns q, k, v and topic [Hk,
+    S]."""
     g = torch.Generator().manual_seed(seed)
     centres = 4 * torch.nn.functional.normalize(torch.randn(hk, 8, 16, generator=g), dim=-1)
     topic = torch.randint(0, 8, (hk, s), generator=g)
@@ -169,7 +172,7 @@ def test_the_choice_serves_until_the_query_has_turned() -> None:
     state.attend(q, k[:, :, :60], v[:, :, :60], None, SCALE)
     near = q + 0.1 * torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     state.attend(near, k[:, :, :61], v[:, :, :61], None, SCALE)
-    assert state.made == 1 and state.edge == 52, "tokens that left the window since are still read"  # type: ignore[attr-defined]
+    assert (state.made, state.edge) == (1, 52), "what left the window since is read"  # type: ignore[attr-defined]
     state.attend(-q, k[:, :, :62], v[:, :, :62], None, SCALE)
     assert state.made == 2 and state.edge == 54  # type: ignore[attr-defined]
     state.attend(-q, k[:, :, :30], v[:, :, :30], None, SCALE)

@@ -57,8 +57,9 @@ def test_ragged_suffixes() -> None:
     suffix, lengths = draw(3, 2, 10, 8, seed=3), torch.tensor([10, 0, 4])
     out = attend_levels(q, [Level(prefix, prefix), Level(suffix, suffix, whole(lengths, 2, 10, 4, 4))])
     for sample, length in enumerate(lengths.tolist()):
-        k = torch.cat([prefix, suffix[sample : sample + 1, :, :length]], 2)
-        torch.testing.assert_close(out.o[sample : sample + 1].double(), alone(q[sample : sample + 1], k, k), rtol=1e-5, atol=1e-5)
+        one = slice(sample, sample + 1)
+        k = torch.cat([prefix, suffix[one, :, :length]], 2)
+        torch.testing.assert_close(out.o[one].double(), alone(q[one], k, k), rtol=1e-5, atol=1e-5)
 
 
 def test_exact_says_the_lse_whichever_way_it_takes() -> None:
