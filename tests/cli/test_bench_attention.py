@@ -136,3 +136,15 @@ def test_tokens_of_published_sizes(name: str) -> None:
     assert shape.tokens == frames * (height // 2) * (width // 2) + prompt
     assert shape.layers == sum(model.full.values()) and shape.evaluations == model.evaluations
     assert (shape.heads, shape.head_dim) == (model.config["num_attention_heads"], model.config["attention_head_dim"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(hasten: Any) -> None:
+    ran = hasten(
+        "bench", "attention", "--device", "cuda", "--tokens", 4096, "--density", 0.2, "--heads", 2, "--repeats", 1,
+        "--no-models", "--json", "-",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    rows = ran.json["rows"]
+    assert {"flash", "blocks", "clusters"} <= {row["recipe"] for row in rows}
+    assert all(row["correct"] for row in rows if "correct" in row), rows
