@@ -211,3 +211,44 @@ def test_column_sums(perm: str, is_causal: bool) -> None:
     assert found.shape == (2, 2, 90) and found.dtype == torch.float32
     assert torch.allclose(found.double(), shares.view(2, 2, 2, 70, 90).sum((2, 3)), atol=1e-5)
     assert torch.allclose(found.sum(), out.lse.isfinite().sum().float())
+
+
+def in_blocks(keep: Tensor, planes: int, mask: Mask | None = None) -> tuple[Blocks, Case]:
+    """A problem of blocks of 8 tokens and head dimension 4, `keep` [planes, Cq, Ck]."""
+    torch.manual_seed(0)
+    sides = [Order(None, uniform(8 * count, 8), torch.zeros(count, dtype=torch.int8)) for count in keep.shape[1:]]
+    blocks = Blocks(sides[0], sides[1])
+    q, k, v = (torch.randn(1, planes, 8 * count, 4) for count in (keep.shape[1], keep.shape[2], keep.shape[2]))
+    plan = pack(blocks, keep, (1, planes, planes), block_m=8, block_n=8, mask=mask)
+    return blocks, Case(q, k, v, blocks, keep, plan, mask)
+
+
+def test_rows_of_one_range_whose_stand_ins_differ_stay_apart() -> None:
+    keep = torch.tensor([[[1, 0, 0], [1, 0, 0]]], dtype=torch.bool)
+    blocks, problem = in_blocks(keep, 1)
+    stands = torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    problem = replace(problem, compensation=centroids(problem.k, problem.v, blocks.k, stands))
+    agrees(run(problem), problem.truth())
+
+
+def test_a_range_that_not_all_planes_read() -> None:
+    keep = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0]], dtype=torch.bool)[:, None]
+    _, problem = in_blocks(keep, 3)
+    agrees(run(problem), problem.truth())
+
+
+def test_means_that_nobody_asks_for_may_be_anything() -> None:
+    problem = case(10, compensation=2)
+    poisoned = problem.tables()
+    assert poisoned is not None and poisoned.keys.isnan().any()
+    agrees(execute(problem.q, *problem.arranged(), problem.plan, problem.scale, poisoned), problem.truth())
+
+
+def test_a_job_without_full_chunks_beside_one_with_some() -> None:
+    # Plane 0 reads the first two blocks (full under the mask), plane 1 only the block that the diagonal cuts.
+    keep = torch.tensor([[1, 1, 0], [0, 0, 1]], dtype=torch.bool)[:, None]
+    _, problem = in_blocks(keep, 2, Mask(None, 0, 16))
+    agrees(run(problem), problem.truth())
+    k, v = problem.k.clone(), problem.v.clone()
+    k[:, 1, :16], v[:, 1, :16] = math.nan, math.nan
+    agrees(execute(problem.q, k, v, problem.plan, problem.scale), problem.truth())
