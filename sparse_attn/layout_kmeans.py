@@ -123,7 +123,9 @@ def lloyd(
     """
     to_nearest, to_means = two_steps(x)
     found = []
-    for part, old in zip(x.split(1), centroids.split(1), strict=True) if x.device.type == "cpu" else [(x, centroids)]:
+    at_once = 1 if x.device.type == "cpu" else x.shape[0]
+    for first in range(0, x.shape[0], at_once):
+        part, old = x[first : first + at_once], centroids[first : first + at_once]
         for number in range(passes):
             seen = part[:, number % sample :: sample] if number < passes - 1 else part
             labels = to_nearest(seen, normalize(old, dim=-1) if metric == "cosine" else old)

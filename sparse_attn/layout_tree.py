@@ -58,7 +58,7 @@ def balanced(x: Tensor, block: int, iterations: int = 4) -> Tensor:
     """
     planes, n, d = x.shape
     at_once = 1 if x.device.type == "cpu" else max(1, ROOM // (n * d))
-    return torch.cat([_grown(part, block, iterations) for part in x.split(at_once)]) if planes else x.new_zeros(0, n).long()
+    return torch.cat([_grown(x[first : first + at_once], block, iterations) for first in range(0, planes, at_once)])
 
 
 def _grown(x: Tensor, block: int, iterations: int) -> Tensor:

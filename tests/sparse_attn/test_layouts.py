@@ -100,7 +100,7 @@ class NoWaiting(TorchDispatchMode):
 class LayoutContract(PartContract):
     family = Layout
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(case=cases())
     def test_orders_are_permutations_within_segments(self, part: Layout, case: tuple[Tokens, Tensor]) -> None:
         tokens, x = case
@@ -121,7 +121,7 @@ class LayoutContract(PartContract):
                 assert torch.equal(inside, places[start : start + segment.length].expand_as(inside))
                 assert (order.bounds == start).any(1).all(), f"a block straddles the start of {segment.name}"
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(case=cases())
     def test_sizes_and_roles_are_as_stated(self, part: Layout, case: tuple[Tokens, Tensor]) -> None:
         tokens, x = case
@@ -140,7 +140,7 @@ class LayoutContract(PartContract):
             selected = order.sizes[:, order.roles == (SPARSE if side == "q" else SELECT)]
             assert limit is None or int(selected.max()) <= max(limit, EDGE if side == "q" else 0)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(case=cases())
     def test_restoring_undoes_arranging_and_means_are_means(self, part: Layout, case: tuple[Tokens, Tensor]) -> None:
         tokens, x = case
@@ -151,7 +151,7 @@ class LayoutContract(PartContract):
             if order.means is not None:
                 torch.testing.assert_close(order.means, order.mean(arranged), rtol=1e-5, atol=1e-5)
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(case=cases(), plane=st.integers(0, 5))
     def test_a_plane_does_not_depend_on_the_others(self, part: Layout, case: tuple[Tokens, Tensor], plane: int) -> None:
         tokens, x = case
@@ -161,7 +161,7 @@ class LayoutContract(PartContract):
         for side in "qk":
             assert same(of_plane(whole[side], b * x.shape[1] + h), of_plane(single[side], 0))
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(case=cases())
     def test_states_share_nothing_and_repeat_themselves(self, part: Layout, case: tuple[Tokens, Tensor]) -> None:
         tokens, x = case
@@ -176,7 +176,7 @@ class LayoutContract(PartContract):
             perm = orders(part, tokens, x, used)[side].perm
             assert perm is None or torch.equal(perm.sort(-1).values, torch.arange(tokens.length).expand_as(perm))
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(case=cases(), bad=st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0]), share=st.sampled_from([0.1, 1]))
     def test_bad_numbers_never_break_the_order(
         self, part: Layout, case: tuple[Tokens, Tensor], bad: float, share: float
