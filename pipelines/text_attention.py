@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -194,7 +194,8 @@ class Site:
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return own(*args, **kwargs, **{CALL: (self, kwargs.get("past_key_values"))})
+            cache = next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
+            return own(*args, **kwargs, **{CALL: (self, cache)})
 
         return forward
 
@@ -287,7 +288,10 @@ class Site:
         policy = self.session.policy
         if policy.cache is None or not policy.acts_on(self.layer, self.layers) or rule.end < policy.min_tokens:
             return None
-        if cache is None or not _fits(rule, cache, self.layer):
+        if cache is None:
+            self.session.because("its cache is not a transformers `Cache` that the attention module is called with")
+            return None
+        if not _fits(rule, cache, self.layer):
             return None
         state = self.readers.get(cache)
         if state is None:  # the prompt was read before the session began

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -26,7 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from hasten.errors import ModelError, UsageError
+from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines.recipes import attention_text
 from hasten.pipelines.text_attention import NAME, ONCE, TextSession, _pairs, attach
 from hasten.pipelines.text_mask import Rule, read
@@ -160,6 +162,49 @@ def test_other_ways_to_generate(extra: dict[str, int], reader: Reader) -> None:
     dense = model.generate(tokens, **call)
     with attach(model, full(reader)):
         assert torch.equal(model.generate(tokens, **call), dense)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {},
+    "phi3": {},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+        "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 9},
+    "llama4_text": {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 16},
+}  # fmt: skip
+"""Families whose attention differs from Llama's: other names for the cache, values narrower than keys, learned sinks,
+chunked masks, mixtures of experts, windows in some layers."""
+
+LEFT_ALONE = {"gpt_oss": "s_aux", "llama4_text": "mask"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_are_right_or_left_alone(name: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, "num_hidden_layers": 2, **OTHERS[name]})
+    model, tokens, mask = AutoModelForCausalLM.from_config(config).eval(), ids(3, 37), padding("left", 37)
+    call = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    dense, made = model(tokens, attention_mask=mask).logits, model.generate(tokens, **call)
+    with attach(model, full()) as session:
+        close(model(tokens, attention_mask=mask).logits, dense, mask)
+        assert torch.equal(model.generate(tokens, **call), made)
+    assert torch.equal(model(tokens, attention_mask=mask).logits[mask.bool()], dense[mask.bool()])
+    if name in LEFT_ALONE:
+        because(session, LEFT_ALONE[name])
+    else:
+        assert not session.reasons and session.rows[1, "prompt"].sparse == 2 and session.rows[1, "cache"].sparse == 3
+
+
+def test_attention_of_its_own_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", n_head=4, n_layer=1, hidden_size=32))
+    with pytest.raises(RefusedError, match="AttentionInterface"):
+        attach(model, full())
 
 
 # --- only this instance, and everything back ------------------------------------------------------------
