@@ -23,6 +23,7 @@ from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.pattern import Pattern, PatternState, Selection, View, by_head, unlike
 from hasten.sparse_attn.plan import Output, Plan
+from hasten.sparse_attn.recall import sampled_recall
 from hasten.sparse_attn.recover import Recover, RecoverState
 from hasten.sparse_attn.reference import dense as dense_with_lse
 from hasten.sparse_attn.segments import Tokens
@@ -65,12 +66,6 @@ class SparseAttention(Attention):
     def _has_patterns(self) -> SparseAttention:
         if not self.patterns:
             raise RecipeError("attention.patterns is empty; name at least one pattern (layout, score, select).")
-        blind = [pattern.select.kind for pattern in self.patterns if pattern.select.needs_rho]
-        if blind and self.compensate is None:
-            raise RecipeError(
-                f"attention: the selector {blind[0]} goes by the share of the mass that was read, which is known with"
-                " compensation only. Set attention.compensate, or use top-p."
-            )
         return self
 
     def is_dense(self, step: Step, layer: int) -> bool:
@@ -88,8 +83,8 @@ class SparseAttention(Attention):
 class Fact:
     """What one call did. action: "dense" or "sparse". reused: the selection of an earlier step was used.
 
-    density: share of the pairs that were read exactly, rho: mean estimated share of the mass that was (each a scalar
-    tensor that nobody has waited for); None in dense calls.
+    density: share of the pairs that were read exactly, rho: mean share of the mass that was, estimated, or measured where
+    a selector goes by it (each a scalar tensor that nobody has waited for); None in dense calls.
     """
 
     step: int
@@ -131,6 +126,10 @@ class SparseState:
             self._select(q, k, v, step, q_tokens, k_tokens, scale, mask)
         out = self._sparse(q, k, v, scale)
         rho = out.rho.mean(-1)
+        probes = max(pattern.select.probes for pattern in self.policy.patterns)
+        if probes:
+            read = out.lse if out.lse_exact is None else out.lse_exact
+            rho = sampled_recall(q, k, read, q_tokens, k_tokens, scale, samples=probes, mask=mask)
         for pattern in self._patterns:
             pattern.select.observe(rho.reshape(-1))
         assert self._plan is not None

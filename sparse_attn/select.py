@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,10 +13,12 @@ from hasten.sparse_attn.blocks import Blocks
 class Selector(Part):
     """Base of the selectors. `start()` gives the state of one run, branch and attention site.
 
-    needs_rho: whether it goes by what `observe` tells, which says something with compensation only.
+    probes: queries per head whose mass is measured for `observe`; 0 where it does not look at that.
     """
 
-    needs_rho: ClassVar[bool] = False
+    @property
+    def probes(self) -> int:
+        return 0
 
     @abstractmethod
     def start(self) -> SelectorState:
@@ -32,4 +33,4 @@ class SelectorState:
         raise NotImplementedError
 
     def observe(self, rho: Tensor) -> None:
-        """rho: float32 [B * Hq], mean over the queries of each plane of what was read exactly."""
+        """rho: float32 [B * Hq], mean share of the mass that sampled queries of each plane have read exactly."""

@@ -5,8 +5,6 @@ Shapes: see `hasten.sparse_attn.blocks`.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -18,26 +16,28 @@ from hasten.sparse_attn.select_top import within_tokens
 
 
 class TargetRecall(Selector):
-    """Reads so many tokens that `target` of each head's softmax mass is read exactly, as far as can be told.
+    """Reads so many tokens that `target` of each head's softmax mass is read exactly.
 
-    After each call the estimate rho of that share comes back for every plane (exact mass over total mass, which
-    compensation gives for free). A plane's share of tokens is multiplied by ((1 - rho) / (1 - target)) ^ gain, by at
+    After each choice that share, rho, is measured on `samples` queries of every plane (see `recall`). A plane's share of tokens is multiplied by ((1 - rho) / (1 - target)) ^ gain, by at
     least 1/2 and at most 2, and stays between `least` and 1. The mass left out falls about as a power of what is read,
     so this settles; gain 0.5 is slow enough for rho that lags a step behind.
 
     A plane with rho below `floor` is read densely for the next `rest` calls, then tried with two to four times the share:
-    what was chosen for it meant nothing. first: share at the start. Ours; no paper. Without compensation rho is always 1, so
-    recipes without it are refused.
+    what was chosen for it meant nothing. first: share at the start. Ours; no paper.
     """
 
     kind = "target-recall"
-    needs_rho: ClassVar[bool] = True
     target: float = Field(default=0.95, gt=0, lt=1)
     first: float = Field(default=0.2, gt=0, le=1)
     least: float = Field(default=0.02, gt=0, le=1)
     floor: float = Field(default=0.5, ge=0, lt=1)
     gain: float = Field(default=0.5, gt=0, le=1)
     rest: int = Field(default=4, ge=1)
+    samples: int = Field(default=64, ge=1)
+
+    @property
+    def probes(self) -> int:
+        return self.samples
 
     @model_validator(mode="after")
     def _floor_below_target(self) -> TargetRecall:
@@ -56,14 +56,22 @@ class TargetRecallState(SelectorState):
         self.part = part
         self.share = torch.full((1,), part.first)
         self.resting = torch.zeros(1, dtype=torch.int32)
+        self._chosen = False
 
     def keep(self, scores: Tensor, blocks: Blocks) -> Tensor:
+        self._chosen = True
         self._match(scores.shape[0], scores.device)
         share = torch.where(self.resting > 0, 1.0, self.share)
         return within_tokens(scores, blocks, share[:, None, None])
 
     def observe(self, rho: Tensor) -> None:
-        """What was read exactly of each plane, rho [P]. Planes without queries (not a number) stay as they are."""
+        """What was read exactly of each plane, rho [P]. Planes without queries (not a number) stay as they are.
+
+        Only the first time after a choice: later steps and other branches that use it again tell nothing of the next.
+        """
+        if not self._chosen:
+            return
+        self._chosen = False
         self._match(rho.numel(), rho.device)
         part = self.part
         rho = rho.float().reshape(-1).nan_to_num(part.target)

@@ -262,6 +262,7 @@ def test_a_head_below_the_floor_is_read_densely_for_a_while() -> None:
 def test_what_is_not_a_number_changes_nothing() -> None:
     state = TargetRecall(first=0.3).start()
     assert isinstance(state, TargetRecallState)
+    state.keep(torch.zeros(2, 4, 20), Blocks(long(4), long(20)))
     state.observe(torch.tensor([math.nan, 0.95]))
     assert torch.allclose(state.share, torch.tensor([0.3, 0.3]))
 
@@ -277,21 +278,27 @@ def test_static_scores_get_a_share_of_their_own_for_each_plane() -> None:
 
 
 def test_the_closed_loop_starts_anew_with_another_batch() -> None:
-    state = TargetRecall(target=0.9, first=0.2).start()
+    state, blocks = TargetRecall(target=0.9, first=0.2).start(), Blocks(long(4), long(20))
     assert isinstance(state, TargetRecallState)
+    state.keep(torch.zeros(2, 4, 20), blocks)
     state.observe(torch.tensor([0.6, 0.6]))
+    state.keep(torch.zeros(4, 4, 20), blocks)
     state.observe(torch.full((4,), 0.9))
     assert torch.allclose(state.share, torch.full((4,), 0.2))
 
 
-def test_a_recipe_without_compensation_cannot_close_the_loop() -> None:
-    pattern = Pattern(score=Centroid(), select=TargetRecall())
-    SparseAttention(patterns=(pattern,), compensate=Compensate())
-    with pytest.raises((ValidationError, RecipeError), match="compensat"):
-        SparseAttention(patterns=(pattern,))
+def test_a_choice_that_is_used_again_is_judged_once() -> None:
+    state = TargetRecall(target=0.9, first=0.2).start()
+    assert isinstance(state, TargetRecallState)
+    state.keep(torch.zeros(2, 4, 20), Blocks(long(4), long(20)))
+    state.observe(torch.tensor([0.8, 0.95]))
+    once = state.share
+    state.observe(torch.tensor([0.8, 0.95]))
+    assert torch.equal(state.share, once) and not torch.allclose(once, torch.full((2,), 0.2))
 
 
-def test_in_a_run_heads_settle_at_the_target() -> None:
+@pytest.mark.parametrize("compensate", [None, Compensate(order=1), Compensate(order=2)])
+def test_in_a_run_heads_settle_at_the_target(compensate: Compensate | None) -> None:
     """Three heads of unlike sharpness over clusters, through the policy: what it reads, and what that is worth."""
     n, make = 512, generator(0)
     centres = torch.randn(2, 1, 3, 16, 1, 16, generator=make)
@@ -302,7 +309,7 @@ def test_in_a_run_heads_settle_at_the_target() -> None:
         layout=Tree(block=16, q_block=32), score=Centroid(variance=True), select=TargetRecall(target=0.9, first=0.1)
     )
     policy = SparseAttention(
-        patterns=(pattern,), compensate=Compensate(), warm=0.0, min_tokens=0, block_m=16, block_n=16
+        patterns=(pattern,), compensate=compensate, warm=0.0, min_tokens=0, block_m=16, block_n=16
     )
     state, tokens = policy.start(), plain(n)
     for at in range(16):
