@@ -99,7 +99,8 @@ def prepare(
     q, k = launch.rows(q), launch.rows(k)
     b, hq, sq, d = q.shape
     hk = k.shape[1]
-    chosen = config.forward_config(arch, d, d, q.dtype, plan.block_m, plan.block_n)
+    tree = plan.mask is not None and plan.mask.tree is not None
+    chosen = config.forward_config(arch, d, d, q.dtype, plan.block_m, plan.block_n, tree=tree)
     pieces = -(-plan.block_m // chosen.block_m)
     sums = torch.zeros(b, hk, plan.keys, device=q.device)
     arguments = (

@@ -36,22 +36,26 @@ class Config:
 
 
 def forward_config(
-    arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, block_m: int, block_n: int, order: int = 0
-) -> Config:
-    """For `forward.forward`. block_m, block_n: of the plan. order: of the compensation, 0 for none.
+    arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, block_m: int, block_n: int, *,
+    order: int = 0, tree: bool = False,
+) -> Config:  # fmt: skip
+    """For `forward.forward`. block_m, block_n: of the plan. order: of the compensation, 0 for none. tree: a draft tree
+    is read element by element, which takes registers from everything else (and there are few such queries).
 
     Raises `UsageError` where block_n is larger than 256.
     """
     wide, most = max(power(head_dim), power(value_dim)), chunk(block_n)
-    if dtype == torch.float32:
-        rows, columns, blocks, warps = 32 if wide <= 128 and order < 2 else 16, 32, 16, 4
+    if dtype == torch.float32:  # three TF32 products for one hold both factors in two halves: few rows fit
+        rows, columns, blocks, warps = 16, 32, 16, 8
     elif wide <= 128:
-        rows, columns, blocks, warps = 128, 128, 64 if wide <= 64 else 32, 8
+        rows, columns, blocks, warps = 128, 128 if wide <= 64 else 64, 64 if wide <= 64 else 32, 8
     else:
         rows, columns, blocks, warps = 64, 64 if order == 0 else 32, 16, 8
-    rows, columns = min(rows, power(block_m)), min(columns, most)
-    if rows < 64:
+    if tree:
+        rows, columns, warps = min(rows, 64), 16, 8 if dtype == torch.float32 else 4
+    if power(block_m) < 64 <= rows:
         warps = 4
+    rows, columns = min(rows, power(block_m)), min(columns, most)
     return Config(rows, columns, blocks, warps, stages(arch, wide, dtype.itemsize, rows, columns))
 
 
@@ -59,7 +63,8 @@ def decode_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, 
     """For `decode.decode`. rows: queries that share one key head, times their number."""
     wide, size, block_n = max(power(head_dim), power(value_dim)), dtype.itemsize, chunk(block_n)
     tile = min(64, power(rows))
-    return Config(tile, block_n, 0, 4, stages(arch, wide, size, tile, block_n))
+    warps = 8 if dtype == torch.float32 else 4
+    return Config(tile, block_n, 0, warps, stages(arch, wide, size, tile, block_n))
 
 
 def stages(arch: int, wide: int, size: int, rows: int, block_n: int) -> int:

@@ -165,7 +165,7 @@ def _stand_in(
         if ORDER == 2:
             spread_at = variance + at[None, :] * D + on_d[:, None]
             spread = tl.load(spread_at, mask=stands[None, :] & real_d[:, None], other=0.0)
-            s += tl.dot(half, spread, input_precision=PRECISION) * 1.4426950408889634
+            s += tl.dot(half, spread, input_precision="ieee") * 1.4426950408889634
         s = s + size[None, :] * 1.4426950408889634
         m, total, acc = fold(s, z, m, total, acc, PRECISION)
     return m, total, acc
@@ -206,7 +206,8 @@ def prepare(
         q, scale = -q, -scale
     (b, hq, sq, d), (hk, dv) = q.shape, (k.shape[1], v.shape[3])
     order = 0 if compensation is None else 1 if compensation.variances is None else 2
-    chosen = config.forward_config(arch, d, dv, q.dtype, plan.block_m, plan.block_n, order)
+    tree = plan.mask is not None and plan.mask.tree is not None
+    chosen = config.forward_config(arch, d, dv, q.dtype, plan.block_m, plan.block_n, order=order, tree=tree)
     pieces = -(-plan.block_m // chosen.block_m)
     o = torch.zeros(b, hq, sq, dv, device=q.device, dtype=torch.float32 if upcast else q.dtype)
     lse = torch.full((b, hq, sq), -torch.inf, device=q.device)

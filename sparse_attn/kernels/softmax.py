@@ -59,8 +59,7 @@ def allowed(q_pos, k_pos, left, right, offset, tree, tree_keys, keys, q_real, k_
     if TREE:
         column = k_pos - (keys - tree_keys)
         inside = found & (column >= 0)[None, :]
-        at = tree + q_pos[:, None].to(tl.int64) * tree_keys + column[None, :]
-        drawn = tl.load(at, mask=inside, other=0) != 0
+        drawn = tl.load(tree + (q_pos[:, None] * tree_keys + column[None, :]), mask=inside, other=0) != 0
     if LEFT:
         found = found & (distance >= -left)
     if RIGHT:
