@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.sparse_attn.blocks import Order, block_mean
+from hasten.sparse_attn.blocks import Order, block_mean, uniform
 from hasten.sparse_attn.exact import exact
 from hasten.sparse_attn.layout import Arrangement, Layout, LayoutState
 from hasten.sparse_attn.merge import merge
@@ -67,8 +67,7 @@ class _Runs(LayoutState):
 
     def arrange(self, x: Tensor, segment: Segment, side: str) -> Arrangement:
         if side == "q":
-            starts = torch.arange(0, segment.length, self.part.block, device=x.device, dtype=torch.int32)
-            return Arrangement(None, torch.cat([starts, starts.new_tensor([segment.length])])[None])
+            return Arrangement(None, uniform(segment.length, self.part.block, x.device))
         return Arrangement(None, runs(x, max(1, round(segment.length * self.part.share)), self.part.limit))
 
 

@@ -26,6 +26,9 @@ WIDE = 1 << 24
 LEAF = 64
 """Tokens per leaf of the tree that the first clusters begin with, at most. Fewer are faster and begin worse."""
 
+STRIDE = 40503
+"""2^16 over the golden ratio: multiples of it, modulo 2^16, are spread evenly."""
+
 Metric = Literal["euclidean", "cosine"]
 
 
@@ -71,13 +74,14 @@ class KMeans(Layout):
     def begin(self, x: Tensor, clusters: int) -> Tensor:
         """The means that the first call begins with: float32 [P, C, D] for x [P, n, D]."""
         planes, n, d = x.shape
-        generator = torch.Generator().manual_seed(self.seed)
         if self.init == "random":
+            generator = torch.Generator().manual_seed(self.seed)
             return x[:, torch.randperm(n, generator=generator)[:clusters].to(x.device)].float()
         each = min(LEAF, n // clusters)
-        edges = torch.arange(clusters * each + 1) * n // (clusters * each)
-        share = torch.rand(clusters * each, generator=generator, dtype=torch.float64)
-        some = x[:, (edges[:-1] + (share * edges.diff()).long()).to(x.device)].float()
+        number = torch.arange(clusters * each + 1, device=x.device)
+        edges = number * n // (clusters * each)
+        share = (number[:-1] + self.seed) * STRIDE % 2**16  # within each stretch at another place, or columns would repeat
+        some = x[:, edges[:-1] + (edges.diff() * share >> 16)].float()
         order = balanced(some, each)
         return some.gather(1, order[..., None].expand_as(some)).view(planes, clusters, each, d).mean(2)
 

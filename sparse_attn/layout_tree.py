@@ -65,11 +65,13 @@ def _grown(x: Tensor, block: int, iterations: int) -> Tensor:
     """`balanced` for planes handled together."""
     planes, n, _ = x.shape
     perm = torch.arange(n, device=x.device).expand(planes, n)
-    nodes = [-(-n // block)]  # leaves of each node, in order
-    while max(nodes) > 1:
-        ends = torch.tensor(nodes, device=x.device).cumsum(0).mul_(block).clamp_(max=n)
-        perm = _sorted(x, perm, ends, min(n, max(nodes) * block), iterations)
-        nodes = [part for leaves in nodes for part in ((leaves + 1) // 2, leaves // 2) if part]
+    widest = -(-n // block)  # leaves of the widest node, the first of its level
+    leaves = torch.full((1,), widest, device=x.device)
+    while widest > 1:
+        ends = leaves.cumsum(0).mul_(block).clamp_(max=n)
+        perm = _sorted(x, perm, ends, min(n, widest * block), iterations)
+        leaves = torch.stack([(leaves + 1) // 2, leaves // 2], 1).flatten()  # empty nodes only where no other level follows
+        widest = (widest + 1) // 2
     return perm
 
 

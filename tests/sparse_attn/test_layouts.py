@@ -87,9 +87,13 @@ def untouched(x: Tensor) -> Iterator[None]:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where a GPU would have to be waited for: a number is read, or a shape depends on numbers."""
+    """Raises where a GPU would have to be waited for: a number is read, a shape depends on numbers, or numbers of the host
+    are copied to it (`torch.tensor`)."""
 
-    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal", "is_nonzero")
+    READS = (
+        "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal", "is_nonzero",
+        "lift_fresh",
+    )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
