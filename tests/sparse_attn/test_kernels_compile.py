@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
 
 from benchmarks.compile_kernels import variants
-from hasten.sparse_attn.kernels import aot
+from hasten.sparse_attn.kernels import aot, config
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"),
@@ -38,6 +39,7 @@ def check(name: str, arch: int) -> None:
     found = aot.compile(launch, arch)
     assert found.spills == 0 and found.stack == 0, f"{name} on sm_{arch}: {found}"
     assert found.registers * found.warps * 32 <= 65536, "one program has more registers than a multiprocessor"
+    assert found.shared <= config.SHARED[arch] * 1024, f"{name} on sm_{arch}: more shared memory than there is"
     if name.startswith("merge"):
         return
     # Products of float32, and of fewer than 64 rows, are those of sm_80 everywhere.
@@ -49,6 +51,18 @@ def check(name: str, arch: int) -> None:
 @pytest.mark.parametrize(("name", "arch"), QUICK)
 def test_one_of_each_kind(name: str, arch: int) -> None:
     check(name, arch)
+
+
+def test_the_copy_engine_is_one_line_of_the_table_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = config.forward_config
+    monkeypatch.setattr(config, "forward_config", lambda *args, **more: replace(table(*args, **more), tma=True))
+    found = aot.compile(VARIANTS["forward 64 bf16 order 0"](90), 90)
+    assert found.counts["tma"] > 0 and found.counts["wgmma"] > 0 and found.spills == 0
+
+
+def test_shared_memory_fits_smaller_gpus_too() -> None:
+    found = aot.compile(VARIANTS["forward 128 bf16 order 0"](89), 89)
+    assert found.spills == 0 and found.shared <= config.SHARED[89] * 1024
 
 
 @pytest.mark.slow

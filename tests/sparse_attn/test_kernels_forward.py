@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from hasten.errors import UsageError
 from hasten.sparse_attn import columns as twin_columns
+from hasten.sparse_attn.kernels import config, launch
 from hasten.sparse_attn.kernels.columns import column_sums
 from hasten.sparse_attn.kernels.forward import forward
 from hasten.sparse_attn.mask import Mask, causal
@@ -117,6 +120,41 @@ def test_everything_read_is_dense_attention() -> None:
     problem = case(12, density=1.0, poison=False, counts=(1, 7), perm="own")
     dense = F.scaled_dot_product_attention(problem.q, problem.k, problem.v, scale=problem.scale, enable_gqa=True)
     torch.testing.assert_close(run(case(12, density=1.1, poison=False, counts=(1, 7))).o, dense, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (24, 40)])
+def test_full_chunks_through_the_copy_engine(dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case(21, batch=2, heads=(4, 2), dims=dims, density=0.8, counts=(3, 3))
+    plain = run(problem)
+    table = config.forward_config
+    monkeypatch.setattr(config, "forward_config", lambda *args, **more: replace(table(*args, **more), tma=True))
+    arguments = launched(monkeypatch)
+    found = run(problem)
+    assert arguments[0]["k_view"] is not None and arguments[0]["v_view"] is not None
+    agree(found, problem)
+    torch.testing.assert_close(found.o, plain.o, rtol=0, atol=1e-6)
+
+
+def test_the_copy_engine_is_not_asked_for_odd_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case(22, dims=(3, 16))
+    table = config.forward_config
+    monkeypatch.setattr(config, "forward_config", lambda *args, **more: replace(table(*args, **more), tma=True))
+    arguments = launched(monkeypatch)
+    agree(run(problem), problem)
+    assert arguments[0]["k_view"] is None and arguments[0]["v_view"] is None
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of launches to come."""
+    found: list[dict[str, Any]] = []
+    go = launch.Launch.run
+
+    def run_and_tell(self: launch.Launch, beside: Tensor) -> None:
+        found.append(self.arguments)
+        go(self, beside)
+
+    monkeypatch.setattr(launch.Launch, "run", run_and_tell)
+    return found
 
 
 def test_rows_without_chunks_give_nothing() -> None:
