@@ -17,7 +17,7 @@ from hasten.errors import RecipeError
 from hasten.recipe import Attention
 from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.chooser import Chooser, ChooserState, Sampled
-from hasten.sparse_attn.compensate import StandIn
+from hasten.sparse_attn.compensate import StandIn, query_squares
 from hasten.sparse_attn.density import density
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.pack import pack
@@ -196,7 +196,10 @@ class SparseState:
         blocks = self._selection.blocks
         k, v = blocks.k.arrange(k), blocks.k.arrange(v)
         stand_in, left_out = self.policy.compensate, self._selection.approximate
-        tables = stand_in.tables(k, v, blocks.k, left_out) if stand_in is not None else None
+        tables = None
+        if stand_in is not None:
+            squares = query_squares(q, self._plan.groups, scale)
+            tables = stand_in.tables(k, v, blocks.k, left_out, squares)
         out = sparse_attention(q, k, v, self._plan, scale=scale, compensation=tables, arranged=True)
         return out if stand_in is None else stand_in.add(out, q, k, v, blocks, left_out, scale)
 

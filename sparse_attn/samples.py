@@ -33,7 +33,9 @@ class Samples(StandIn):
         share = torch.rand(count, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
         return edges[:-1] + (share * edges.diff()).long()
 
-    def tables(self, k: Tensor, v: Tensor, order: Order, approximate: Tensor) -> Compensation:
+    def tables(
+        self, k: Tensor, v: Tensor, order: Order, approximate: Tensor, squares: Tensor | None = None
+    ) -> Compensation:
         """Tables with one entry per sample. A sample stands in where its block does."""
         b, hk, sk, _ = k.shape
         places = self.places(sk).to(k.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.blocks import Blocks
-from hasten.sparse_attn.compensate import StandIn, approximate_map
+from hasten.sparse_attn.compensate import StandIn, approximate_map, query_squares
 from hasten.sparse_attn.density import tile_density
 from hasten.sparse_attn.layout import Layout, LayoutState
 from hasten.sparse_attn.pack import pack
@@ -126,7 +126,9 @@ class Trial:
     def _tables(self, k: Tensor, v: Tensor) -> Compensation | None:
         if self.method.compensate is None:
             return None
-        return self.method.compensate.tables(k, v, self.blocks.k, self._left)
+        x = self.inputs
+        squares = query_squares(x.q, x.heads[1] // x.heads[2], x.scale)
+        return self.method.compensate.tables(k, v, self.blocks.k, self._left, squares)
 
     def _packed(self, blocks: Blocks, keep: Tensor) -> Plan:
         method = self.method

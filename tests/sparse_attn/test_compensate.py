@@ -14,15 +14,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.blocks import ALWAYS, NEVER, SELECT, SPARSE, Blocks
-from hasten.sparse_attn.compensate import Compensate, approximate_map, centroids, log_mass
+from hasten.sparse_attn.compensate import Compensate, approximate_map, centroids, log_mass, query_squares
 from hasten.sparse_attn.extent import FULL, block_states
 from hasten.sparse_attn.layout import Identity
 from hasten.sparse_attn.layout_kmeans import KMeans
+from hasten.sparse_attn.layout_tiles import Tiles
 from hasten.sparse_attn.mask import causal
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.segments import plain
+from hasten.sparse_attn.score import View
+from hasten.sparse_attn.score_mass import Oracle
+from hasten.sparse_attn.segments import Tokens, plain, video
+from hasten.sparse_attn.select_top import TopK
 from hasten.sparse_attn.sums import block_sums, in_segments
+from hasten.sparse_attn.synthetic import heads
 from tests.sparse_attn.random_blocks import Case, cases, normal
 
 
@@ -181,6 +186,47 @@ def test_the_second_order_is_nearer_to_the_truth_on_gaussian_clusters() -> None:
     keep = torch.eye(8, dtype=torch.bool)[None]
     outputs = [float((attended(q, k, v, blocks, keep, order).o - truth).norm()) for order in (None, 1, 2)]
     assert outputs[2] < outputs[1] < 0.5 * outputs[0]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_second_order_has_a_limit_for_queries_of_usual_size(groups: int) -> None:
+    q, k = 3 * normal(0, 1, 2 * groups, 64, 16), normal(1, 1, 2, 4, 32, 16)
+    k = (k * torch.tensor([0.05, 0.2, 1.0, 3.0])[:, None, None]).flatten(2, 3)
+    order = Identity(block=32).start().blocks(q, k, plain(64), plain(128)).k
+    never = torch.zeros(1, 1, 4, dtype=torch.bool)
+    squares = query_squares(q, groups, 0.25)
+    assert torch.allclose(squares, q.view(2, -1, 16).square().mean(1) / 16)
+    free, bound = (Compensate(most=0.5).tables(k, k, order, never, x).variances for x in (None, squares))
+    assert free is not None and bound is not None
+    added, limited = ((x * squares[:, None]).sum(-1) / 2 for x in (free, bound))
+    assert torch.allclose(limited, added.clamp(max=0.5))
+    assert (added[:, 3] > 5).all() and torch.equal(free[:, 0], bound[:, 0])
+
+
+def test_with_its_limit_no_order_is_worse_where_blocks_are_wide() -> None:
+    """A head that looks at neighbours, over tiles: the mass of a wide block is due to a few keys, not to their mean."""
+    q, k, v = heads((4, 12, 12), 48, ["spatial", "local3d"])
+    blocks = Tiles(block=64).start().blocks(q, k, Tokens((video(4, 12, 12),)), Tokens((video(4, 12, 12),)))
+    scale = 48**-0.5
+    truth, view = scaled_dot_product_attention(q, k, v), [blocks.k.arrange(x) for x in (k, v)]
+    keep = block_mass_of(blocks, q, k, scale)
+    left = approximate_map(blocks, keep)
+    plan = pack(blocks, keep, (1, 2, 2), block_m=64, block_n=16)
+    errors = []
+    for order, squares in ((1, None), (2, None), (2, query_squares(q, 1, scale))):
+        tables = Compensate.model_validate({"order": order}).tables(*view, blocks.k, left, squares)
+        out = sparse_attention(q, *view, plan, scale=scale, compensation=tables, arranged=True)
+        errors.append(float((out.o - truth).norm() / truth.norm()))
+    first, free, bound = errors
+    assert free > 1.1 * first, "without a limit"
+    assert bound < 1.05 * first
+
+
+def block_mass_of(blocks: Blocks, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The tenth of the blocks with most mass: bool [Pq, Cq, Ck]."""
+    tokens = Tokens((video(4, 12, 12),))
+    view = View(blocks.q.arrange(q), blocks.k.arrange(k), blocks, tokens, tokens, scale)
+    return TopK(share=0.1).start().keep(Oracle().start().scores(view), blocks)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
