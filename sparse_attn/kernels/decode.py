@@ -8,7 +8,7 @@ rows, M = G * n queries of a row, W pieces. See `hasten.sparse_attn.decode` for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -180,7 +180,7 @@ def prepare(
         | {"BLOCK_M": chosen.block_m, "BLOCK_N": launch.power(work.block)}
         | {"PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
     )
-    second = {"part": part, "part_lse": part_lse, "o": o, "lse": lse, "rw_ptr": work.rw_ptr}
+    second: dict[str, Any] = {"part": part, "part_lse": part_lse, "o": o, "lse": lse, "rw_ptr": work.rw_ptr}
     second |= {"M": rows, "DV": dv, "BLOCK_M": 16, "BLOCK_DV": launch.power(dv)}
     return Output(o, lse), (
         launch.Launch(_decode, (pieces, -(-rows // chosen.block_m)), first, chosen.warps, chosen.stages),

@@ -106,7 +106,7 @@ def arch(x: Tensor) -> int:
 
 def plan_arguments(plan: Plan) -> dict[str, Any]:
     """The plan's tensors, by the names that kernels give them."""
-    names = ("q_perm", "k_perm", "tile_start", "tile_length", "tile_plane", "tile_row")
+    names: tuple[str, ...] = ("q_perm", "k_perm", "tile_start", "tile_length", "tile_plane", "tile_row")
     names += ("row_start", "row_full", "row_end", "chunk_start", "chunk_length")
     tensors = {name: getattr(plan, name) for name in names}
     return tensors | {
