@@ -379,7 +379,32 @@ def _values(rows: Sequence[Row], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row.get(key) is not None]
 
 
+# --- kernels --------------------------------------------------------------------------------------
+
+PRODUCTS = ("wgmma", "tcgen05", "mma")
+
+
+def kernels_table() -> str:
+    """What each kernel needs on each architecture: registers, spills, shared memory, matrix instructions."""
+    file = RESULTS / "aot" / "kernels.json"
+    if not file.is_file():
+        return f"{NOT_YET.capitalize()}.\n"
+    found = {(row["kernel"], row["arch"]): row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    archs = list(dict.fromkeys(arch for _, arch in found))
+    rows = [
+        [name, *(_needs(found[name, arch]) if (name, arch) in found else "" for arch in archs)]
+        for name in dict.fromkeys(name for name, _ in found)
+    ]
+    return table(["kernel", *archs], rows, left=1 + len(archs))
+
+
+def _needs(row: Row) -> str:
+    products = [f"{row['counts'][kind]} {kind}" for kind in PRODUCTS if row["counts"][kind]]
+    return ", ".join([f"{row['registers']} registers", f"{row['spills']} spills", f"{row['shared'] // 1024} KiB", *products])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "kernels": kernels_table,
     "recipes": recipes_table,
     "bars": bars_table,
     "cache": cache_table,

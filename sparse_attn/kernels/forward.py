@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import config, launch
@@ -246,8 +245,10 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             raise UsageError(f"{name} has head dimension {x.shape[3]}; kernels take 1 to {MAX_DIM}; torch takes any.")
 
 
-def _views(k: Tensor, v: Tensor, block_n: int) -> dict[str, TensorDescriptor | None]:
+def _views(k: Tensor, v: Tensor, block_n: int) -> dict[str, Any]:
     """What the copy engine needs to read chunks of k and v; None where it cannot, since it wants steps of 16 bytes."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # newer than the rest: Triton 3.4
+
     size = k.element_size()
     steps = [step * size for step in (*k.stride()[:3], *v.stride()[:3])]
     if any(step % 16 for step in (*steps, k.data_ptr(), v.data_ptr())):
