@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from hasten.sparse_attn.backends import HALF, WIDEST, installed
 from hasten.sparse_attn.layout import Arrangement, Layout, LayoutState
-from hasten.sparse_attn.layout_tree import balanced
+from hasten.sparse_attn.layout_tree import balanced, portions
 from hasten.sparse_attn.segments import Segment
 
 ROOM = {"cpu": 1 << 18}
@@ -73,7 +73,7 @@ class KMeans(Layout):
 
     def begin(self, x: Tensor, clusters: int) -> Tensor:
         """The means that the first call begins with: float32 [P, C, D] for x [P, n, D]."""
-        planes, n, d = x.shape
+        n = x.shape[1]
         if self.init == "random":
             generator = torch.Generator().manual_seed(self.seed)
             return x[:, torch.randperm(n, generator=generator)[:clusters].to(x.device)].float()
@@ -81,9 +81,12 @@ class KMeans(Layout):
         number = torch.arange(clusters * each + 1, device=x.device)
         edges = number * n // (clusters * each)
         share = (number[:-1] + self.seed) * STRIDE % 2**16  # within each stretch at another place, or columns would repeat
-        some = x[:, edges[:-1] + (edges.diff() * share >> 16)].float()
-        order = balanced(some, each)
-        return some.gather(1, order[..., None].expand_as(some)).view(planes, clusters, each, d).mean(2)
+        chosen, found = edges[:-1] + (edges.diff() * share >> 16), []
+        for part in portions(x):
+            some = part[:, chosen].float()
+            leaves = some.gather(1, balanced(some, each)[..., None].expand_as(some))
+            found.append(leaves.view(-1, clusters, each, x.shape[2]).mean(2))
+        return torch.cat(found)
 
     def start(self) -> LayoutState:
         return _KMeans(self)

@@ -13,8 +13,8 @@ from hasten.sparse_attn.blocks import uniform
 from hasten.sparse_attn.layout import Arrangement, Blocked, LayoutState
 from hasten.sparse_attn.segments import Segment
 
-ROOM = 1 << 23
-"""Floats that the planes handled at once may take on a GPU; on a CPU it is one plane at a time, which stays in its cache."""
+ROOM = 1 << 27
+"""Floats that the planes handled at once may have on a GPU; temporaries take a few times as much."""
 
 SAMPLE = 512
 """Tokens of a node that its direction is found from, about; evenly spread over the order so far, which is along its
@@ -56,9 +56,14 @@ def balanced(x: Tensor, block: int, iterations: int = 4) -> Tensor:
 
     All shapes follow from n and `block`; nothing is read from the device.
     """
+    return torch.cat([_grown(part, block, iterations) for part in portions(x)])
+
+
+def portions(x: Tensor) -> list[Tensor]:
+    """x [P, n, D] in portions of planes to be handled at once: on a CPU one, which stays in its cache."""
     planes, n, d = x.shape
-    at_once = 1 if x.device.type == "cpu" else max(1, ROOM // (n * d))
-    return torch.cat([_grown(x[first : first + at_once], block, iterations) for first in range(0, planes, at_once)])
+    at_once = 1 if x.device.type == "cpu" else max(1, ROOM // max(1, n * d))
+    return [x[first : first + at_once] for first in range(0, planes, at_once)]
 
 
 def _grown(x: Tensor, block: int, iterations: int) -> Tensor:
