@@ -133,7 +133,7 @@ class _Run:
         k, v = kv.view(*at.shape, -1).chunk(2, -1)
         o, lse = softmax_part(q, k, v, bias, self.scale)
         if index.real is not None:
-            # A job without keys was padded with those of another, which may hold anything.
+            # A job without keys was padded with those of another: what is NaN there must not be NaN here.
             none = ~self._tensor(index.real[:, 0])
             o, lse = o.masked_fill(none[:, None, None], 0), lse.masked_fill(none[:, None], -math.inf)
         return o, lse
