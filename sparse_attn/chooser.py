@@ -120,7 +120,7 @@ def _block_of(order: Order) -> Tensor:
     labels = order.labels()
     if order.perm is None:
         return labels
-    shape = torch.broadcast_shapes(labels.shape, order.perm.shape)
+    shape = (max(labels.shape[0], order.perm.shape[0]), labels.shape[1])
     return torch.empty(shape, dtype=torch.int64, device=labels.device).scatter_(
         1, order.perm.expand(shape), labels.expand(shape)
     )

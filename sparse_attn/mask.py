@@ -42,8 +42,7 @@ class Mask:
             first = keys - self.tree.shape[1]
             inside = (k_pos >= first)[..., None, :].expand_as(found)
             column = (k_pos - first).clamp(min=0)
-            row, column = torch.broadcast_tensors(q_pos[..., :, None], column[..., None, :])
-            found = torch.where(inside, self.tree[row, column], found)
+            found = torch.where(inside, self.tree[q_pos[..., :, None], column[..., None, :]], found)
         return found
 
 

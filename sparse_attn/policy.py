@@ -21,7 +21,7 @@ from hasten.sparse_attn.compensate import StandIn, query_squares
 from hasten.sparse_attn.density import density
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.pack import pack
-from hasten.sparse_attn.pattern import Pattern, PatternState, Selection, View, by_head, unlike
+from hasten.sparse_attn.pattern import Pattern, PatternState, Selection, by_head, unlike
 from hasten.sparse_attn.plan import Output, Plan
 from hasten.sparse_attn.recall import sampled_recall
 from hasten.sparse_attn.recover import Recover, RecoverState
@@ -202,6 +202,3 @@ class SparseState:
             tables = stand_in.tables(k, v, blocks.k, left_out, squares)
         out = sparse_attention(q, k, v, self._plan, scale=scale, compensation=tables, arranged=True)
         return out if stand_in is None else stand_in.add(out, q, k, v, blocks, left_out, scale)
-
-
-__all__ = ["Fact", "SparseAttention", "SparseState", "View"]
