@@ -57,15 +57,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core"
 DENSITIES = (0.1, 0.2, 0.3)
 GRID = (15, 16, 16)
 SEEDS = (0, 1)
-LAYERS = (1, 5, 9)
-"""Attention calls that are recorded."""
+PASSES = 10
+"""Of k-means: what clusters have had after the first steps of a run (three at the first, two more at each)."""
 
 LARGE = {"height": 64, "width": 64, "num_frames": 33, "num_inference_steps": 10}
-RECORDED: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
-    "tiny-video": ("tiny-video", (0.1, 0.4, 0.8), {}),
-    "tiny-video-large": ("tiny-video", (0.4,), LARGE),
+RECORDED: dict[str, tuple[str, tuple[float, ...], tuple[int, ...], dict[str, Any]]] = {
+    "tiny-video": ("tiny-video", (0.1, 0.4, 0.8), (1, 5, 9), {}),
+    "tiny-video-large": ("tiny-video", (0.4,), (5,), LARGE),
 }
-"""Input -> model, which steps (of the conditional branch, by their share of the run), what its call differs in."""
+"""Input -> model, steps (of the conditional branch, by their share of the run), layers, what its call differs in."""
 
 Row = dict[str, Any]
 
@@ -75,17 +75,19 @@ def methods(small: bool) -> list[Method]:
     block, q_size, k_size = (16, 32, 8) if small else (64, 252, 76)
     tile_sizes = {"block_m": 32, "block_n": 16} if small else {}
     equal = {"block_m": block, "block_n": block}  # blocks as large as tiles waste nothing
-    clusters, second = KMeans(q_size=q_size, k_size=k_size), Compensate(order=2)
+    clusters, second = KMeans(q_size=q_size, k_size=k_size, first=PASSES), Compensate(order=2)
+    apart = clusters.model_copy(update={"outliers": 0.02})
+    fine = KMeans(q_size=q_size, k_size=k_size / 2, first=PASSES)
     found = [
         Method("raster blocks, pooled", Identity(block=block), Pooled(), second, **equal),
         Method("3-D tiles, centroid", Tiles(block=block), Centroid(), second, **equal),
         Method("3-D tiles, first order", Tiles(block=block), Centroid(), Compensate(order=1), **equal),
         Method("balanced tree, centroid", Tree(block=block, q_block=2 * block), Centroid(), second),
-        Method("k-means, centroid", clusters, Centroid(), second),
-        Method("k-means, first order", clusters, Centroid(), Compensate(order=1)),
-        Method("k-means in order, centroid", clusters.model_copy(update={"ordered": True}), Centroid(), second),
+        Method("k-means, centroid", clusters, Centroid(variance=True), second),
+        Method("k-means, first order", clusters, Centroid(variance=True), Compensate(order=1)),
+        Method("k-means, key clusters half the size", fine, Centroid(variance=True), second),
         Method("k-means, routed by error", clusters, ErrorRouting(), second),
-        Method("k-means, 2 % outliers exact", clusters.model_copy(update={"outliers": 0.02}), Centroid(), second),
+        Method("k-means, 2 % outliers exact", apart, Centroid(variance=True), second),
     ]
     return [method if method.block_m == block else replace(method, **tile_sizes) for method in found]
 
@@ -126,7 +128,7 @@ class Recorder(TorchFunctionMode):
 
 def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
     """Attention of a bundled model at some steps and layers of one run of its first prompt."""
-    model, shares, other = RECORDED[source]
+    model, shares, layers, other = RECORDED[source]
     pipe, call = tiny_models.load(model), tiny_models.call_defaults(model) | other
     steps = [int(share * call["num_inference_steps"]) for share in shares]
     pipe.set_progress_bar_config(disable=True)
@@ -150,7 +152,7 @@ def recorded(source: str) -> Iterator[tuple[str, list[str], Inputs]]:
     finally:
         del network.forward
     for step, calls, grid in found:
-        for layer in LAYERS:
+        for layer in layers:
             if layer < len(calls):
                 q, k, v = (x[:1] for x in calls[layer])
                 yield (
@@ -265,9 +267,8 @@ def sharpness() -> list[Row]:
         found = []
         for seed in SEEDS:
             q, k, v = heads(GRID, 64, kinds, seed=seed)
-            trial = Trial(
-                Method("", KMeans(), Centroid(), Compensate(order=2)), Inputs(q, k, v, Tokens((video(*GRID),)))
-            )
+            method = Method("", KMeans(first=PASSES), Centroid(variance=True), Compensate(order=2))
+            trial = Trial(method, Inputs(q, k, v, Tokens((video(*GRID),))))
             trial.choose(0.1)
             found += judged(trial, dense(q, k, v, trial.inputs.scale), CLUSTERED, {})
         means = {
@@ -301,8 +302,8 @@ def bars(rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def averaged(rows: Sequence[Row]) -> list[Row]:
-    """One line per model, method, budget and density: means over heads and seeds, for people."""
+def averaged(rows: Sequence[Row], by: str | None = None) -> list[Row]:
+    """One line per model, method, budget and density (and head, with by="head"): means over seeds, steps, heads."""
     keys = (
         "density",
         "tile_density",
@@ -310,6 +311,7 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
         "oracle_mass",
         "output_error",
         "dropped_error",
+        "rho",
         "rho_error",
         "planning_seconds",
     )
@@ -317,10 +319,11 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if "note" not in row:
             name = row["model"].partition(",")[0]
-            groups.setdefault((name, row["recipe"], row["budget"], row.get("asked")), []).append(row)
+            groups.setdefault((name, row["recipe"], row["budget"], row.get("asked"), row.get(by or "")), []).append(row)
     lines = []
-    for (model, recipe, budget, asked), group in groups.items():
-        line = {"model": model, "recipe": recipe, "budget": budget, "asked": asked}
+    for (model, recipe, budget, asked, head), group in groups.items():
+        line = {"model": model, "recipe": recipe, "budget": budget, "asked": asked, "n": len(group)}
+        line |= {by: head} if by else {}
         for key in keys:
             values = [row[key] for row in group if row.get(key) is not None]
             if values:
@@ -356,7 +359,8 @@ def answer(source: str, file: Path, jobs: int) -> None:
         if answers:
             streams.table(sweep, {key: key.replace("_", " ") for key in sweep[0]})
             streams.table(answers, {"bar": "bar", "met": "met", "detail": "numbers"})
-        streams.finish([_short(row) for row in rows], bars=answers, sharpness=[_short(row) for row in sweep])
+        kept = averaged(rows, "head") + [row for row in rows if "note" in row]
+        streams.finish([_short(row) for row in kept], bars=answers, sharpness=[_short(row) for row in sweep])
 
 
 def _short(row: Row) -> Row:
