@@ -4,7 +4,7 @@
     python docs/make_tables.py --check    exit 1 when one differs from what it should be
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Names: recipes, results, models, conformance, bars, cache, budget,
-attention-speed, attention-bars, attention-quality, attention-sharpness.
+attention-speed, attention-bars, attention-quality, attention-sharpness, kernels.
 """
 
 from __future__ import annotations

@@ -109,6 +109,26 @@ def test_chunks_that_are_no_power_of_two() -> None:
     agree(run(problem), problem)
 
 
+@pytest.mark.parametrize("name", ["none", "tree"])
+@pytest.mark.parametrize("block_n", [64, 100])
+def test_long_chunks_are_read_in_parts(block_n: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = draft(20, 250) if name == "tree" else None
+    problem = case(23, tokens=(20, 250), heads=(1, 1), tile=(32, block_n), counts=(2, 4), density=0.9, mask=mask)
+    arguments = launched(monkeypatch)
+    agree(run(problem), problem)
+    assert arguments[0]["PARTS"] > 1
+    k, _ = problem.arranged()
+    lse = problem.truth().lse.float()
+    found = column_sums(problem.q, k, lse, problem.plan, problem.scale)
+    assert arguments[1]["PARTS"] > 1
+    assert found.sum().item() == pytest.approx(lse.isfinite().sum().item(), rel=1e-4)
+
+
+def test_wide_heads() -> None:
+    problem = case(24, tokens=(20, 70), heads=(1, 1), dims=(160, 136), tile=(128, 64), compensation=2)
+    agree(run(replace(problem, scale=0.05)), replace(problem, scale=0.05))
+
+
 def test_only_full_chunks() -> None:
     problem = case(11, heads=(1, 1), tokens=(64, 64), counts=(1, 1), poison=False, perm="none")
     plan = problem.plan
@@ -243,6 +263,16 @@ def test_column_sums_of_short_floats(dtype: torch.dtype) -> None:
     found = column_sums(problem.q, k, lse, problem.plan, problem.scale)
     wanted = twin_columns.column_sums(problem.q, k.nan_to_num(), lse, problem.plan, problem.scale)
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_columns_of_queries_that_count_nothing() -> None:
+    problem = case(25)
+    k, _ = problem.arranged()
+    lse = problem.truth().lse.float()
+    lse[..., ::3] = -torch.inf
+    found = column_sums(problem.q, k, lse, problem.plan, problem.scale)
+    wanted = twin_columns.column_sums(problem.q, k.nan_to_num(), lse, problem.plan, problem.scale)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals() -> None:
