@@ -206,13 +206,13 @@ class Site:
         """What our attention function returns: o [B, n, Hq, Dv] and no weights. cache: the one it was called with."""
         reason = self._refuses(q, k, mask, extra)
         rule = None if reason else self.session.rule(mask, q, k.shape[2], extra.get("sliding_window"))
-        if reason is None and rule is None:
-            reason = "its mask is neither causal nor a causal window with padding"
+        if reason is None and (rule is None or rule.tree is not None and q.shape[2] > DRAFT):
+            reason = "its mask is neither causal nor a causal window with padding, nor that of a draft"
         if reason is not None or rule is None:
             self.session.because(reason or "")
             self.session.note(self.layer, "prompt" if q.shape[2] > DRAFT else "cache", None)
             return self.own(q, k, v, mask, scale, extra)
-        prompt = rule.offset == 0 and q.shape[2] > 1 or q.shape[2] > DRAFT
+        prompt = rule.tree is None and (rule.offset == 0 and q.shape[2] > 1 or q.shape[2] > DRAFT)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         o = (self._prompt if prompt else self._cache)(q, k, v, rule, scale, cache)
         self.session.note(self.layer, "prompt" if prompt else "cache", *(o[1:] if o else (None,)))
@@ -297,7 +297,7 @@ class Site:
         if state is None:  # the prompt was read before the session began
             state = self.readers[cache] = policy.cache.start()
         k, v = k[:, :, : rule.end], v[:, :, : rule.end]
-        out = state.attend(q, k, v, _first(rule, k.device), scale)
+        out = state.attend(q, k, v, _first(rule, k.device), scale, rule.tree)
         pairs = float(k.shape[0] * k.shape[1] * k.shape[2])
         return out.o, pairs if state.read is None else state.read, pairs
 

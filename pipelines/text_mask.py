@@ -1,11 +1,12 @@
-"""What a transformers attention mask says, in a few numbers: causal from where, window, padding. Checked, not assumed.
+"""What a transformers attention mask says, in a few numbers: causal from where, window, padding, a draft's tree.
+Checked, not assumed.
 
 Shapes: B batch, n queries, S keys as the cache hands them over.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class Rule:
 
     offset: place of query 0 among the keys. end: one after the last place that any query reads (a static cache has
     more). first, stop: padding in front and behind; None: none in any sample. window: tokens, None for no window.
+    tree: bool [n, n], which of the newest n keys each query reads, instead (a draft with several paths); None: causal.
     """
 
     offset: int
@@ -24,6 +26,7 @@ class Rule:
     first: tuple[int, ...] | None = None
     stop: tuple[int, ...] | None = None
     window: int | None = None
+    tree: Tensor | None = None
 
     @property
     def padded(self) -> bool:
@@ -37,11 +40,12 @@ def read(mask: Tensor | None, batch: int, queries: int, keys: int, window: int |
     mask: bool [B or 1, 1, n, S] or None, which means what it means for transformers' SDPA: one query reads all keys,
     more read causally from the first key on. window: what the module says its window is; the mask decides whether it
     holds. Each element is compared with the rule, so that masks of users, packed sequences or prefix models are not
-    mistaken for causal ones. Rows of padding queries, whose output nobody reads, are not. Waits for the device once.
+    mistaken for causal ones. Rows of padding queries, whose output nobody reads, are not. A mask that is not causal
+    among the newest n keys alone, and alike for all samples, is that of a draft. Waits for the device once.
     """
     if mask is None:
         return Rule(keys - 1, keys) if queries == 1 else Rule(0, queries)
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (queries, keys):
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys) or batch % mask.shape[0]:
         return None
     allowed = mask[:, 0]
     place = torch.arange(keys, device=mask.device)
@@ -54,11 +58,18 @@ def read(mask: Tensor | None, batch: int, queries: int, keys: int, window: int |
     real = query >= first[:, None, None]
     plain = ((allowed == inside) | ~real).all()
     near = plain if window is None else ((allowed == (inside & (place > query - window))) | ~real).all()
-    plain_, near_, end_, *sides = torch.cat([torch.stack([plain, near, end]).long(), first, stop]).tolist()
-    if not (plain_ or near_) or end_ < queries:
+    newest = (end - queries + torch.arange(queries, device=mask.device)).clamp(min=0)
+    tree = allowed.index_select(2, newest)
+    older = ((allowed == (place >= first[:, None, None])) | (place >= end - queries)).all()
+    drafted = older & (tree == tree[:1]).all()
+    flags = torch.stack([plain, near, drafted, end]).long()
+    plain_, near_, drafted_, end_, *sides = torch.cat([flags, first, stop]).tolist()
+    is_draft = not (plain_ or near_) and drafted_ and end_ > queries
+    if not (plain_ or near_ or is_draft) or end_ < queries:
         return None
     starts, stops = (side * (batch // mask.shape[0]) for side in (sides[: len(sides) // 2], sides[len(sides) // 2 :]))
-    kept = window if not plain_ else None
-    if all(start == 0 for start in starts) and all(at == end_ for at in stops):
-        return Rule(end_ - queries, end_, window=kept)
-    return Rule(end_ - queries, end_, tuple(starts), tuple(stops), kept)
+    rule = Rule(
+        end_ - queries, end_, window=window if near_ and not plain_ else None, tree=tree[0] if is_draft else None
+    )
+    padded = any(start > 0 for start in starts) or any(at < end_ for at in stops)
+    return replace(rule, first=tuple(starts), stop=tuple(stops)) if padded else rule

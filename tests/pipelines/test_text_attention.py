@@ -207,6 +207,28 @@ def test_attention_of_its_own_is_refused() -> None:
         attach(model, full())
 
 
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("reader", [Everything(), Recent(window=999), Votes(top=99)], ids=lambda reader: reader.kind)
+def test_a_draft_tree_is_read_by_its_mask(reader: Reader, side: str) -> None:
+    model, tokens, mask = build("llama"), ids(3, 37), padding(side, 37)
+    tree = torch.eye(5, dtype=torch.bool)
+    tree[1, 0] = tree[2, 0] = True  # two continuations of the first new token
+    tree[3, [0, 1]] = tree[4, [0, 2]] = True
+    whole = torch.cat([mask.bool()[:, None, None].expand(3, 1, 5, 37), tree.expand(3, 1, 5, 5)], 3)
+    at = mask.sum(1, keepdim=True) + torch.tensor([0, 1, 1, 2, 2])
+
+    def draft() -> Tensor:
+        cache = DynamicCache(config=model.config)
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        logits: Tensor = model(ids(3, 5, seed=1), attention_mask=whole, position_ids=at, past_key_values=cache).logits
+        return logits
+
+    dense = draft()
+    with attach(model, full(reader)) as session:
+        close(draft(), dense)
+    assert session.rows[0, "cache"].sparse == 1 and not session.reasons
+
+
 # --- only this instance, and everything back ------------------------------------------------------------
 
 
@@ -482,6 +504,18 @@ def test_rules_of_masks() -> None:
     right[0, :, :, 6:] = False
     assert read(right, 2, 9, 9, None) == Rule(0, 9, (0, 0), (6, 9))
     assert read(causal_mask(9, 9, 0, 4), 3, 9, 9, 4) == Rule(0, 9, window=4), "one mask for all samples"
+
+
+def test_rules_of_drafts() -> None:
+    mask = causal_mask(3, 9, 5).repeat(2, 1, 1, 1)
+    mask[:, 0, 2, 6] = False  # places 5 to 7 are the draft's; the last reads the first, not the second
+    rule = read(mask, 2, 3, 9, None)
+    assert rule is not None and rule.tree is not None and rule.tree.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert (rule.offset, rule.end, rule.first) == (5, 8, None)
+    mask[1, 0, 2, 6] = True
+    assert read(mask, 2, 3, 9, None) is None, "another tree in each sample"
+    mask[1, 0, 2, 6] = mask[:, 0, 1, 3] = False
+    assert read(mask, 2, 3, 9, None) is None, "something of the past is left out"
 
 
 @pytest.mark.parametrize("place", [(3, 7), (8, 0), (5, 5)])
