@@ -245,8 +245,8 @@ def test_means_that_nobody_asks_for_may_be_anything() -> None:
 
 
 def test_a_job_without_full_chunks_beside_one_with_some() -> None:
-    # Plane 0 reads the first two blocks (full under the mask), plane 1 only the block that the diagonal cuts.
-    keep = torch.tensor([[1, 1, 0], [0, 0, 1]], dtype=torch.bool)[:, None]
+    # Plane 0 reads two blocks that are full under the mask and the one that the diagonal cuts, plane 1 only the latter.
+    keep = torch.tensor([[1, 1, 1], [0, 0, 1]], dtype=torch.bool)[:, None]
     _, problem = in_blocks(keep, 2, Mask(None, 0, 16))
     agrees(run(problem), problem.truth())
     k, v = problem.k.clone(), problem.v.clone()
