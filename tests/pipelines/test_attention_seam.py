@@ -229,6 +229,35 @@ def test_a_run_that_breaks_off_leaves_nothing(wan: WanPipeline, plain: Tensor) -
     assert state_of(wan.transformer) == before and torch.equal(generate(wan), plain)
 
 
+class Weighted(nn.Module):
+    """A processor with weights of its own, as IP-Adapter's are."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5), requires_grad=False)
+        self.inner = [inner]
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.gain * self.inner[0](attn, hidden_states, *args, **kwargs)
+
+
+def test_processors_that_are_modules_and_such_that_are_functions() -> None:
+    pipe = small_wan(layers=3)
+    for block in pipe.transformer.blocks[:2]:
+        block.attn1.processor = Weighted(block.attn1.processor)
+    third = pipe.transformer.blocks[2].attn1
+    original = third.processor
+    third.processor = lambda attn, *args, **kwargs: original(attn, *args, **kwargs)
+    plain, before, weights = generate(pipe), state_of(pipe.transformer), list(pipe.transformer.state_dict())
+    with hasten.accelerate(pipe, FULL) as session:
+        found = generate(pipe)
+        assert list(pipe.transformer.state_dict()) == weights and "blocks.0.attn1.processor.gain" in weights
+    assert off(found, plain) < 1e-5
+    assert {call.site for call in session.trace.attention} == set(SITES)
+    assert any("from which no class can be derived" in note for note in session.trace.notes)
+    assert state_of(pipe.transformer) == before and torch.equal(generate(pipe), plain)
+
+
 # --- together with the rest -------------------------------------------------------------------------
 
 
