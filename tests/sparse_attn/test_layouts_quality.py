@@ -352,6 +352,13 @@ def test_the_line_is_kept_by_later_calls() -> None:
     torch.testing.assert_close(one.means, two.means)
 
 
+def test_cosine_asks_for_directions_only() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.8, 0.6])
+    x, start = torch.stack([10 * a, 10 * b, b, a])[None], torch.stack([10 * a, b])[None]
+    assert lloyd(x, start, 1, "cosine")[0].tolist() == [[0, 1, 1, 0]]
+    assert lloyd(x, start, 1, "euclidean")[0].tolist() == [[0, 0, 1, 1]]
+
+
 def test_passes_over_samples_end_with_one_over_all() -> None:
     x = seeded(0, 2, 301, 8)
     start = x[:, :12].clone()
