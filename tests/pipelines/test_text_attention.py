@@ -30,8 +30,9 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines.recipes import attention_text
-from hasten.pipelines.text_attention import NAME, ONCE, TextSession, _pairs, attach
+from hasten.pipelines.text_attention import NAME, TextSession, attach
 from hasten.pipelines.text_mask import Rule, read
+from hasten.pipelines.text_site import ONCE, pairs_of
 from hasten.sparse_attn.causal import CausalAttention
 from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.delta import Delta, Runs
@@ -460,7 +461,7 @@ def _embedder() -> Any:
 def test_pairs_of_a_mask_are_counted(left: int | None, offset: int) -> None:
     mask = Mask(left=left, right=0, offset=offset)
     allowed = mask.allowed(torch.arange(11), torch.arange(11 + offset), 11 + offset)
-    assert _pairs(mask, 11) == int(allowed.sum())
+    assert pairs_of(mask, 11) == int(allowed.sum())
 
 
 RECIPES = {
