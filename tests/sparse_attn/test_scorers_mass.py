@@ -117,6 +117,18 @@ def test_routing_prefers_what_the_mean_gets_wrong(order: Any) -> None:
     assert scores.isfinite().all(), "and those may be read all the same"
 
 
+def test_a_mean_of_equal_values_is_not_wrong() -> None:
+    """With the second order only the weights' share in the values' spread is left to be wrong."""
+    q, k = normal(1, 1, 1, 16, 16), normal(2, 1, 1, 1, 16, 16).expand(-1, -1, 2, -1, -1).flatten(2, 3)
+    v = normal(3, 1, 1, 2, 16, 16)
+    v[:, :, 1] = v[:, :, 1].mean(-2, keepdim=True)
+    blocks = Identity(block=16).start().blocks(q, k, plain(16), plain(32))
+    view = View(q, k, blocks, plain(16), plain(32), 0.25, None, v.flatten(2, 3))
+    second, first = (ErrorRouting(order=order).start().scores(view)[0, 0] for order in (2, 1))
+    assert second[0] > second[1] + 5
+    assert first[0] > first[1] > second[1], "the first order has the mass wrong too"
+
+
 def test_routing_by_error_beats_routing_by_mass_with_compensation() -> None:
     total = {"error": 0.0, "centroid": 0.0}
     for seed in range(6):
