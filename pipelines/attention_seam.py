@@ -117,6 +117,10 @@ class AttentionSeam:
     def _learn(self, call: Call) -> dict[Key, Learned]:
         """The first call of a kind: evaluate it once more on marked latents. The result is thrown away."""
 
+        if hook := _remembers(self.gate.model):
+            self._say(f"attention stays dense: a {hook} is hooked onto it, which would keep what it is shown to learn from")
+            return {}
+
         def evaluate(marked: Call, walk: Any) -> None:
             with self.sites.walking(walk, everywhere=True):
                 self.gate.bare(marked)
@@ -268,6 +272,13 @@ def _latents_of(model: nn.Module) -> tuple[set[int], int]:
     sides = [found] * 2 if isinstance(found, int) else list(found or [])
     known = sides and all(isinstance(side, int) and side > 0 for side in sides)
     return channels, math.prod(sides) if known else PATCH
+
+
+def _remembers(model: nn.Module) -> str:
+    """Name of one of diffusers' hooks that keep tensors for the next evaluation (its caches); "" where there is none."""
+    registries = [registry for module in model.modules() if (registry := getattr(module, "_diffusers_hook", None))]
+    hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
+    return next((type(hook).__name__ for hook in hooks if getattr(hook, "_is_stateful", False)), "")
 
 
 def _kind(call: Call) -> Hashable:

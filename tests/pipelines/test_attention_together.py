@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 import hasten
@@ -119,6 +120,21 @@ def test_offloaded_weights() -> None:
         assert_same(turn(small, model, loop, scheduler), expected, 2e-5)
     assert any(call.sparse for call in session.trace.attention)
     assert_same(turn(small, model, loop, scheduler), expected, tolerance=0)
+
+
+def test_diffusers_own_caches_are_not_shown_marked_latents() -> None:
+    """They would keep the NaN and answer with it."""
+    pipe = small_wan(layers=2)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    plain = generate(pipe, VIDEO)
+    with hasten.accelerate(pipe, PART) as session:
+        found = generate(pipe, VIDEO)
+    assert torch.equal(found, plain) and bool(torch.isfinite(found).all())
+    assert any("FBCHeadBlockHook" in note for note in session.trace.notes)
+    pipe.transformer.disable_cache()
+    with hasten.accelerate(pipe, PART) as session:
+        generate(pipe, VIDEO)
+    assert session.trace.attention
 
 
 def test_projections_fused_inside_a_session() -> None:
