@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hasten.sparse_attn.calibrate import wait
+from hasten.sparse_attn.calibrate import clock_of, wait
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reference import dense as dense_with_lse
 from hasten.sparse_attn.roofline import Shape
@@ -151,9 +150,3 @@ def _once(each: Timed, device: torch.device) -> float:
         each.call()
     wait(device)
     return (clock() - began) / each.inner
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """The wall clock; with one thread on a processor the processor's time, which other programs do not lengthen."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter

@@ -77,8 +77,8 @@ def attention(
         import torch
 
         from hasten.pipelines import bench_attention as bench
-        from hasten.pipelines.bench_attention_parts import clock_of
         from hasten.pipelines.loading import pick_device, pick_dtype
+        from hasten.sparse_attn.calibrate import clock_of
 
         where = pick_device(device)
         usual = bench.defaults(where)
