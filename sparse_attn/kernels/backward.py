@@ -138,10 +138,12 @@ def _backward(
 KERNEL = _backward
 
 CONFIG = {
-    16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1),
+    16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1),
 }  # fmt: skip
-"""Padded head dimension -> (queries per program, keys per step, warps, stages). `test_kernels_compile_other` holds that
-none spills."""
+"""Padded head dimension -> (queries per program, keys per step, warps, stages), for inputs of 16 bits."""
+
+CONFIG_32 = {16: (32, 16, 8, 1), 32: (32, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+"""The same for float32, whose products take several instructions and registers each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,10 @@ def prepare(
     q, k, v, d_o = launch.rows(q), launch.rows(k), launch.rows(v), d_o.to(q.dtype).contiguous()
     (hq, d), (hk, dv) = (q.shape[1], q.shape[3]), (k.shape[1], v.shape[3])
     block_d = launch.power(max(d, dv))
-    block_m, block_n, warps, stages = CONFIG[block_d]
+    precision = launch.precision(q.dtype)
+    if precision == "tf32x3" and block_d > 128:
+        precision = "ieee"  # three TF32 products of this width do not fit into registers
+    block_m, block_n, warps, stages = (CONFIG_32 if q.dtype == torch.float32 else CONFIG)[block_d]
     block_m, block_n = min(block_m, launch.power(plan.block_m)), min(block_n, launch.power(plan.block_n))
     pieces = -(-plan.block_m // block_m)
     delta = (d_o.float() * output.o.float()).sum(-1)
@@ -214,7 +219,7 @@ def prepare(
         | {"HQ": hq, "GROUPS": hq // hk, "D": d, "DV": dv, "BLOCK_D": launch.power(d), "BLOCK_DV": launch.power(dv)}
         | {"BLOCK_M": block_m, "PIECES": pieces, "BLOCK_N": block_n, "SPLIT": -(-plan.block_n // block_n)}
         | {"BLOCK_C": min(32, block_n)}
-        | {"COMPENSATED": compensation is not None, "PRECISION": launch.precision(q.dtype), "UPCAST": upcast}
+        | {"COMPENSATED": compensation is not None, "PRECISION": precision, "UPCAST": upcast}
     )
     grid = (plan.tile_start.numel() * pieces,)
     return found, launch.Launch(_backward, grid, arguments, warps, stages)

@@ -83,7 +83,8 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     No [n, C] matrix of distances is ever in memory. Of equal distances the lowest index wins; coordinates of x that are
     not finite count as 0. What differs from Flash-KMeans: centroids enter as steps e from their common mean m,
     rounded to the dtype of x, as arg min of |e|^2 + 2 m.e - 2 x.e. That is the same arg min, but keys of trained
-    models share a large offset, and in 16 bits the offset would take the digits in which centroids differ.
+    models share a large offset, and in 16 bits the offset would take the digits in which centroids differ. Products of
+    float32 are TF32 ones on a GPU, which is as exact as a choice among neighbours has to be.
 
     Raises `UsageError` for shapes that do not fit, no clusters, or tensors that are not on the kernel's device.
     """
@@ -114,7 +115,7 @@ def prepare_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, launch.Launch]
     arguments = {
         "x": x.contiguous(), "step": step, "norm": (exact.square() + 2 * exact * middle).sum(-1), "labels": labels,
         "n": n, "count": count, "D": d, "BLOCK_D": launch.power(d), "BLOCK_N": block_n, "BLOCK_C": block_c,
-        "PRECISION": launch.precision(x.dtype), "UPCAST": launch.interpreted(_assign) and x.dtype == torch.bfloat16,
+        "PRECISION": "tf32", "UPCAST": launch.interpreted(_assign) and x.dtype == torch.bfloat16,
     }  # fmt: skip
     return labels, launch.Launch(_assign, (triton.cdiv(n, block_n), planes), arguments, warps, stages)
 

@@ -23,7 +23,7 @@ from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import launch
 
 BLOCK = 64
-"""Tokens of one step."""
+"""Tokens of one step; half as many where more than 128 features would not fit into registers."""
 
 PIECE = 256
 """Tokens of a piece where attention is causal, a multiple of `BLOCK`: each has a state of F * Dv numbers in memory, and
@@ -194,10 +194,10 @@ def prepare(
     state = torch.empty(b * hk, pieces, f * dv, device=device)
     norm = torch.empty(b * hk, pieces, f, device=device)
     top, bottom = torch.empty(b, hq, n, dv, device=device), torch.empty(b, hq, n, device=device)
-    block_dv = min(64, launch.power(dv))
+    block_n, block_dv = BLOCK if launch.power(f) <= 128 else BLOCK // 2, min(64, launch.power(dv))
     log_decay = None if decay is None else decay.float().log2().contiguous()
     common: dict[str, Any] = {
-        "log_decay": log_decay, "F": f, "DV": dv, "BLOCK_F": launch.power(f), "BLOCK_DV": block_dv, "BLOCK_N": BLOCK,
+        "log_decay": log_decay, "F": f, "DV": dv, "BLOCK_F": launch.power(f), "BLOCK_DV": block_dv, "BLOCK_N": block_n,
         "FEATURE": FEATURES[feature], "PRECISION": launch.precision(q.dtype), "pieces": pieces,
     }  # fmt: skip
     strides = {f"{name}_{a}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, a in enumerate("bhs")}
@@ -211,6 +211,6 @@ def prepare(
         jobs.append(launch.Launch(_add_up, grid, found | {"BLOCK": WIDTH, "CAUSAL": causal}, 4, 1))
     outputs = common | strides | {"q": q, "k": k, "v": v, "state": state, "norm": norm, "top": top, "bottom": bottom}
     outputs |= {"n": n, "piece": piece, "HQ": hq, "GROUPS": hq // hk, "CAUSAL": causal}
-    jobs.append(launch.Launch(_outputs, (triton.cdiv(n, BLOCK), b * hq, slices), outputs, warps, 1))
+    jobs.append(launch.Launch(_outputs, (triton.cdiv(n, block_n), b * hq, slices), outputs, warps, 1))
     return (top, bottom), jobs
 

@@ -15,7 +15,7 @@ from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import launch
 from hasten.sparse_attn.pack_chunks import Chunks, room
 
-MOST_BLOCKS = 2**15
+MOST_BLOCKS = 2**11
 """Key blocks that one program can hold. Maps with more are for the torch version."""
 
 
@@ -119,5 +119,5 @@ def prepare(
         "count": count, "q_blocks": q_blocks, "each": each, "BLOCK": block, "CHUNK": block_n,
         "bounds_plane": bounds.stride(0) if bounds.shape[0] > 1 else 0,
     }  # fmt: skip
-    warps = min(16, max(1, block // 256))
+    warps = max(1, block // 256)
     return Chunks(row_start, row_full, row_end, start, length), launch.Launch(_fill, (rows,), arguments, warps, 1)

@@ -71,7 +71,7 @@ def deviation(x: Tensor, wanted: Tensor) -> float:
     [
         {},
         {"heads": (3, 3), "perm": "none", "shared": True, "dims": (24, 8)},
-        {"heads": (5, 1), "batch": 2, "tokens": (33, 61), "tile": (16, 16)},
+        {"heads": (4, 2), "batch": 2, "tokens": (33, 61), "tile": (16, 16)},
         {"tokens": (40, 40), "mask": causal(40, 40), "perm": "shared"},
         {"tokens": (30, 50), "mask": Mask(12, 5, 20), "perm": "own"},
         {"tokens": (30, 50), "mask": Mask(None, 0, 20, torch.rand(30, 9) < 0.5), "perm": "none"},
