@@ -4,8 +4,9 @@
 
 One layer of a model with grouped queries (32 query heads, 8 key heads, head dimension 128) and one sample. Keys are
 about one of 64 topics that come in stretches, and each query head asks for one of them, so that there is something to
-find; recent keys get no preference, and heads do not agree. The dense time is that of `scaled_dot_product_attention` on queries packed by key head, which is
-faster on a CPU than with enable_gqa. Medians of 7 after a warm-up. "prepared" is the time for the prompt, once.
+find; recent keys get no preference, and heads do not agree. The dense time is that of `scaled_dot_product_attention`
+on queries packed by key head, which is faster on a CPU than with enable_gqa. Medians of 7 after a warm-up. "prepared"
+is the time for the prompt, once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every reader of a cache does, and which parts of the others their families' contracts hold for."""
+"""What every reader of a cache does, whatever it reads."""
 
 from __future__ import annotations
 
