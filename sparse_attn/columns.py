@@ -36,7 +36,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, plan: Plan, scale: float) -> 
             for batch, index in zip(some, jobs.keys(some), strict=True):
                 if index is not None:
                     _add(found, q, k, lse, jobs, batch, index, scale)
-        found = found.view(-1, plan.keys)
+        found = found.view(plan.heads[0] * plan.heads[2], plan.keys)
         if plan.k_perm is not None:
             found = torch.empty_like(found).scatter_(1, plan.k_perm.expand_as(found), found)
         return found.view(plan.heads[0], plan.heads[2], plan.keys)

@@ -55,8 +55,8 @@ def execute(
 class _Run:
     """Inputs in the working precision, the queries of all jobs in the order of their batches, and their outputs so far.
 
-    q: [slots, D], kv: [Pk * Sk, 2 D], keys and values beside each other so that they are gathered at once, all padded to
-    one head dimension D. places: int64 [slots], plane * Sq + original position; Pq * Sq for padding. o, lse: a list of
+    q: [slots, D], kv: [Pk * Sk, 2 D], keys and values beside each other so that they are gathered at once, all padded
+    to one head dimension D. places: int64 [slots], plane * Sq + original position; Pq * Sq for padding. o, lse: a list of
     outputs, with compensation a second list of LSEs without it. space: what is gathered lies here, for all batches (new
     memory for each would cost about as much as the copy).
     """
@@ -86,10 +86,11 @@ class _Run:
         if real is not None:
             at = at.masked_fill(~torch.as_tensor(real, device=q.device), q.shape[:3].numel())
         stand_in = _StandIn.of(compensation, wide, exact) if compensation is not None else None
-        return cls(jobs, scale, flat, kv, at, stand_in, kv.new_empty(0))
+        room = max((batch.jobs.size * batch.keys for batch in batches if batch.span is None), default=0)
+        return cls(jobs, scale, flat, kv, at, stand_in, kv.new_empty(room, kv.shape[1]))
 
     def batch(self, batch: Batch, indices: list[Index | None]) -> None:
-        """Compute one batch of jobs: from its range of keys or, with a mask, from full chunks and those that it cuts."""
+        """Compute one batch of jobs, from its range of keys or from what it gathers (in two parts with a mask)."""
         size = len(batch.jobs), batch.queries
         own = slice(self.done, self.done + size[0] * size[1])
         q = self.q[own].view(*size, -1)
@@ -127,12 +128,10 @@ class _Run:
             forbidden = outside if forbidden is None else outside | forbidden
         if forbidden is not None:
             bias = q.new_zeros(forbidden.shape).masked_fill_(forbidden, -math.inf)
-        if self.space.shape[0] < at.numel():
-            self.space = self.kv.new_empty(at.numel(), self.kv.shape[1])
         kv = torch.index_select(self.kv, 0, at.view(-1), out=self.space[: at.numel()])
         k, v = kv.view(*at.shape, -1).chunk(2, -1)
         o, lse = softmax_part(q, k, v, bias, self.scale)
-        if index.real is not None:
+        if index.real is not None and not index.real[:, 0].all():
             # A job without keys was padded with those of another: what is NaN there must not be NaN here.
             none = ~self._tensor(index.real[:, 0])
             o, lse = o.masked_fill(none[:, None, None], 0), lse.masked_fill(none[:, None], -math.inf)
@@ -153,7 +152,7 @@ class _Run:
             for lse, parts in zip(lses, self.lse, strict=False):
                 lse.index_copy_(0, self.places, torch.cat(parts))
         lses = [lse[:-1].view(q.shape[:3]) for lse in lses]
-        o = o[:-1, :value_dim].to(q.dtype).view(*q.shape[:3], -1)
+        o = o[:-1, :value_dim].to(q.dtype).view(*q.shape[:3], value_dim)
         return Output(o, lses[0], lses[1] if len(lses) > 1 else None)
 
 

@@ -237,6 +237,17 @@ def test_a_range_that_not_all_planes_read() -> None:
     agrees(run(problem), problem.truth())
 
 
+@pytest.mark.parametrize(("sq", "sk"), [(0, 5), (5, 0), (1, 1), (40, 1)])
+def test_sequences_of_no_token_and_of_one(sq: int, sk: int) -> None:
+    blocks, keep = everything(sq, sk, 2, 1)
+    plan = pack(blocks, keep, (1, 2, 1))
+    q, k, v = torch.randn(1, 2, sq, 8), torch.randn(1, 1, sk, 8), torch.randn(1, 1, sk, 4)
+    found = execute(q, k, v, plan, 0.3)
+    assert found.o.shape == (1, 2, sq, 4)
+    assert torch.equal(found.o, v[:, :, :1].expand(1, 2, sq, 4)) if sk == 1 else found.o.abs().sum() == 0
+    assert column_sums(q, k, found.lse, plan, 0.3).shape == (1, 1, sk)
+
+
 def test_means_that_nobody_asks_for_may_be_anything() -> None:
     problem = case(10, compensation=2)
     poisoned = problem.tables()
@@ -252,4 +263,4 @@ def test_a_job_without_full_chunks_beside_one_with_some() -> None:
     k, v = problem.k.clone(), problem.v.clone()
     k[:, 0], v[:, 1, :16] = math.nan, math.nan
     found = execute(problem.q, k, v, problem.plan, problem.scale)
-    assert torch.allclose(found.o[:, 1].double(), problem.truth().o[:, 1], atol=1e-6), "a plane that broke spoils others"
+    assert torch.allclose(found.o[:, 1].double(), problem.truth().o[:, 1], atol=1e-6), "one plane spoils another"

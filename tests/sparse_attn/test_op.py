@@ -66,7 +66,7 @@ def test_one_graph_for_all_steps_and_all_blocks() -> None:
     assert len(called) == 1
 
 
-def test_inductor_runs_it() -> None:
+def test_traced_ahead_of_time_it_computes_the_same() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = Block(Site())
@@ -85,6 +85,22 @@ def test_output_is_a_tensor_of_its_own() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 8)
     o = op.attend(q, k, v, op.ticket(site))
     assert torch.equal(o, v) and o.data_ptr() != v.data_ptr() and o.is_contiguous()
+
+
+def test_the_host_s_arguments_reach_the_site_where_they_are_not_defaults() -> None:
+    found = []
+
+    class Listens(Site):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, **named: object) -> Tensor:
+            found.append(named)
+            return torch.zeros_like(q)
+
+    site = Listens()
+    q, bias = torch.randn(1, 2, 5, 8), torch.zeros(5, 5)
+    op.attend(q, q, q, op.ticket(site))
+    op.attend(q, q, q, op.ticket(site), attn_mask=bias, dropout_p=0.5, is_causal=True, scale=0.25, enable_gqa=True)
+    assert found[0] == {} and found[1].pop("attn_mask") is bias
+    assert found[1] == {"dropout_p": 0.5, "is_causal": True, "scale": 0.25, "enable_gqa": True}
 
 
 def test_a_site_that_is_gone_is_named() -> None:
