@@ -90,6 +90,7 @@ def test_everything_read_is_dense_attention_and_nothing_is_left_behind(name: str
     after = attributes(model)
     assert_same(plain(name, LOOP), expected, tolerance=0)
     own = {key for key, number in attributes(model).items() if number != after.get(key)}  # made anew in each run
+    own |= {"pos_embed.freqs"}  # a list of tensors that Qwen-Image 2.1 makes anew, sometimes at the same address
     assert after.keys() == before.keys()
     assert not [key for key, number in after.items() if number != before[key] and key not in own]
 
