@@ -264,3 +264,12 @@ def test_a_job_without_full_chunks_beside_one_with_some() -> None:
     k[:, 0], v[:, 1, :16] = math.nan, math.nan
     found = execute(problem.q, k, v, problem.plan, problem.scale)
     assert torch.allclose(found.o[:, 1].double(), problem.truth().o[:, 1], atol=1e-6), "one plane spoils another"
+
+
+@pytest.mark.parametrize("mask", [None, causal(70, 90)])
+@pytest.mark.parametrize("compensation", [0, 2])
+def test_without_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, mask: Mask | None, compensation: int) -> None:
+    """As on devices that are not CPUs."""
+    monkeypatch.setattr("hasten.sparse_attn.executor.softmax_part", plain_part)
+    problem = case(11, batch=2, heads=(4, 2), mask=mask, compensation=compensation)
+    agrees(run(problem), problem.truth())
