@@ -52,7 +52,7 @@ def planned_attention(
         raise RefusedError(f'backend="triton" cannot run this call: {refused} Use backend="torch".')
     k, v = arranged(k, plan.k_perm), arranged(v, plan.k_perm)
     bias = None if bias is None else arranged(bias, plan.k_perm)
-    tables = (None, None, None)
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if compensation is not None:
         tables = (compensation.keys, compensation.values, compensation.variances)
     if backend == "triton" or (backend == "auto" and q.is_cuda and refused is None):
@@ -120,7 +120,7 @@ class _Kernels(torch.autograd.Function):
         return out.o, out.lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         from hasten.sparse_attn.kernels.backward import backward
 
@@ -151,7 +151,7 @@ class _Slabs(torch.autograd.Function):
         return o.to(q.dtype).view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         sums = [None if x is None else torch.zeros(x.shape, dtype=ctx.exact, device=x.device) for x in inputs]

@@ -72,8 +72,8 @@ def linear_attention(
         kernels = import_module("hasten.sparse_attn.kernels.linear")
         return Sums(*kernels.linear(q, k, v, feature, causal=causal, decay=decay))
     exact = torch.promote_types(q.dtype, torch.float32)
-    heads = (k.shape[1], q.shape[1] // k.shape[1])
-    x = features(q.to(exact), feature).unflatten(1, heads)
+    (b, hq, sq, width), hk = q.shape, k.shape[1]
+    x = features(q.to(exact), feature).reshape(b, hk, hq // hk, sq, width)
     y, z = features(k.to(exact), feature)[:, :, None], _counted(v.to(exact))[:, :, None]
     found = _causal(x, y, z, decay) if causal else x @ (y.mT @ z)
     found = found.flatten(1, 2)
@@ -107,7 +107,7 @@ def features(x: Tensor, feature: Feature) -> Tensor:
     """phi(x), element by element."""
     if feature == "relu":
         return x.relu()
-    return F.elu(x) + 1 if feature == "elu" else x
+    return F.elu(x).add(1) if feature == "elu" else x
 
 
 def projection(count: int, dim: int, seed: int = 0, device: torch.device | None = None) -> Tensor:
