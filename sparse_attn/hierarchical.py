@@ -26,7 +26,7 @@ def halve(q: Tensor, representatives: Tensor, low: Tensor, high: Tensor, top: in
     block. low, high: int64 [1 or P, Q], the range searched. most: largest range (high - low), as a number.
     Returns blocks int64 [P, Q, top] and their scores float32 (-inf: the range held fewer).
 
-    2 * top equal ranges; the `top` of them whose middle key scores highest (the mean over M of the exponentials, so
+    2 * top equal ranges; the `top` of them whose middle block scores highest (the sum over M of the exponentials, so
     that one query's find counts) are cut in two; and so on until each holds one block: log2(most / top) rounds, each
     of 2 * top products per query.
     """
@@ -60,8 +60,8 @@ class Hierarchical(Scorer):
 
     With the selector that keeps everything finite this is HiP's prefill. queries: evenly spaced queries that stand
     for a query block. A key block is represented by its middle key. Under a causal mask the search ends at the query
-    block. Differences from the paper: single-key blocks are searched down to blocks (what the plan reads), not
-    further.
+    block. Differences from the paper: the search ends at blocks (what the plan reads), not at keys; a range is
+    represented by the middle key of its middle block, not of the range (no better where that was tried).
     """
 
     kind: ClassVar[str] = "hierarchical"
