@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hasten.agree import alone
 from hasten.errors import HastenError
 from hasten.pipelines.attention_facts import Held, record
 from hasten.pipelines.attention_gain import declines
@@ -126,7 +127,8 @@ class AttentionSeam:
                 self.gate.bare(marked)
 
         try:
-            found, elsewhere = learn(twin(call), evaluate, *_latents_of(self.gate.model))
+            twice = self.gate.agree is alone
+            found, elsewhere = learn(twin(call), evaluate, *_latents_of(self.gate.model), twice=twice)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a network says to NaN is a reason to leave it alone

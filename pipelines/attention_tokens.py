@@ -138,11 +138,14 @@ class Latents:
 Evaluate = Callable[[Call, Learning], None]
 
 
-def learn(call: Call, evaluate: Evaluate, channels: set[int], patch: int = PATCH) -> tuple[dict[Key, Learned], int]:
+def learn(
+    call: Call, evaluate: Evaluate, channels: set[int], patch: int = PATCH, *, twice: bool = True
+) -> tuple[dict[Key, Learned], int]:
     """What the sites of a network are given in calls like this one, and how many calls stand outside of processors.
 
     evaluate: runs the network on a call, with attention answered by the walk. channels: how many the latents may have.
-    patch: positions of the latents that make a token, about.
+    patch: positions of the latents that make a token, about. twice: may unclear calls be looked at once more? (Not where
+    ranks share a sample: each sees other tokens, and all of them have to evaluate equally often.)
     Raises whatever the network raises when it is shown NaN.
     """
     latents = Latents.of(call, channels)
@@ -152,7 +155,7 @@ def learn(call: Call, evaluate: Evaluate, channels: set[int], patch: int = PATCH
     batch = call.get(call.layout.sample).shape[0] if latents.batched else len(call.get(call.layout.sample))
     resolver = Resolver(batch, list(boxes(marked)), call)
     unclear = [marks for marks in first.marks.values() if not resolver.clear(marks)]
-    second = _walk(call, evaluate, latents, latents.mark(patch, everywhere=True))[0].marks if unclear else {}
+    second = _walk(call, evaluate, latents, latents.mark(patch, everywhere=True))[0].marks if unclear and twice else {}
     found: dict[Key, Learned] = {}
     for key, marks in first.marks.items():
         learned = resolver.learned(marks, second.get(key))
@@ -192,7 +195,8 @@ class Resolver:
 
     def clear(self, marks: Marks) -> bool:
         """Can both sides be explained without a second look?"""
-        return all(not side.any() or not isinstance(self._side(side), str) for side in (marks.q, marks.k))
+        video = bool(marks.q.any()) and bool(marks.k.any())
+        return not video or all(isinstance(self._side(side), Tokens) for side in (marks.q, marks.k))
 
     def learned(self, marks: Marks, again: Marks | None) -> Learned:
         """What to do with a call. again: its marks when all latents are NaN."""
