@@ -114,11 +114,10 @@ def projection(count: int, dim: int, seed: int = 0, device: torch.device | None 
     """float32 [count, dim]: rows are Gaussian in length and orthogonal in groups of `dim` (Performer, section 3.2 of
     arXiv 2009.14794), which lowers the noise of `random_features`. The same seed gives the same rows."""
     generator = torch.Generator().manual_seed(seed)
-    groups = [
-        torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].mT for _ in range(-(-count // dim))
-    ]  # fmt: skip
-    lengths = torch.randn(count, dim, generator=generator).norm(dim=1, keepdim=True)
-    return (torch.cat(groups)[:count] * lengths).to(device)
+    squares = torch.randn(-(-count // dim), dim, dim, generator=generator)
+    rows: Tensor = torch.linalg.qr(squares)[0].mT.flatten(0, 1)[:count]
+    lengths: Tensor = torch.randn(count, dim, generator=generator).norm(dim=1, keepdim=True)
+    return (rows * lengths).to(device)
 
 
 def random_features(x: Tensor, rows: Tensor, scale: float, *, keys: bool) -> tuple[Tensor, Tensor]:
