@@ -87,7 +87,7 @@ def svg2(
     batches of any size, no padding of clusters beyond tiles. As there, both branches of guidance share clusters.
     """
     pattern = Pattern(
-        layout=KMeans(q_size=q_size, k_size=k_size, first=first, warm=2, init="random"),
+        layout=KMeans(q_size=q_size, k_size=k_size, first=first, warm=2, init="random", sample=1),
         score=Centroid(),
         select=TopP(p=p, floor=floor),
     )
