@@ -52,7 +52,7 @@ class Compensate(StandIn):
 
     most: the second order adds this much to a logit at most, for a query of usual size (ours). In blocks whose logits
     vary widely it would find the mass that is due to a few keys and give it the mean of all values, which is worse than
-    to underrate it: on synthetic heads that look at neighbours, over tiles, four times the error of order 1. With the
+    to underrate it: on synthetic heads that look at neighbours, over tiles, more than twice the error of order 1. With the
     limit it is as good as order 1 there, better on clusters, and rho of clusters is as exact as without.
     """
 
