@@ -75,6 +75,7 @@ def deviation(x: Tensor, wanted: Tensor) -> float:
         {"tokens": (40, 40), "mask": causal(40, 40), "perm": "shared"},
         {"tokens": (30, 50), "mask": Mask(12, 5, 20), "perm": "own"},
         {"tokens": (30, 50), "mask": Mask(None, 0, 20, torch.rand(30, 9) < 0.5), "perm": "none"},
+        {"tokens": (40, 20), "mask": causal(40, 20), "perm": "shared", "density": 0.8},  # half read nothing
         {"density": 0.0}, {"density": 1.0, "poison": False},
         {"tokens": (150, 40), "tile": (128, 32), "counts": (2, 6)},
     ],
