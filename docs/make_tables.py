@@ -375,6 +375,27 @@ def attention_sharpness_table() -> str:
     return table(headings, rows, left=0) if rows else f"{NOT_YET.capitalize()}.\n"
 
 
+END_TO_END = ("n", "speedup", "density", "rho", "psnr_median", "psnr_worst", "prompt_accuracy")
+
+
+def attention_end_to_end_table() -> str:
+    """Every recipe of sparse attention on the bundled models, alone and with a cache."""
+    columns = COLUMNS | {"density": ("density", _percent), "rho": ("mass read", _percent)}
+    parts = []
+    for file, document in documents("attention-end-to-end"):
+        rows = [row for row in document["rows"] if row.get("n")]
+        cells = [[row_name(row), *(_read(row, key, columns) for key in END_TO_END)] for row in rows]
+        body = table(["run", *(columns[key][0] for key in END_TO_END)], cells)
+        parts.append(f"**{rows[0]['model']}**, {hardware_name(document, file)}\n\n{body}")
+    return "\n".join(parts) if parts else f"{NOT_YET.capitalize()}.\n"
+
+
+def _read(row: Row, key: str, columns: dict[str, tuple[str, Callable[[Any], str]]]) -> str:
+    if row.get(key) is None:
+        return "identical" if key.startswith("psnr") and (row.get("exact_match") or row["recipe"] == "plain") else ""
+    return columns[key][1](row[key])
+
+
 def _values(rows: Sequence[Row], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row.get(key) is not None]
 
@@ -416,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-bars": attention_bars_table,
     "attention-quality": attention_quality_table,
     "attention-sharpness": attention_sharpness_table,
+    "attention-end-to-end": attention_end_to_end_table,
 }
 
 
