@@ -51,6 +51,8 @@ def forward_config(
         rows, columns, blocks, warps = 128, 128 if wide <= 64 else 64, 64 if wide <= 64 else 32, 8
     else:
         rows, columns, blocks, warps = 64, 64 if order == 0 else 32, 16, 8
+    if most > columns and arch < 90:  # counting the parts of a chunk takes the last registers of sm_80
+        blocks = min(blocks, 16)
     if tree:
         rows, columns, warps = min(rows, 64), 16, 8 if dtype == torch.float32 else 4
     if power(block_m) < 64 <= rows:
