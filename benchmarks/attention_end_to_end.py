@@ -2,7 +2,7 @@
 
     python benchmarks/attention_end_to_end.py --model tiny-video --json FILE
 
-Four prompts, one seed each, of the sixteen that other tables use. The bundled models have 64 to 320 tokens, so every recipe
+Four prompts, one seed each, of the sixteen that other tables use. The bundled models have 64 to 576 tokens, so every recipe
 is run with blocks and clusters that fit them, and with `min_tokens=0`: left to itself it declines, because at these sizes
 planning costs more than attention. So the times say what planning costs; what counts is how near the result stays at a
 density, whether prompts are still met, and that recipes compose.
