@@ -191,6 +191,8 @@ class Report:
         broken = [call for call in sparse if call.recall is not None and not math.isfinite(call.recall)]
         if broken:
             return [f"{len(broken)} attention calls ({broken[0].site}, step {broken[0].step}) gave NaN. Do not trust this result."]
+        if all(call.reads_all for call in sparse):
+            return ["The recipe's attention part left out nothing: every sparse call read all pairs. Choose smaller blocks or windows."]
         return []
 
     def _why_idle(self) -> str:

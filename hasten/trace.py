@@ -61,6 +61,11 @@ class Attended:
     def sparse(self) -> bool:
         return self.action == "sparse"
 
+    @property
+    def reads_all(self) -> bool:
+        """Did it read every pair, to the rounding of a float32 share?"""
+        return self.density > 1 - 1e-6
+
 
 @dataclass(slots=True)
 class Run:

@@ -224,8 +224,12 @@ class Session:
         stood_in = any(event.action in ("reuse", "forecast") for event in events)
         left_out = any(event.action == "skip" or event.share < 1 for event in events)
         name = self.recipe.name or "this recipe"
-        if self.recipe.attention is not None and not any(call.sparse for call in self.trace.attended(run)):
-            self._warn(f"{name}: no attention call was sparse. The report says why.")
+        if self.recipe.attention is not None:
+            sparse = [call for call in self.trace.attended(run) if call.sparse]
+            if not sparse:
+                self._warn(f"{name}: no attention call was sparse. The report says why.")
+            elif all(call.reads_all for call in sparse):
+                self._warn(f"{name}: attention left out nothing; every sparse call read all pairs.")
         if self.recipe.reuse is not None and not stood_in:
             self._warn(f"{name}: reuse skipped nothing; its rule never allowed it. Raise its limit, or see the report.")
         if self.recipe.guidance is not None and self.guidance is not None and not left_out:

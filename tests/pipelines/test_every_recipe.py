@@ -92,3 +92,18 @@ def test_sparse_attention_that_is_not_allowed_to_decline_acts(entry: Any, name: 
     assert sparse, session.trace.notes
     assert all(0 < call.density <= 1 for call in sparse if call.density is not None)
     assert torch.equal(run(pipe, name), plain)
+
+
+def test_windows_that_hold_everything_are_named() -> None:
+    pipe, _ = host("wan")
+    with pytest.warns(UserWarning, match="left out nothing"), hasten.accelerate(
+        pipe, "neighbourhood:window=[100000],min_tokens=0"
+    ) as session:
+        run(pipe, "wan")
+    assert any("left out nothing" in warning for warning in session.report().warnings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with hasten.accelerate(pipe, "semantic:q_size=4,k_size=2,warm=0,min_tokens=0") as session:
+            run(pipe, "wan")
+    said = [str(w.message) for w in caught] + session.report().warnings
+    assert not any("left out nothing" in text for text in said)
