@@ -13,21 +13,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.error_routing import ErrorRouting
-from hasten.sparse_attn.layout import Identity, Layout
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_tiles import Tiles
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity, Layout
+from hasten.sparse_attn.layouts.tiles import Tiles
+from hasten.sparse_attn.layouts.tree import Tree
+from hasten.sparse_attn.measure.synthetic import HEADS, heads
+from hasten.sparse_attn.measure.trial import Inputs, Method, Trial
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reference import dense
-from hasten.sparse_attn.score import Scorer
-from hasten.sparse_attn.score_mass import Oracle, block_mass
-from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, MeanRows, Pooled
+from hasten.sparse_attn.scorers.error_routing import ErrorRouting
+from hasten.sparse_attn.scorers.mass import Oracle, block_mass
+from hasten.sparse_attn.scorers.pooled import Antidiagonal, Centroid, MeanRows, Pooled
+from hasten.sparse_attn.scorers.scorer import Scorer
 from hasten.sparse_attn.segments import Tokens, video
-from hasten.sparse_attn.select_target import TargetRecall
-from hasten.sparse_attn.synthetic import HEADS, heads
-from hasten.sparse_attn.trial import Inputs, Method, Trial
+from hasten.sparse_attn.selectors.target import TargetRecall
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 
 GRID = (8, 14, 16)
 LAYOUTS: dict[str, Layout] = {

@@ -2,7 +2,7 @@
 
     python benchmarks/attention_quality.py [--inputs synthetic tiny-video tiny-video-large] [--folder PLACE]
 
-Synthetic heads (`hasten.sparse_attn.synthetic`, two seeds), and queries, keys and values recorded from tiny-video: at
+Synthetic heads (`hasten.sparse_attn.measure.synthetic`, two seeds), and queries, keys and values recorded from tiny-video: at
 its own size (576 tokens) and at twice each side and twice the frames (4352 tokens, which it was not trained on).
 tiny-flux has 32 tokens, which are read in one block.
 For each method, density and head: the mass that was read, that of the oracle (the same blocks chosen by their true
@@ -33,24 +33,24 @@ from hasten.cli.output import Output as Streams
 from hasten.errors import HastenError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.recipes import catalogue
-from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import cost
-from hasten.sparse_attn.error_routing import ErrorRouting
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_tiles import Tiles
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.tiles import Tiles
+from hasten.sparse_attn.layouts.tree import Tree
+from hasten.sparse_attn.measure.quality import quality
+from hasten.sparse_attn.measure.synthetic import CLUSTERED, HEADS, heads
+from hasten.sparse_attn.measure.trial import Inputs, Method, Trial
 from hasten.sparse_attn.pattern import by_head
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.quality import quality
 from hasten.sparse_attn.reference import dense
-from hasten.sparse_attn.score_mass import Oracle
-from hasten.sparse_attn.score_pooled import Centroid, Pooled
-from hasten.sparse_attn.score_static import Static
+from hasten.sparse_attn.scorers.error_routing import ErrorRouting
+from hasten.sparse_attn.scorers.mass import Oracle
+from hasten.sparse_attn.scorers.pooled import Centroid, Pooled
+from hasten.sparse_attn.scorers.static import Static
 from hasten.sparse_attn.segments import Tokens, video
-from hasten.sparse_attn.synthetic import CLUSTERED, HEADS, heads
-from hasten.sparse_attn.trial import Inputs, Method, Trial
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core"

@@ -23,11 +23,11 @@ import triton
 from torch import Tensor
 
 from hasten.atomic import atomic_write
-from hasten.sparse_attn.decode import Work
 from hasten.sparse_attn.kernels import aot, columns, decode, forward
 from hasten.sparse_attn.kernels.launch import Launch
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.plan import Compensation, Plan
+from hasten.sparse_attn.text.decode import Work
 
 ARCHS = (80, 90, 100)
 TOKENS, BLOCKS = 32_760, 1000

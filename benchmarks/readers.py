@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.sparse_attn.delta import Delta
-from hasten.sparse_attn.hierarchical import Tree
-from hasten.sparse_attn.lookup import Lookup
-from hasten.sparse_attn.reader import Everything, Reader, Recent
-from hasten.sparse_attn.votes import Votes
+from hasten.sparse_attn.text.delta import Delta
+from hasten.sparse_attn.text.hierarchical import Tree
+from hasten.sparse_attn.text.lookup import Lookup
+from hasten.sparse_attn.text.reader import Everything, Reader, Recent
+from hasten.sparse_attn.text.votes import Votes
 
 HEADS, KEY_HEADS, DIM, TOPICS, STRETCH = 32, 8, 128, 64, 48
 READERS: tuple[Reader, ...] = (Everything(), Recent(), Votes(), Lookup(), Tree(), Delta())

@@ -40,6 +40,26 @@ class Attention(Axis):
     """Axis `attention`: which key blocks a query block reads."""
 
 
+class KVPolicy(Axis):
+    """Axis `kv`: which tokens are computed again, and which keys and values are kept from earlier evaluations."""
+
+
+class Commit(Axis):
+    """Axis `commit`: which of a text's open slots are written after an evaluation."""
+
+
+class Revise(Axis):
+    """Axis `revise`: which written slots are taken back or replaced."""
+
+
+class Blocks(Axis):
+    """Axis `blocks`: which part of a text is worked on, and when the text is over."""
+
+
+class Verify(Axis):
+    """Axis `verify`: how drafts of several slots are checked in one evaluation."""
+
+
 class Runtime(Axis):
     """Axis `runtime`: how the same numbers are computed (compilation, precision, offload)."""
 
@@ -48,8 +68,8 @@ class Recipe(Part):
     """A frozen composition of parts, at most one per axis.
 
     `a | b` joins recipes with disjoint axes; the same axis in both raises `RecipeError`. `paper` and
-    `models` describe, they do not act. The remaining axes of the design (kv, commit, revise, blocks,
-    draft, verify, adapter) join here when their first part does.
+    `models` describe, they do not act. The remaining axes of the design (draft, adapter) join here when
+    their first part does.
     """
 
     kind: ClassVar[str] = ""
@@ -61,6 +81,11 @@ class Recipe(Part):
     guidance: Guidance | None = None
     reuse: ReusePolicy | None = None
     attention: Attention | None = None
+    kv: KVPolicy | None = None
+    commit: Commit | None = None
+    revise: Revise | None = None
+    blocks: Blocks | None = None
+    verify: Verify | None = None
     runtime: Runtime | None = None
 
     @property
@@ -101,7 +126,9 @@ class Recipe(Part):
         return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
-AXES = ("sampler", "guidance", "reuse", "attention", "runtime")
+AXES = (
+    "sampler", "guidance", "reuse", "attention", "kv", "commit", "revise", "blocks", "verify", "runtime",
+)  # fmt: skip
 
 
 def from_yaml(text: str, where: str = "recipe") -> Recipe:

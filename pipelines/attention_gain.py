@@ -10,9 +10,9 @@ from torch import nn
 
 from hasten.errors import UsageError
 from hasten.pipelines.attention_tokens import Key, Learned
-from hasten.sparse_attn.calibrate import measured
+from hasten.sparse_attn.measure.calibrate import measured
+from hasten.sparse_attn.measure.roofline import PLANNING, Machine, Shape, machine_called, predict
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.roofline import PLANNING, Machine, Shape, machine_called, predict
 
 TOO_SHORT = 512
 """No machine gains anything on fewer tokens; there it is not even measured."""

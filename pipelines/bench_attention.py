@@ -1,6 +1,6 @@
 """`hasten bench attention`: sparse attention against dense attention and FlexAttention, plans in a column of their own.
 
-Inputs are the synthetic heads of `hasten.sparse_attn.synthetic`, all six kinds in turn. All candidates of one size take
+Inputs are the synthetic heads of `hasten.sparse_attn.measure.synthetic`, all six kinds in turn. All candidates of one size take
 turns, so that a machine that slows down slows all of them; times are medians. A row whose output is not what its blocks
 say, in float64 on sampled queries, has no speed-up.
 """
@@ -26,18 +26,18 @@ from hasten.pipelines.bench_attention_parts import (
     synthetic,
     take_turns,
 )
-from hasten.sparse_attn.calibrate import measured
-from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import cost
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_tiles import Tiles
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.tiles import Tiles
+from hasten.sparse_attn.layouts.tree import Tree
+from hasten.sparse_attn.measure.calibrate import measured
+from hasten.sparse_attn.measure.quality import quality, sampled_error
+from hasten.sparse_attn.measure.roofline import Machine, predict
+from hasten.sparse_attn.measure.trial import Method, Trial
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.quality import quality, sampled_error
-from hasten.sparse_attn.roofline import Machine, predict
-from hasten.sparse_attn.score_pooled import Centroid, Pooled
-from hasten.sparse_attn.trial import Method, Trial
+from hasten.sparse_attn.scorers.pooled import Centroid, Pooled
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]

@@ -22,15 +22,15 @@ from hasten.errors import HastenError
 from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.model_shapes import MODELS, ModelShape
 from hasten.recipe import Recipe
-from hasten.sparse_attn.calibrate import wait
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.layout_kmeans import KMeans
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.measure.calibrate import wait
+from hasten.sparse_attn.measure.roofline import SHAPES, Machine, predict
+from hasten.sparse_attn.measure.trial import Inputs
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.roofline import SHAPES, Machine, predict
-from hasten.sparse_attn.score_pooled import Centroid
-from hasten.sparse_attn.select_top import TopK
-from hasten.sparse_attn.trial import Inputs
+from hasten.sparse_attn.scorers.pooled import Centroid
+from hasten.sparse_attn.selectors.top import TopK
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]

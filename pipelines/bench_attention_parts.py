@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hasten.sparse_attn.calibrate import clock_of, wait
+from hasten.sparse_attn.measure.calibrate import clock_of, wait
+from hasten.sparse_attn.measure.roofline import Shape
+from hasten.sparse_attn.measure.synthetic import HEADS, heads
+from hasten.sparse_attn.measure.trial import Inputs, Trial
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reference import dense as dense_with_lse
-from hasten.sparse_attn.roofline import Shape
 from hasten.sparse_attn.segments import Tokens, video
-from hasten.sparse_attn.synthetic import HEADS, heads
-from hasten.sparse_attn.trial import Inputs, Trial
 
 Call = Callable[[], object]
 
@@ -91,7 +91,7 @@ def _grouped(inputs: Inputs) -> bool:
 
 def flex_call(trial: Trial) -> Call | str:
     """FlexAttention, compiled, on the plan of `trial`; or why it cannot be."""
-    home = importlib.import_module("hasten.sparse_attn.backend_flex")
+    home = importlib.import_module("hasten.sparse_attn.backends.flex")
     reason = home.not_uniform(trial.plan)
     if reason is not None:
         return str(reason)

@@ -22,8 +22,8 @@ from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines.text_mask import Rule, read
 from hasten.pipelines.text_site import CALL, Site
 from hasten.session import Attachment
-from hasten.sparse_attn.causal import CausalAttention
 from hasten.sparse_attn.policy import SparseAttention
+from hasten.sparse_attn.text.causal import CausalAttention
 
 NAME = "hasten"
 """Of our function in transformers' registry of attention functions, and of SDPA's masks in that of masks."""

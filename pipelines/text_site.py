@@ -18,10 +18,10 @@ from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hasten.pipelines.text_mask import Rule
-from hasten.sparse_attn.exact import exact
 from hasten.sparse_attn.mask import Mask
-from hasten.sparse_attn.reader import ReaderState
 from hasten.sparse_attn.segments import plain
+from hasten.sparse_attn.text.exact import exact
+from hasten.sparse_attn.text.reader import ReaderState
 from hasten.step import Step
 
 if TYPE_CHECKING:

@@ -1,9 +1,16 @@
 """Which key blocks does a query block read, and what stands in for the rest?
 
-    segments, layouts   which tokens there are and in which order they stand
-    scorers, selectors  which pairs of blocks are worth reading
-    pack                the plan: one format for every method
-    sparse_attention    the call that runs it; kernels themselves are in `sparse_attn/kernels/`
+    segments, mask, blocks   which tokens there are, what they may read, and how they are cut into blocks
+    layouts/                 in which order do tokens stand?
+    scorers/                 how much is a pair of blocks worth?
+    selectors/               which pairs are read?
+    stand_ins/               what stands in for the rest?
+    pack, plan               what is read, in one format for every method
+    backends/, kernels/      which code runs a plan, and the Triton code itself
+    attention, autograd, op  the call that runs it; with gradients; as an operator that `torch.compile` sees
+    pattern, chooser, policy parts together, and when: the policy on a recipe's `attention` axis
+    text/                    how does a causal language model read its cache?
+    measure/                 how good is it, how fast, and how fast could it be?
 
 May import `hasten` core only; never `caching`, `samplers` or `pipelines`. Names are imported when they are first used.
 """
@@ -15,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hasten.sparse_attn.attention import sparse_attention
-    from hasten.sparse_attn.backends import choose
+    from hasten.sparse_attn.backends.choice import choose
     from hasten.sparse_attn.blocks import Blocks, Order
     from hasten.sparse_attn.density import cost, tile_density
     from hasten.sparse_attn.mask import Mask, causal
@@ -34,7 +41,7 @@ _HOME = {
     "SparseAttention": "policy",
     "Tokens": "segments",
     "causal": "mask",
-    "choose": "backends",
+    "choose": "backends.choice",
     "cost": "density",
     "sparse_attention": "attention",
     "tile_density": "density",

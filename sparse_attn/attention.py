@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RefusedError, UsageError
-from hasten.sparse_attn.backends import Backend, choose
+from hasten.sparse_attn.backends.choice import Backend, choose
 from hasten.sparse_attn.blocks import arrange
 from hasten.sparse_attn.density import Cost, cost, density, flops, pairs, tile_density
 from hasten.sparse_attn.plan import Compensation, Output, Plan

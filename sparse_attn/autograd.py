@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hasten.errors import RefusedError, UsageError
-from hasten.sparse_attn.backends import installed
+from hasten.sparse_attn.backends.choice import installed
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 ROOM = 1 << 22

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn import pack_chunks
-from hasten.sparse_attn.backends import installed
+from hasten.sparse_attn.backends.choice import installed
 from hasten.sparse_attn.blocks import Blocks, Order, grouped
 from hasten.sparse_attn.extent import FULL, PARTIAL, block_states
 from hasten.sparse_attn.mask import Mask

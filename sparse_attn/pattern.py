@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hasten.part import Part
 from hasten.sparse_attn.blocks import Blocks, Order
-from hasten.sparse_attn.compensate import approximate_map
-from hasten.sparse_attn.layout import Identity, Layout
+from hasten.sparse_attn.layouts.layout import Identity, Layout
 from hasten.sparse_attn.mask import Mask
-from hasten.sparse_attn.score import Scorer, View
+from hasten.sparse_attn.scorers.scorer import Scorer, View
 from hasten.sparse_attn.segments import Tokens
-from hasten.sparse_attn.select import Selector
+from hasten.sparse_attn.selectors.selector import Selector
+from hasten.sparse_attn.stand_ins.compensate import approximate_map
 
 
 class Pattern(Part):

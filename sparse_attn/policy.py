@@ -17,16 +17,16 @@ from hasten.errors import RecipeError
 from hasten.recipe import Attention
 from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.chooser import Chooser, ChooserState, Sampled
-from hasten.sparse_attn.compensate import StandIn, query_squares
 from hasten.sparse_attn.density import density
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.pattern import Pattern, PatternState, Selection, by_head, unlike
 from hasten.sparse_attn.plan import Output, Plan
 from hasten.sparse_attn.recall import sampled_recall
-from hasten.sparse_attn.recover import Recover, RecoverState
 from hasten.sparse_attn.reference import dense as dense_with_lse
 from hasten.sparse_attn.segments import Tokens
+from hasten.sparse_attn.stand_ins.compensate import StandIn, query_squares
+from hasten.sparse_attn.stand_ins.recover import Recover, RecoverState
 from hasten.step import Step
 
 Dense = Callable[[], Tensor]

@@ -78,7 +78,7 @@ def attention(
 
         from hasten.pipelines import bench_attention as bench
         from hasten.pipelines.loading import pick_device, pick_dtype
-        from hasten.sparse_attn.calibrate import clock_of
+        from hasten.sparse_attn.measure.calibrate import clock_of
 
         where = pick_device(device)
         usual = bench.defaults(where)

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from hasten.recipe import Recipe
 from hasten.sparse_attn.chooser import Sampled
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.error_routing import ErrorRouting
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_common import Common
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_lsh import LSH
-from hasten.sparse_attn.layout_swap import Swap
-from hasten.sparse_attn.layout_tiles import Tiles
-from hasten.sparse_attn.layout_tree import Tree
-from hasten.sparse_attn.linear_rest import LinearRest
+from hasten.sparse_attn.layouts.common import Common
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.lsh import LSH
+from hasten.sparse_attn.layouts.swap import Swap
+from hasten.sparse_attn.layouts.tiles import Tiles
+from hasten.sparse_attn.layouts.tree import Tree
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.recover import Residual
-from hasten.sparse_attn.samples import Samples
-from hasten.sparse_attn.score import Scorer
-from hasten.sparse_attn.score_bands import Bands, BlockDiagonal, Radial
-from hasten.sparse_attn.score_both import Both
-from hasten.sparse_attn.score_columns import LastQueries
-from hasten.sparse_attn.score_mass import CachedMass
-from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, Pooled
-from hasten.sparse_attn.score_window import Around, CrissCross, Neighbourhood, SlidingTile
-from hasten.sparse_attn.select_target import TargetRecall
-from hasten.sparse_attn.select_top import Above, All, SelfTopP, TopK, TopP
+from hasten.sparse_attn.scorers.bands import Bands, BlockDiagonal, Radial
+from hasten.sparse_attn.scorers.both import Both
+from hasten.sparse_attn.scorers.columns import LastQueries
+from hasten.sparse_attn.scorers.error_routing import ErrorRouting
+from hasten.sparse_attn.scorers.mass import CachedMass
+from hasten.sparse_attn.scorers.pooled import Antidiagonal, Centroid, Pooled
+from hasten.sparse_attn.scorers.scorer import Scorer
+from hasten.sparse_attn.scorers.window import Around, CrissCross, Neighbourhood, SlidingTile
+from hasten.sparse_attn.selectors.target import TargetRecall
+from hasten.sparse_attn.selectors.top import Above, All, SelfTopP, TopK, TopP
+from hasten.sparse_attn.stand_ins.compensate import Compensate
+from hasten.sparse_attn.stand_ins.linear_rest import LinearRest
+from hasten.sparse_attn.stand_ins.recover import Residual
+from hasten.sparse_attn.stand_ins.samples import Samples
 
 
 def semantic(

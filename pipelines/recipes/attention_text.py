@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from hasten.recipe import Recipe
-from hasten.sparse_attn.causal import CausalAttention
 from hasten.sparse_attn.chooser import Sampled
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.delta import Delta, Runs
-from hasten.sparse_attn.hierarchical import Hierarchical
-from hasten.sparse_attn.hierarchical import Tree as Halving
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.lookup import Lookup
+from hasten.sparse_attn.layouts.layout import Identity
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.reader import Recent
-from hasten.sparse_attn.score_bands import AShape
-from hasten.sparse_attn.score_both import Both
-from hasten.sparse_attn.score_columns import LastQueries
-from hasten.sparse_attn.score_pooled import Pooled
-from hasten.sparse_attn.select_top import All, TopK
-from hasten.sparse_attn.spans import Depth, Full, Near, Shards, Spans
-from hasten.sparse_attn.votes import Votes
+from hasten.sparse_attn.scorers.bands import AShape
+from hasten.sparse_attn.scorers.both import Both
+from hasten.sparse_attn.scorers.columns import LastQueries
+from hasten.sparse_attn.scorers.pooled import Pooled
+from hasten.sparse_attn.scorers.spans import Depth, Full, Near, Shards, Spans
+from hasten.sparse_attn.selectors.top import All, TopK
+from hasten.sparse_attn.stand_ins.compensate import Compensate
+from hasten.sparse_attn.text.causal import CausalAttention
+from hasten.sparse_attn.text.delta import Delta, Runs
+from hasten.sparse_attn.text.hierarchical import Hierarchical
+from hasten.sparse_attn.text.hierarchical import Tree as Halving
+from hasten.sparse_attn.text.lookup import Lookup
+from hasten.sparse_attn.text.reader import Recent
+from hasten.sparse_attn.text.votes import Votes
 
 
 def _prompt(*patterns: Pattern) -> SparseAttention:

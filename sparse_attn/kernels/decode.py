@@ -1,7 +1,7 @@
 """Decoding with equal pieces of work, and merging of what parts of the keys gave.
 
 Shapes: B batch, Hq, Hk heads, G = Hq / Hk, n new queries, S places of the cache, D, Dv head dimensions, R = B * Hk
-rows, M = G * n queries of a row, W pieces. See `hasten.sparse_attn.decode` for the work and the twin of `decode`,
+rows, M = G * n queries of a row, W pieces. See `hasten.sparse_attn.text.decode` for the work and the twin of `decode`,
 `hasten.sparse_attn.merge` for the twin of `merge`.
 """
 
@@ -22,7 +22,7 @@ from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Output
 
 if TYPE_CHECKING:
-    from hasten.sparse_attn.decode import Work
+    from hasten.sparse_attn.text.decode import Work
 
 _PLAIN = ["left", "right", "offset", "tree_keys", "keys", "parts", "length"]
 

@@ -168,7 +168,7 @@ def linear(
 
     q [B, Hq, Sq, F], k [B, Hk, Sk, F], v [B, Hk, Sk, Dv] of one dtype. feature: "relu", "elu" (elu + 1), or "none"
     where q and k are features already. causal: query i reads keys up to i, Sq = Sk. decay: [Hk] in (0, 1], with causal.
-    Raises `UsageError` for shapes that do not fit. The torch twin is `hasten.sparse_attn.linear`.
+    Raises `UsageError` for shapes that do not fit. The torch twin is `hasten.sparse_attn.stand_ins.linear`.
     """
     launch.same_dtype(q=q, k=k, v=v)
     launch.check(_outputs, q=q, k=k, v=v, decay=decay)

@@ -13,8 +13,8 @@ from hasten.pipelines import bench_attention as bench
 from hasten.pipelines import bench_attention_parts as parts
 from hasten.pipelines.bench_attention_gpu import bench_models, recipes, scaled_step
 from hasten.pipelines.model_shapes import MODELS, small
-from hasten.sparse_attn.roofline import MACHINES
-from hasten.sparse_attn.trial import Trial
+from hasten.sparse_attn.measure.roofline import MACHINES
+from hasten.sparse_attn.measure.trial import Trial
 
 CPU = torch.device("cpu")
 
@@ -128,7 +128,7 @@ def test_networks_are_the_published_ones_and_steps_are_scaled(name: str) -> None
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_of_published_sizes(name: str) -> None:
-    from hasten.sparse_attn.roofline import SHAPES
+    from hasten.sparse_attn.measure.roofline import SHAPES
 
     model, shape = MODELS[name], SHAPES[MODELS[name].shape]
     _, frames, height, width = model.latents

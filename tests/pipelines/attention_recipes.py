@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hasten.recipe import Recipe
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.tree import Tree
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.score_pooled import Centroid, Pooled
-from hasten.sparse_attn.select_top import All, TopK
+from hasten.sparse_attn.scorers.pooled import Centroid, Pooled
+from hasten.sparse_attn.selectors.top import All, TopK
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 
 SMALL: dict[str, Any] = {"warm": 0.0, "min_tokens": 0, "block_m": 16, "block_n": 16}
 """Sparse from the first step on, whatever the number of tokens."""

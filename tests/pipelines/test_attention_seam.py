@@ -25,10 +25,10 @@ from hasten.limits import Limits
 from hasten.pipelines.accelerate import Session
 from hasten.pipelines.attention_seam import AttentionSeam
 from hasten.recipe import Recipe
-from hasten.sparse_attn.layout_swap import Swap
+from hasten.sparse_attn.layouts.swap import Swap
 from hasten.sparse_attn.pattern import Pattern
-from hasten.sparse_attn.score_pooled import Pooled
-from hasten.sparse_attn.select_top import All
+from hasten.sparse_attn.scorers.pooled import Pooled
+from hasten.sparse_attn.selectors.top import All
 from tests.conformance.loop import Loop, assert_same, solver, turn
 from tests.conformance.small import Inputs, Small, every
 from tests.hosts import FLUX_CALL, UNET_CALL, WAN_CALL, flux_arguments, small_flux, small_unet, small_wan

@@ -12,8 +12,8 @@ import torch
 import hasten
 from hasten.errors import UsageError
 from hasten.pipelines.recipes import catalogue
-from hasten.sparse_attn.causal import CausalAttention
 from hasten.sparse_attn.policy import SparseAttention
+from hasten.sparse_attn.text.causal import CausalAttention
 from tests.hosts import (
     FLUX_CALL,
     PIXART_CALL,

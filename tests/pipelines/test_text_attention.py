@@ -33,20 +33,20 @@ from hasten.pipelines.recipes import attention_text
 from hasten.pipelines.text_attention import NAME, TextSession, attach
 from hasten.pipelines.text_mask import Rule, read
 from hasten.pipelines.text_site import ONCE, pairs_of
-from hasten.sparse_attn.causal import CausalAttention
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.delta import Delta, Runs
-from hasten.sparse_attn.hierarchical import Hierarchical, Tree
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.lookup import Lookup
+from hasten.sparse_attn.layouts.layout import Identity
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.reader import Everything, Reader, Recent
+from hasten.sparse_attn.scorers.spans import Depth, Full, Near, Shards, Spans
 from hasten.sparse_attn.segments import plain
-from hasten.sparse_attn.select_top import All
-from hasten.sparse_attn.spans import Depth, Full, Near, Shards, Spans
-from hasten.sparse_attn.votes import Votes
+from hasten.sparse_attn.selectors.top import All
+from hasten.sparse_attn.stand_ins.compensate import Compensate
+from hasten.sparse_attn.text.causal import CausalAttention
+from hasten.sparse_attn.text.delta import Delta, Runs
+from hasten.sparse_attn.text.hierarchical import Hierarchical, Tree
+from hasten.sparse_attn.text.lookup import Lookup
+from hasten.sparse_attn.text.reader import Everything, Reader, Recent
+from hasten.sparse_attn.text.votes import Votes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hasten.sparse_attn.backends.executor import execute
 from hasten.sparse_attn.blocks import NEVER, Blocks, Order
-from hasten.sparse_attn.compensate import approximate_map, centroids
-from hasten.sparse_attn.executor import execute
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 from hasten.sparse_attn.reference import reference
+from hasten.sparse_attn.stand_ins.compensate import approximate_map, centroids
 
 
 @dataclass(frozen=True)

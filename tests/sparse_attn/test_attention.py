@@ -12,8 +12,8 @@ import torch
 import hasten.sparse_attn as package
 from hasten.errors import RefusedError, UsageError
 from hasten.sparse_attn.attention import choose, cost, density, flops, pairs, sparse_attention, tile_density
+from hasten.sparse_attn.backends.executor import execute
 from hasten.sparse_attn.blocks import Blocks, Order, uniform
-from hasten.sparse_attn.executor import execute
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.reference import reference, token_map
 from tests.sparse_attn.kernel_cases import case

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hasten.errors import RecipeError
 from hasten.sparse_attn.blocks import Blocks, Order, uniform
-from hasten.sparse_attn.causal import CausalAttention
 from hasten.sparse_attn.mask import causal
-from hasten.sparse_attn.score import View
+from hasten.sparse_attn.scorers.scorer import View
+from hasten.sparse_attn.scorers.spans import Depth, Full, Near, Shards, Span, Spans
 from hasten.sparse_attn.segments import plain
-from hasten.sparse_attn.spans import Depth, Full, Near, Shards, Span, Spans
+from hasten.sparse_attn.text.causal import CausalAttention
 
 
 def order(s: int, block: int) -> Order:

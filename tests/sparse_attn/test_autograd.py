@@ -15,11 +15,11 @@ from hasten.errors import UsageError
 from hasten.sparse_attn import autograd
 from hasten.sparse_attn.autograd import planned_attention, with_bias
 from hasten.sparse_attn.blocks import Blocks, Order, uniform
-from hasten.sparse_attn.compensate import approximate_map, centroids
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Plan
 from hasten.sparse_attn.reference import reference
+from hasten.sparse_attn.stand_ins.compensate import approximate_map, centroids
 from tests.sparse_attn.random_blocks import Case, cases, generator, masks
 
 GRADCHECK = torch.autograd.gradcheck

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RefusedError, UsageError
-from hasten.sparse_attn import backend_flex, backend_xformers, backends
+from hasten.sparse_attn.backends import choice, flex, xformers
+from hasten.sparse_attn.backends.executor import execute
 from hasten.sparse_attn.blocks import Blocks, Order, uniform
-from hasten.sparse_attn.executor import execute
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Plan
 from tests.sparse_attn.kernel_cases import case
 
 
-def call(**changes: object) -> backends.Call:
+def call(**changes: object) -> choice.Call:
     """A call on a CUDA device that every backend would take, except for the changes."""
-    plain = backends.Call(torch.device("cuda"), torch.bfloat16, (64, 64), diagonal(), False)
+    plain = choice.Call(torch.device("cuda"), torch.bfloat16, (64, 64), diagonal(), False)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -42,14 +42,14 @@ def diagonal() -> Plan:
 
 def test_auto_on_a_cpu_is_plain_torch() -> None:
     problem = case(0)
-    found = backends.choose(problem.q, problem.v, problem.plan)
+    found = choice.choose(problem.q, problem.v, problem.plan)
     assert (found.name, found.execute, found.refused) == ("torch", execute, ())
 
 
 def test_auto_elsewhere_says_why_it_is_not_triton() -> None:
     problem = case(0)
     q = torch.empty(problem.q.shape, device="meta", dtype=torch.float64)
-    found = backends.choose(q, q, problem.plan)
+    found = choice.choose(q, q, problem.plan)
     assert found.name == "torch" and "float64" in found.refused[0]
 
 
@@ -63,27 +63,27 @@ def test_auto_elsewhere_says_why_it_is_not_triton() -> None:
     ],
 )
 def test_triton(changes: dict[str, object], reason: str | None) -> None:
-    if not backends.installed("triton"):
+    if not choice.installed("triton"):
         pytest.skip("triton is not installed")
-    found = backends._triton_refuses(call(**changes))
+    found = choice._triton_refuses(call(**changes))
     assert found is None if reason is None else reason in str(found)
 
 
 def test_triton_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "installed", lambda module: False)
-    assert "triton is not installed" in str(backends._triton_refuses(call()))
+    monkeypatch.setattr(choice, "installed", lambda module: False)
+    assert "triton is not installed" in str(choice._triton_refuses(call()))
     problem = case(0)
     with pytest.raises(RefusedError, match='backend="triton" cannot run this call: triton is not installed'):
-        backends.choose(problem.q, problem.v, problem.plan, backend="triton")
+        choice.choose(problem.q, problem.v, problem.plan, backend="triton")
 
 
 def test_named_backends_say_why_they_cannot() -> None:
     problem = case(0)
     for name, reason in (("flex", "the tensors are on cpu"), ("xformers", "xformers is not installed|on cpu")):
         with pytest.raises(RefusedError, match=reason):
-            backends.choose(problem.q, problem.v, problem.plan, backend=name)
+            choice.choose(problem.q, problem.v, problem.plan, backend=name)
     with pytest.raises(UsageError, match="Did you mean 'flex'"):
-        backends.choose(problem.q, problem.v, problem.plan, backend="felx")
+        choice.choose(problem.q, problem.v, problem.plan, backend="felx")
 
 
 @pytest.mark.parametrize("perm", [False, True])
@@ -96,10 +96,10 @@ def test_flex_computes_the_plan(perm: bool, mask: Mask | None) -> None:
     keep = torch.rand(8, 5, 12) < 0.4
     keep[:, 1] = False
     plan = pack(blocks, keep, (2, 4, 2), block_m=16, block_n=8, mask=mask)
-    assert backend_flex.not_uniform(plan) is None
+    assert flex.not_uniform(plan) is None
     q, k, v = (torch.randn(2, h, s, 16) for h, s in ((4, 70), (2, 90), (2, 90)))
     k, v = blocks.k.arrange(k), blocks.k.arrange(v)
-    found = backend_flex.execute(q, k, v, plan, 0.3, compiled=False)
+    found = flex.execute(q, k, v, plan, 0.3, compiled=False)
     wanted = execute(q, k, v, plan, 0.3)
     assert torch.allclose(found.o, wanted.o, atol=2e-6) and torch.allclose(found.lse, wanted.lse, atol=2e-6)
 
@@ -115,7 +115,7 @@ def test_flex_computes_the_plan(perm: bool, mask: Mask | None) -> None:
     ],
 )
 def test_flex_refuses(changes: dict[str, object], reason: str | None) -> None:
-    found = backend_flex.refuses(call(**changes))
+    found = flex.refuses(call(**changes))
     assert found is None if reason is None else reason in str(found)
 
 
@@ -131,8 +131,8 @@ def test_flex_refuses(changes: dict[str, object], reason: str | None) -> None:
     ],
 )
 def test_xformers_refuses(monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], reason: str | None) -> None:
-    monkeypatch.setattr(backends, "installed", lambda module: True)
-    found = backend_xformers.refuses(call(**changes))
+    monkeypatch.setattr(choice, "installed", lambda module: True)
+    found = xformers.refuses(call(**changes))
     assert found is None if reason is None else any(part in str(found) for part in reason.split("|"))
 
 
@@ -166,6 +166,6 @@ def test_xformers_is_asked_for_the_ranges_of_the_plan(monkeypatch: pytest.Monkey
     keep[0, 2] = False
     plan = pack(grid(64, 32, 1, False), keep, (2, 4, 2), block_m=16, block_n=8)
     q, k, v = (torch.randn(2, h, s, 16) for h, s in ((4, 64), (2, 32), (2, 32)))
-    found, wanted = backend_xformers.execute(q, k, v, plan, 0.3), execute(q, k, v, plan, 0.3)
+    found, wanted = xformers.execute(q, k, v, plan, 0.3), execute(q, k, v, plan, 0.3)
     assert torch.allclose(found.o, wanted.o, atol=2e-6) and torch.allclose(found.lse, wanted.lse, atol=2e-6)
     assert (found.lse[:, :, 32:48] == -math.inf).all()

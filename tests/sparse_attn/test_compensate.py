@@ -14,20 +14,26 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.sparse_attn.attention import sparse_attention
 from hasten.sparse_attn.blocks import ALWAYS, NEVER, SELECT, SPARSE, Blocks
-from hasten.sparse_attn.compensate import Compensate, approximate_map, centroids, log_mass, query_squares
 from hasten.sparse_attn.extent import FULL, block_states
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_tiles import Tiles
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.tiles import Tiles
 from hasten.sparse_attn.mask import causal
+from hasten.sparse_attn.measure.synthetic import heads
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.score import View
-from hasten.sparse_attn.score_mass import Oracle
+from hasten.sparse_attn.scorers.mass import Oracle
+from hasten.sparse_attn.scorers.scorer import View
 from hasten.sparse_attn.segments import Tokens, plain, video
-from hasten.sparse_attn.select_top import TopK
+from hasten.sparse_attn.selectors.top import TopK
+from hasten.sparse_attn.stand_ins.compensate import (
+    Compensate,
+    approximate_map,
+    centroids,
+    log_mass,
+    query_squares,
+)
 from hasten.sparse_attn.sums import block_sums, in_segments
-from hasten.sparse_attn.synthetic import heads
 from tests.sparse_attn.random_blocks import Case, cases, normal
 
 

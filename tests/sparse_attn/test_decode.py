@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.errors import RefusedError, UsageError
-from hasten.sparse_attn.decode import Work, decode, decode_torch, pages, select, split, whole
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.plan import Output
-from hasten.sparse_attn.reader import Everything, Recent, newest
+from hasten.sparse_attn.text.decode import Work, decode, decode_torch, pages, select, split, whole
+from hasten.sparse_attn.text.reader import Everything, Recent, newest
 
 
 def by_pieces(q: Tensor, k: Tensor, v: Tensor, work: Work, mask: Mask | None = None) -> Output:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.sparse_attn.blocks import Blocks, Order, uniform
-from hasten.sparse_attn.delta import Delta, Runs, runs
-from hasten.sparse_attn.hierarchical import Hierarchical, Tree, halve, middles, samples
 from hasten.sparse_attn.mask import causal
-from hasten.sparse_attn.reader import Everything
-from hasten.sparse_attn.score import View
+from hasten.sparse_attn.scorers.scorer import View
 from hasten.sparse_attn.segments import plain
+from hasten.sparse_attn.text.delta import Delta, Runs, runs
+from hasten.sparse_attn.text.hierarchical import Hierarchical, Tree, halve, middles, samples
+from hasten.sparse_attn.text.reader import Everything
 
 SCALE = 8**-0.5
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hasten.errors import UsageError
 from hasten.part import parse
 from hasten.sparse_attn.autograd import planned_attention
-from hasten.sparse_attn.dynamic_mask import DynamicMask, TopBias
+from hasten.sparse_attn.text.dynamic_mask import DynamicMask, TopBias
 
 
 def inputs(b: int, hq: int, hk: int, sq: int, sk: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

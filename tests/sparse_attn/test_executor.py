@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hasten.sparse_attn.backends.columns import column_sums
+from hasten.sparse_attn.backends.executor import execute, plain_part, softmax_part
+from hasten.sparse_attn.backends.jobs import jobs_of
 from hasten.sparse_attn.blocks import Blocks, Order, uniform
-from hasten.sparse_attn.columns import column_sums
-from hasten.sparse_attn.compensate import centroids
-from hasten.sparse_attn.executor import execute, plain_part, softmax_part
-from hasten.sparse_attn.jobs import jobs_of
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.reference import dense, reference, token_map
+from hasten.sparse_attn.stand_ins.compensate import centroids
 from tests.sparse_attn.kernel_cases import Case, case
 
 TREE = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
@@ -270,6 +270,6 @@ def test_a_job_without_full_chunks_beside_one_with_some() -> None:
 @pytest.mark.parametrize("compensation", [0, 2])
 def test_without_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, mask: Mask | None, compensation: int) -> None:
     """As on devices that are not CPUs."""
-    monkeypatch.setattr("hasten.sparse_attn.executor.softmax_part", plain_part)
+    monkeypatch.setattr("hasten.sparse_attn.backends.executor.softmax_part", plain_part)
     problem = case(11, batch=2, heads=(4, 2), mask=mask, compensation=compensation)
     agrees(run(problem), problem.truth())

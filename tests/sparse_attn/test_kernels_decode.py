@@ -13,10 +13,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hasten.errors import UsageError
-from hasten.sparse_attn import decode as twin
 from hasten.sparse_attn.kernels.decode import decode, merge
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.merge import merge as twin_merge
+from hasten.sparse_attn.text import decode as twin
 from tests.sparse_attn.kernel_cases import deviation
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

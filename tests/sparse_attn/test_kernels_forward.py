@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hasten.errors import UsageError
-from hasten.sparse_attn import columns as twin_columns
+from hasten.sparse_attn.backends import columns as twin_columns
 from hasten.sparse_attn.kernels import config, launch
 from hasten.sparse_attn.kernels.columns import column_sums
 from hasten.sparse_attn.kernels.forward import forward

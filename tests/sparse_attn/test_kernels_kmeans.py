@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hasten.errors import UsageError
-from hasten.sparse_attn import layout_kmeans as twin
 from hasten.sparse_attn.kernels import kmeans
+from hasten.sparse_attn.layouts import kmeans as twin
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hasten.errors import RefusedError, UsageError
 from hasten.sparse_attn.blocks import ALWAYS, DENSE, NEVER, NONE, SELECT, SPARSE, Order
-from hasten.sparse_attn.layout import EDGE, Blocked, Identity, Layout, StaticState
-from hasten.sparse_attn.layout_curve import Curve
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_lsh import LSH
-from hasten.sparse_attn.layout_swap import Swap
-from hasten.sparse_attn.layout_tiles import Tiles
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.curve import Curve
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import EDGE, Blocked, Identity, Layout, StaticState
+from hasten.sparse_attn.layouts.lsh import LSH
+from hasten.sparse_attn.layouts.swap import Swap
+from hasten.sparse_attn.layouts.tiles import Tiles
+from hasten.sparse_attn.layouts.tree import Tree
 from hasten.sparse_attn.segments import Tokens, padding, plain, reference, text, video
 from tests.contract import PartContract, seeded
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from hasten.errors import RecipeError
 from hasten.part import parse
 from hasten.sparse_attn.blocks import ALWAYS, SELECT, Order, uniform
-from hasten.sparse_attn.layout import Identity, Layout
-from hasten.sparse_attn.layout_curve import Curve, curve
-from hasten.sparse_attn.layout_kmeans import KMeans, assign, lloyd, runs, update
-from hasten.sparse_attn.layout_lsh import LSH, hashed
-from hasten.sparse_attn.layout_swap import Swap, rows, swapped
-from hasten.sparse_attn.layout_tiles import Tiles, best_tile, fill
-from hasten.sparse_attn.layout_tree import Tree, balanced, direction
+from hasten.sparse_attn.layouts.curve import Curve, curve
+from hasten.sparse_attn.layouts.kmeans import KMeans, assign, lloyd, runs, update
+from hasten.sparse_attn.layouts.layout import Identity, Layout
+from hasten.sparse_attn.layouts.lsh import LSH, hashed
+from hasten.sparse_attn.layouts.swap import Swap, rows, swapped
+from hasten.sparse_attn.layouts.tiles import Tiles, best_tile, fill
+from hasten.sparse_attn.layouts.tree import Tree, balanced, direction
 from hasten.sparse_attn.segments import Tokens, plain, video
 from tests.contract import seeded
 
@@ -230,7 +230,7 @@ def test_every_token_gets_its_nearest_centroid(n: int, count: int, offset: float
 def test_distances_in_parts_are_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     x, centroids = seeded(0, 2, 57, 6), seeded(1, 2, 9, 6)
     whole = assign(x, centroids)
-    monkeypatch.setattr("hasten.sparse_attn.layout_kmeans.ROOM", {"cpu": 50})
+    monkeypatch.setattr("hasten.sparse_attn.layouts.kmeans.ROOM", {"cpu": 50})
     assert torch.equal(assign(x, centroids), whole)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hasten.errors import UsageError
 from hasten.sparse_attn.blocks import SELECT, SPARSE, Blocks, Order
-from hasten.sparse_attn.linear import features, linear_attention, projection, random_features, rest
 from hasten.sparse_attn.merge import merge
+from hasten.sparse_attn.stand_ins.linear import features, linear_attention, projection, random_features, rest
 
 
 def inputs(b: int, hq: int, hk: int, sq: int, sk: int, f: int, dv: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.sparse_attn.blocks import Blocks, Order
-from hasten.sparse_attn.lookup import Lookup, ShareAbove, cluster, key_shares, threshold
-from hasten.sparse_attn.reader import Everything, Reader
-from hasten.sparse_attn.votes import Votes, ballot
+from hasten.sparse_attn.text.lookup import Lookup, ShareAbove, cluster, key_shares, threshold
+from hasten.sparse_attn.text.reader import Everything, Reader
+from hasten.sparse_attn.text.votes import Votes, ballot
 
 SCALE = 8**-0.5
 

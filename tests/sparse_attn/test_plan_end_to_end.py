@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.sparse_attn.attention import sparse_attention
-from hasten.sparse_attn.compensate import Compensate, approximate_map
 from hasten.sparse_attn.pack import pack
 from hasten.sparse_attn.reference import reference
+from hasten.sparse_attn.stand_ins.compensate import Compensate, approximate_map
 from tests.sparse_attn.random_blocks import Case, cases, masks, normal
 
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from hasten.part import Part
-from hasten.sparse_attn.compensate import Compensate, approximate_map
-from hasten.sparse_attn.layout import Identity, Layout
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_tiles import Tiles
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity, Layout
+from hasten.sparse_attn.layouts.tiles import Tiles
+from hasten.sparse_attn.layouts.tree import Tree
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.pack import pack
-from hasten.sparse_attn.score import Scorer, View
-from hasten.sparse_attn.score_pooled import Centroid
+from hasten.sparse_attn.scorers.pooled import Centroid
+from hasten.sparse_attn.scorers.scorer import Scorer, View
 from hasten.sparse_attn.segments import Tokens, plain, text, video
-from hasten.sparse_attn.select import Selector
-from hasten.sparse_attn.select_top import TopP
+from hasten.sparse_attn.selectors.selector import Selector
+from hasten.sparse_attn.selectors.top import TopP
+from hasten.sparse_attn.stand_ins.compensate import Compensate, approximate_map
 from tests.sparse_attn.test_scorers import NEEDED as SCORERS
 from tests.sparse_attn.test_selectors import NEEDED as SELECTORS
 

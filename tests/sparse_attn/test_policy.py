@@ -11,19 +11,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from hasten.errors import RecipeError
 from hasten.recipe import Recipe, from_yaml
 from hasten.sparse_attn.chooser import Fixed, Sampled
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_swap import Swap
-from hasten.sparse_attn.linear_rest import LinearRest
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.swap import Swap
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention, SparseState
-from hasten.sparse_attn.recover import Residual
-from hasten.sparse_attn.samples import Samples
-from hasten.sparse_attn.score_mass import CachedMass
-from hasten.sparse_attn.score_pooled import Centroid, Pooled
+from hasten.sparse_attn.scorers.mass import CachedMass
+from hasten.sparse_attn.scorers.pooled import Centroid, Pooled
 from hasten.sparse_attn.segments import Tokens, plain, text, video
-from hasten.sparse_attn.select_top import TopK, TopP
+from hasten.sparse_attn.selectors.top import TopK, TopP
+from hasten.sparse_attn.stand_ins.compensate import Compensate
+from hasten.sparse_attn.stand_ins.linear_rest import LinearRest
+from hasten.sparse_attn.stand_ins.recover import Residual
+from hasten.sparse_attn.stand_ins.samples import Samples
 from hasten.step import Step
 
 GRID = (3, 5, 7)

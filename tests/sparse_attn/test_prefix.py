@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UsageError
-from hasten.sparse_attn.decode import whole
-from hasten.sparse_attn.exact import exact
 from hasten.sparse_attn.mask import Mask
-from hasten.sparse_attn.prefix import Level, attend_levels
+from hasten.sparse_attn.text.decode import whole
+from hasten.sparse_attn.text.exact import exact
+from hasten.sparse_attn.text.prefix import Level, attend_levels
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

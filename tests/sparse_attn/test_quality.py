@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.sparse_attn.calibrate import DENSITY, measured, scattered
-from hasten.sparse_attn.compensate import Compensate
 from hasten.sparse_attn.density import density, tile_density
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.linear_rest import LinearRest
-from hasten.sparse_attn.quality import at_tile_density, quality, sampled_error, within
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.measure.calibrate import DENSITY, measured, scattered
+from hasten.sparse_attn.measure.quality import at_tile_density, quality, sampled_error, within
+from hasten.sparse_attn.measure.synthetic import heads
+from hasten.sparse_attn.measure.trial import Inputs, Method, Trial
 from hasten.sparse_attn.reference import dense, reference, token_map
-from hasten.sparse_attn.score_pooled import Centroid, Pooled
+from hasten.sparse_attn.scorers.pooled import Centroid, Pooled
 from hasten.sparse_attn.segments import Tokens, text, video
-from hasten.sparse_attn.synthetic import heads
-from hasten.sparse_attn.trial import Inputs, Method, Trial
+from hasten.sparse_attn.stand_ins.compensate import Compensate
+from hasten.sparse_attn.stand_ins.linear_rest import LinearRest
 
 GRID = (3, 7, 9)
 KINDS = ("semantic", "temporal", "diffuse")

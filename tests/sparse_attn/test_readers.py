@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import hasten.sparse_attn.delta
-import hasten.sparse_attn.hierarchical
-import hasten.sparse_attn.lookup
-import hasten.sparse_attn.votes  # noqa: F401  the readers
+import hasten.sparse_attn.text.delta
+import hasten.sparse_attn.text.hierarchical
+import hasten.sparse_attn.text.lookup
+import hasten.sparse_attn.text.votes  # noqa: F401  the readers
 from hasten.part import Part
-from hasten.sparse_attn.reader import Everything, Reader, ReaderState
+from hasten.sparse_attn.text.reader import Everything, Reader, ReaderState
 from tests.contract import PartContract
 
 SMALL = {

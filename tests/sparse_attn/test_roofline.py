@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from hasten.errors import UsageError
-from hasten.sparse_attn.roofline import MACHINES, SHAPES, Machine, Shape, at_resolution, density_for, predict
+from hasten.sparse_attn.measure.roofline import (
+    MACHINES,
+    SHAPES,
+    Machine,
+    Shape,
+    at_resolution,
+    density_for,
+    predict,
+)
 
 TERA = 1e12
 PETA = 1e15

@@ -12,19 +12,19 @@ import torch
 from hasten.errors import UsageError
 from hasten.part import Part
 from hasten.sparse_attn.extent import FORBIDDEN, block_states
-from hasten.sparse_attn.hierarchical import Hierarchical
-from hasten.sparse_attn.layout import Identity
-from hasten.sparse_attn.layout_kmeans import KMeans
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.kmeans import KMeans
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.layouts.tree import Tree
 from hasten.sparse_attn.mask import causal
-from hasten.sparse_attn.score import Scorer, View, products
-from hasten.sparse_attn.score_bands import AShape
-from hasten.sparse_attn.score_both import Both
-from hasten.sparse_attn.score_columns import LastQueries, diagonal_means
-from hasten.sparse_attn.score_pooled import Antidiagonal, Centroid, MeanRows, Pooled, similarity
-from hasten.sparse_attn.score_static import Static
+from hasten.sparse_attn.scorers.bands import AShape
+from hasten.sparse_attn.scorers.both import Both
+from hasten.sparse_attn.scorers.columns import LastQueries, diagonal_means
+from hasten.sparse_attn.scorers.pooled import Antidiagonal, Centroid, MeanRows, Pooled, similarity
+from hasten.sparse_attn.scorers.scorer import Scorer, View, products
+from hasten.sparse_attn.scorers.spans import Near, Spans
+from hasten.sparse_attn.scorers.static import Static
 from hasten.sparse_attn.segments import Segment, Tokens, padding, plain, text
-from hasten.sparse_attn.spans import Near, Spans
+from hasten.sparse_attn.text.hierarchical import Hierarchical
 from tests.contract import PartContract
 from tests.sparse_attn.random_blocks import normal
 from tests.sparse_attn.views import GRID, clustered, labels, tokens_of, true_mass, view_of

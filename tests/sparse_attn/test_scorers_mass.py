@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UsageError
-from hasten.sparse_attn.compensate import block_variance
-from hasten.sparse_attn.error_routing import ErrorRouting
-from hasten.sparse_attn.layout import Identity, Layout
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.layout import Identity, Layout
+from hasten.sparse_attn.layouts.tree import Tree
 from hasten.sparse_attn.mask import Mask, causal
-from hasten.sparse_attn.score import Scorer, View
-from hasten.sparse_attn.score_bands import AShape
-from hasten.sparse_attn.score_both import Both
-from hasten.sparse_attn.score_mass import CachedMass, Oracle, block_mass
-from hasten.sparse_attn.score_pooled import Centroid, Pooled
+from hasten.sparse_attn.scorers.bands import AShape
+from hasten.sparse_attn.scorers.both import Both
+from hasten.sparse_attn.scorers.error_routing import ErrorRouting
+from hasten.sparse_attn.scorers.mass import CachedMass, Oracle, block_mass
+from hasten.sparse_attn.scorers.pooled import Centroid, Pooled
+from hasten.sparse_attn.scorers.scorer import Scorer, View
 from hasten.sparse_attn.segments import plain
+from hasten.sparse_attn.stand_ins.compensate import block_variance
 from tests.sparse_attn.random_blocks import normal
 from tests.sparse_attn.views import GRID, clustered, true_mass, view_of
 
@@ -38,7 +38,7 @@ def test_the_oracle_knows_the_true_mass(mask: Mask | None, layout: Layout) -> No
 def test_the_oracle_works_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(18, plain(105, GRID))
     whole = block_mass(view)
-    monkeypatch.setattr("hasten.sparse_attn.score_mass.ELEMENTS", 105 * 10)
+    monkeypatch.setattr("hasten.sparse_attn.scorers.mass.ELEMENTS", 105 * 10)
     assert torch.allclose(block_mass(view), whole, atol=1e-6)
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hasten.errors import RecipeError, UsageError
 from hasten.sparse_attn.blocks import Blocks
-from hasten.sparse_attn.layout import Identity, Layout
-from hasten.sparse_attn.layout_swap import Swap
-from hasten.sparse_attn.layout_tiles import Tiles
+from hasten.sparse_attn.layouts.layout import Identity, Layout
+from hasten.sparse_attn.layouts.swap import Swap
+from hasten.sparse_attn.layouts.tiles import Tiles
 from hasten.sparse_attn.mask import causal
-from hasten.sparse_attn.score import Scorer, View
-from hasten.sparse_attn.score_bands import AShape, Bands, BlockDiagonal, Radial
-from hasten.sparse_attn.score_window import Around, CrissCross, Neighbourhood, SlidingTile, windows
+from hasten.sparse_attn.scorers.bands import AShape, Bands, BlockDiagonal, Radial
+from hasten.sparse_attn.scorers.scorer import Scorer, View
+from hasten.sparse_attn.scorers.window import Around, CrissCross, Neighbourhood, SlidingTile, windows
 from hasten.sparse_attn.segments import Tokens, plain, text, video
 
 Place = tuple[int, int, int]

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from hasten.sparse_attn.blocks import Blocks
-from hasten.sparse_attn.compensate import Compensate
-from hasten.sparse_attn.layout_tree import Tree
+from hasten.sparse_attn.layouts.tree import Tree
+from hasten.sparse_attn.measure.synthetic import heads
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.score import View
-from hasten.sparse_attn.score_mass import block_mass
-from hasten.sparse_attn.score_pooled import Centroid
+from hasten.sparse_attn.scorers.mass import block_mass
+from hasten.sparse_attn.scorers.pooled import Centroid
+from hasten.sparse_attn.scorers.scorer import View
 from hasten.sparse_attn.segments import Tokens, plain, video
-from hasten.sparse_attn.select_target import TargetRecall, TargetRecallState
-from hasten.sparse_attn.synthetic import heads
+from hasten.sparse_attn.selectors.target import TargetRecall, TargetRecallState
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 from hasten.step import Step
 from tests.sparse_attn.random_blocks import generator
 from tests.sparse_attn.test_selectors import long

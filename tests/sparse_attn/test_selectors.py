@@ -14,9 +14,9 @@ from torch import Tensor
 from hasten.errors import RecipeError
 from hasten.part import Part
 from hasten.sparse_attn.blocks import ALWAYS, SELECT, SPARSE, Blocks, Order
-from hasten.sparse_attn.select import Selector
-from hasten.sparse_attn.select_target import TargetRecall
-from hasten.sparse_attn.select_top import Above, All, SelfTopP, TopK, TopP
+from hasten.sparse_attn.selectors.selector import Selector
+from hasten.sparse_attn.selectors.target import TargetRecall
+from hasten.sparse_attn.selectors.top import Above, All, SelfTopP, TopK, TopP
 from tests.contract import PartContract
 from tests.sparse_attn.random_blocks import generator
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hasten.errors import UsageError
-from hasten.sparse_attn.synthetic import HEADS, heads, positions, rotary_angles, rotate
+from hasten.sparse_attn.measure.synthetic import HEADS, heads, positions, rotary_angles, rotate
 
 GRID = (5, 8, 7)
 

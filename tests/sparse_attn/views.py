@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hasten.sparse_attn.blocks import Blocks
-from hasten.sparse_attn.layout import Identity, Layout
+from hasten.sparse_attn.layouts.layout import Identity, Layout
 from hasten.sparse_attn.mask import Mask
-from hasten.sparse_attn.score import View
+from hasten.sparse_attn.scorers.scorer import View
 from hasten.sparse_attn.segments import Segment, Tokens, plain, video
 from tests.sparse_attn.random_blocks import normal
 

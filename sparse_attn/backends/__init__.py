@@ -1,0 +1,1 @@
+"""Which code runs a plan? `choice` says which and why; kernels in Triton are in `hasten.sparse_attn.kernels`."""

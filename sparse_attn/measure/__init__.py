@@ -1,0 +1,1 @@
+"""How good is a selection, how fast is it, and how fast could it be?"""

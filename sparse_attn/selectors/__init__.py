@@ -1,0 +1,1 @@
+"""Which pairs of blocks are read, given their scores? `selector` has what all of them are."""
