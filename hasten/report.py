@@ -5,23 +5,19 @@ Everything is counted from the trace, in blocks, as `hasten.bands` defines it.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import metadata
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hasten import report_attention
-from hasten.atomic import atomic_write
 from hasten.bands import Band, bands_of, network_of
-from hasten.errors import UsageError, nearest
+from hasten.errors import UsageError
 from hasten.recipe import Recipe
 from hasten.report_attention import Read
+from hasten.report_forms import Forms, fact_lines, installed_versions, readable_bytes, strict
 from hasten.trace import Action, Attended, Run, Trace
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -33,7 +29,7 @@ _LINE = 100
 
 
 @dataclass
-class Report:
+class Report(Forms):
     """The account of one run (the last, by default), of the run with a given index, or of "all".
 
     hardware, versions: names to values. extras: what the caller adds; `media` ([{"label", "path"}]) and
@@ -229,9 +225,7 @@ class Report:
             spent = ", ".join(f"{value:.2g}" for value in self.estimated_error.values())
             lines.append(f"  latents     estimated to be off by about {spent} of their size or less, from the forecasts' measured errors")
         lines += report_attention.lines(self.attended)
-        for title, facts in (("hardware", self.hardware), ("versions", self.versions)):
-            if facts:
-                lines.append(f"  {title:<11} {', '.join(f'{key} {value}' for key, value in facts.items())}")
+        lines += fact_lines({"hardware": self.hardware, "versions": self.versions})
         if self.bands:
             legend = "  ".join(f"{mark} {action}" for action, mark in MARKS.items())
             lines += [f"  timeline, one character per step, most of its blocks:  {legend}", *self._timeline()]
@@ -278,58 +272,10 @@ class Report:
             "rows": self.rows,
             "events": [event for event in whole["events"] if event["run"] in chosen],
         }
-        return {key: _strict(value) for key, value in data.items()}
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON text without NaN or Infinity."""
-        return json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False, indent=1)
+        return {key: strict(value) for key, value in data.items()}
 
     def to_html(self) -> str:
         """One self-contained page; nothing is loaded from anywhere."""
         from hasten.report_html import render
 
         return render(self)
-
-    def save(self, path: Path | str) -> Path:
-        """Write the form that the suffix names (.txt, .json, .html), whole or not at all.
-
-        Raises `UsageError` for another suffix and `OutputError` when the file cannot be written.
-        """
-        forms = {".txt": self.__str__, ".json": self.to_json, ".html": self.to_html}
-        suffix = Path(path).suffix.lower()
-        if suffix not in forms:
-            raise UsageError(
-                f"Cannot save a report as {str(path)!r}: the suffix is {suffix!r};"
-                f" allowed: {', '.join(forms)}.{nearest(suffix, forms)}"
-            )
-        return atomic_write(path, forms[suffix]().rstrip("\n") + "\n")
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of hasten, Python and the libraries that decide the numbers, without importing them."""
-    from hasten import __version__
-
-    found = {"hasten": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def readable_bytes(num: int) -> str:
-    """`12.3 MiB`, in the largest unit that gives at least 1."""
-    power = max(0, min((num.bit_length() - 1) // 10, 4))
-    return f"{num} B" if power == 0 else f"{num / 1024**power:.1f} {'KMGT'[power - 1]}iB"
-
-
-def _strict(value: Any) -> Any:
-    """`value` in types that strict JSON has; anything unknown as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_strict(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)

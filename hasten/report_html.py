@@ -1,23 +1,23 @@
 """A report as one self-contained page: numbers, warnings, step x block timeline, signals, media, recipe.
 
-No script library, no font, no image comes from elsewhere, and a content security policy forbids it; every text
-is escaped. Actions differ in colour *and* in pattern, so that the timeline reads without colour.
+Actions differ in colour *and* in pattern, so that the timeline reads without colour.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from hasten.bands import Band
-from hasten.report import Report, readable_bytes
+from hasten.report import Report
 from hasten.report_attention import draw
+from hasten.report_forms import readable_bytes
+from hasten.report_page import facts, page, rows, tiles, yaml_of
 from hasten.report_plot import draw_signals
-from hasten.report_style import GUTTER, PATTERNS, SCRIPT, STYLE, canvas, column
+from hasten.report_style import GUTTER, canvas, column
 from hasten.trace import Run
 
 MAX_MEDIA_BYTES = 24 * 1024 * 1024
@@ -29,30 +29,18 @@ _MEDIA = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 def render(report: Report) -> str:
     """The page of `report` as HTML text, UTF-8."""
     name = (report.recipe.name or "unnamed recipe") if report.recipe else "no recipe"
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; script-src 'sha256-{digest}'"
-    body = [
-        f"<h1>{escape(name)}</h1>",
-        f'<p class="sub">{escape(_subtitle(report))}</p>',
-        *(f'<p class="warning" role="alert"><b>Warning.</b> {escape(text)}</p>' for text in report.warnings),
+    sections = [
         _tiles(report),
         _shares(report),
         *_runs(report),
         _media(report.extras.get("media") or []),
         _metrics(report.extras.get("metrics")),
-        _table("Request", {k: v for k, v in report.extras.items() if k not in ("media", "metrics")}),
-        _recipe(report),
-        _table("Hardware", report.hardware),
-        _table("Versions", report.versions),
+        facts("Request", {k: v for k, v in report.extras.items() if k not in ("media", "metrics")}),
+        yaml_of(report.recipe),
+        facts("Hardware", report.hardware),
+        facts("Versions", report.versions),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} - hasten report</title><style>{STYLE}</style></head>\n<body>{PATTERNS}<main>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
-    )
+    return page(name, _subtitle(report), report.warnings, sections)
 
 
 def _subtitle(report: Report) -> str:
@@ -63,7 +51,7 @@ def _subtitle(report: Report) -> str:
 def _tiles(report: Report) -> str:
     seconds = sum(report.seconds.values())
     read = report.attention
-    tiles = [
+    shown = [
         (f"{report.computed_fraction:.1%}", "of the block work computed"),
         (f"{report.nfe:.4g} / {report.evaluations}", "network evaluations computed"),
         (
@@ -74,11 +62,8 @@ def _tiles(report: Report) -> str:
     ]
     if read is not None:
         recall = "" if read.recall is None else f", {read.recall:.1%} of the mass by estimate"
-        tiles.append((f"{read.density:.1%}", f"of the pairs read by attention{recall}"))
-    items = "".join(
-        f"<div><strong>{escape(value)}</strong><span>{escape(label)}</span></div>" for value, label in tiles
-    )
-    return f'<section class="tiles">{items}</section>'
+        shown.append((f"{read.density:.1%}", f"of the pairs read by attention{recall}"))
+    return tiles(shown)
 
 
 def _shares(report: Report) -> str:
@@ -198,36 +183,5 @@ def _embedded(path: Path, label: str) -> str:
 
 def _metrics(metrics: Any) -> str:
     """A table from {name: value} or from a list of such rows."""
-    if not metrics:
-        return ""
-    rows = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{escape(str(key))}</th>" for key in keys)
-    lines = "".join(f"<tr>{''.join(f'<td>{_cell(row.get(key))}</td>' for key in keys)}</tr>" for row in rows)
-    note = '<p class="sub">Similarity to the run without acceleration, not quality.</p>'
-    return (
-        f'<section><h2>Measured</h2><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>{note}</section>"
-    )
-
-
-def _table(title: str, facts: Mapping[str, Any]) -> str:
-    if not facts:
-        return ""
-    lines = "".join(
-        f"<tr><th>{escape(str(key))}</th><td>{_cell(value)}</td></tr>" for key, value in facts.items()
-    )
-    return f'<section><h2>{title}</h2><div class="scroll" tabindex="0"><table class="facts">{lines}</table></div></section>'
-
-
-def _recipe(report: Report) -> str:
-    if report.recipe is None:
-        return ""
-    text = escape(report.recipe.to_yaml())
-    return f'<section><h2>Recipe</h2><pre tabindex="0">{text}</pre></section>'
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    found = [metrics] if isinstance(metrics, Mapping) else list(metrics or [])
+    return rows("Measured", [row for row in found if row], note="Similarity to the run without acceleration, not quality.")

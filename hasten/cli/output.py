@@ -190,7 +190,7 @@ def check_writable(folder: Path) -> None:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers; packages that are absent are left out."""
     from hasten import __version__
-    from hasten.report import installed_versions
+    from hasten.report_forms import installed_versions
 
     found = {**installed_versions(), "hasten": __version__}
     for name in ("accelerate", "gradio", "triton", "xformers"):

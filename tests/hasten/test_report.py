@@ -18,7 +18,8 @@ from hasten.bands import bands_of
 from hasten.caching.stack import StackReuse
 from hasten.errors import OutputError, UsageError
 from hasten.recipe import Recipe
-from hasten.report import Report, readable_bytes
+from hasten.report import Report
+from hasten.report_forms import readable_bytes
 from hasten.samplers.guidance import GuidanceInterval
 from hasten.trace import Action, Event, Run, Trace
 
