@@ -1,0 +1,217 @@
+"""What an evaluation says about each slot: the token it would write there, and how sure it is.
+
+Shapes: B texts, L slots; of one evaluation m texts with R slots each whose logits were asked for, V tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from hasten.canvas import DONE, Canvas
+from hasten.part import Part
+
+Sees = Literal["block", "rest"]
+"""Whose logits are wanted: of the open slots of the active block, or of all open slots of the text."""
+
+
+@dataclass(slots=True)
+class Logits:
+    """Logits of one evaluation. values [m, R, V], any float dtype; slots int64 [m, R], L where there is none; members
+    int64 [m]: which texts."""
+
+    values: Tensor
+    slots: Tensor
+    members: Tensor
+
+
+@dataclass(slots=True)
+class Scores:
+    """What is known of each slot after an evaluation; all [B, L].
+
+    token int64: what would be written. confidence, second float32: probability of `token` and of the next best. entropy
+    float32, nats. present float32: the probability of what stands there now. rank float32: the higher, the sooner it is
+    written. seen bool: this evaluation gave logits for the slot; elsewhere the other fields mean nothing.
+    """
+
+    token: Tensor
+    confidence: Tensor
+    second: Tensor
+    entropy: Tensor
+    present: Tensor
+    rank: Tensor
+    seen: Tensor
+
+    @classmethod
+    def blank(cls, canvas: Canvas) -> Self:
+        """Nothing is known."""
+        shape, device = canvas.ids.shape, canvas.ids.device
+        low = [torch.full(shape, value, device=device) for value in (-1.0, 0.0, float("inf"), float("nan"), -float("inf"))]
+        return cls(
+            torch.zeros(shape, dtype=torch.int64, device=device), *low, torch.zeros(shape, dtype=torch.bool, device=device)
+        )
+
+    def put(self, logits: Logits, **given: Tensor) -> None:
+        """Write fields, given as [m, R], to their slots. Slots numbered L (no slot) are left out."""
+        bins = self.seen.shape[1]
+        rows = logits.members[:, None].expand_as(logits.slots)
+        for name, value in given.items():
+            wide = torch.nn.functional.pad(getattr(self, name), (0, 1))  # one bin for what is no slot
+            wide[rows, logits.slots] = value.to(wide.dtype)
+            setattr(self, name, wide[:, :bins])
+
+    def take(self, rows: Tensor) -> Self:
+        """The texts `rows` (int64 [n])."""
+        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def among(self, canvas: Canvas) -> Tensor:
+        """Slots that may be written and of which something is known, bool [B, L]."""
+        return canvas.eligible & self.seen
+
+
+@dataclass(slots=True)
+class Draw:
+    """How a token is taken from logits. temperature 0: the most probable one. seed int64 [B], one for each text."""
+
+    seed: Tensor
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+class Score(Part):
+    """Which slot is the surest? A family; `start()` gives the state for one generation."""
+
+    sees: ClassVar[Sees] = "block"
+
+    def start(self) -> ScoreState:
+        """State of one generation."""
+        return ScoreState(self)
+
+
+class ScoreState:
+    """The state of a `Score`; by itself, that of one without memory."""
+
+    def __init__(self, part: Score) -> None:
+        self.part = part
+
+    def adjust(self, logits: Logits, canvas: Canvas) -> Tensor:
+        """Logits [m, R, V] float32 with what earlier evaluations say mixed in; by default as they are."""
+        return logits.values.float()
+
+    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
+        """Order in which slots are written, [B, L] float32; the others fields of `scores` are set already."""
+        return scores.confidence
+
+    def note(self, chosen: Tensor, scores: Scores, canvas: Canvas) -> None:
+        """These slots (bool [B, L]) have just been written."""
+
+
+class Confidence(Score):
+    """The slot whose token has the highest probability (LLaDA's low-confidence remasking, arXiv 2502.09992)."""
+
+    kind: ClassVar[str] = "confidence"
+
+
+class Margin(Score):
+    """The slot whose best token is furthest ahead of the next: p1 - p2 (Dream, arXiv 2508.15487, `topk_margin`)."""
+
+    kind: ClassVar[str] = "margin"
+
+    def start(self) -> ScoreState:
+        return _MarginState(self)
+
+
+class _MarginState(ScoreState):
+    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
+        return scores.confidence - scores.second
+
+
+class Certainty(Score):
+    """The slot whose distribution has the least entropy (Dream, `entropy`)."""
+
+    kind: ClassVar[str] = "certainty"
+
+    def start(self) -> ScoreState:
+        return _CertaintyState(self)
+
+
+class _CertaintyState(ScoreState):
+    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
+        return -scores.entropy
+
+
+class Arbitrary(Score):
+    """Slots in random order (LLaDA's `remasking="random"`, MDLM's ancestral order): a fixed order for each text."""
+
+    kind: ClassVar[str] = "arbitrary"
+    seed: int = 0
+
+    def start(self) -> ScoreState:
+        return _ArbitraryState(self)
+
+
+class _ArbitraryState(ScoreState):
+    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
+        from hasten.noise import uniform
+
+        assert isinstance(self.part, Arbitrary)
+        seed = torch.full((), self.part.seed, dtype=torch.int64, device=canvas.ids.device)
+        order = uniform(seed, torch.zeros_like(seed), canvas.place - canvas.start[:, None], 1)[..., 0]
+        return order.float()
+
+
+def measure(logits: Logits, state: ScoreState, draw: Draw, forbidden: Tensor, canvas: Canvas, scores: Scores) -> None:
+    """Fill `scores` at the slots of `logits`. forbidden: tokens that are never written, int64 [n].
+
+    Confidence is the probability in softmax(logits) without temperature, as LLaDA and Dream have it; `token` is drawn
+    with temperature, top-k and top-p. The normalisation leaves the forbidden tokens out.
+    """
+    values = state.adjust(logits, canvas).index_fill(-1, forbidden, -float("inf"))
+    best = values.topk(min(2, values.shape[-1]), dim=-1)
+    total = values.logsumexp(-1)
+    probability = (best.values - total[..., None]).exp()
+    spread = (values - total[..., None]).exp()
+    entropy = torch.special.entr(spread).sum(-1)
+    token, confidence = best.indices[..., 0], probability[..., 0]
+    second = probability[..., 1] if probability.shape[-1] > 1 else torch.zeros_like(confidence)
+    if draw.temperature > 0:
+        token = _drawn(values, logits, draw, canvas)
+        confidence = spread.gather(-1, token[..., None])[..., 0]
+    stands = torch.nn.functional.pad(canvas.ids, (0, 1))[logits.members[:, None], logits.slots]
+    present = spread.gather(-1, stands.clamp(max=values.shape[-1] - 1)[..., None])[..., 0]
+    scores.put(
+        logits, token=token, confidence=confidence, second=second, entropy=entropy, present=present,
+        seen=torch.ones_like(token, dtype=torch.bool),
+    )  # fmt: skip
+    scores.present = torch.where(canvas.status == DONE, scores.present, float("nan"))
+    scores.rank = torch.where(scores.seen, state.rank(scores, logits, canvas), -float("inf"))
+
+
+def _drawn(values: Tensor, logits: Logits, draw: Draw, canvas: Canvas) -> Tensor:
+    """Tokens [m, R] by Gumbel-max over what top-k and top-p leave."""
+    from hasten.noise import gumbel
+
+    scaled = values / draw.temperature
+    if draw.top_k is not None and draw.top_k < scaled.shape[-1]:
+        floor = scaled.topk(draw.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < floor, -float("inf"))
+    if draw.top_p is not None and draw.top_p < 1:
+        order = scaled.sort(dim=-1, descending=True)
+        mass = order.values.softmax(-1)
+        late = (mass.cumsum(-1) - mass) >= draw.top_p  # the first one always stays
+        scaled = scaled.masked_fill(torch.zeros_like(late).scatter(-1, order.indices, late), -float("inf"))
+    members = logits.members
+    seed, step = draw.seed[members][:, None], canvas.step[members][:, None]
+    noise = gumbel(seed, step, logits.slots - canvas.start[members][:, None], values.shape[-1])
+    return (scaled + noise).argmax(-1)
+
+
+def best(rank: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """The `count` (int64 [B]) highest of `rank` [B, L] among the slots `among`, bool [B, L]. Ties: the earlier slot."""
+    order = torch.where(among, rank, -float("inf")).argsort(dim=1, descending=True, stable=True)
+    place = order.argsort(dim=1)
+    return among & (place < count[:, None])
