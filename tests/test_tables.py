@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import make_tables
 import pytest
+from doc_tables import recipes, results, runs
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_tables = script("make_tables")
 
 
 @pytest.mark.parametrize("page", make_tables.pages(), ids=lambda page: page.name)
@@ -37,14 +25,14 @@ def test_readme_has_both_tables() -> None:
 def test_every_recipe_has_a_row() -> None:
     from hasten.pipelines.recipes import names
 
-    text = make_tables.recipes_table()
+    text = recipes.recipes()
     assert all(f"| `{name}` |" in text for name in names())
 
 
 def test_nothing_measured_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
-    assert make_tables.results_table() == "Not measured yet.\n"
-    assert "not measured yet" in make_tables.recipes_table()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert runs.results() == "Not measured yet.\n"
+    assert "not measured yet" in recipes.recipes()
 
 
 def test_rows_become_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +45,12 @@ def test_rows_become_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ]
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "recipes.json").write_text(json.dumps({"hardware": {"threads": 2}, "rows": rows}))
-    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
-    text = make_tables.results_table()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    text = runs.results()
     assert "**`tiny-video` on cpu: 2 threads**" in text
     assert "| run | what | runs | speed-up | evaluations | PSNR dB, median | to converged, dB |" in text
     assert "| `plain` | ours | 32 | 1.00x | 100 | identical | 38.0 |" in text
     assert "| `balanced` | ours | 32 | 3.90x | 24 | 41.2 | 37.0 |" in text
     assert "| unipc 12 steps | control | 32 | 4.00x |  | 37.4 |  |" in text
     assert "| F1B0 | peer |  | 1.70x |  | 40.6 |  |" in text
-    assert set(make_tables.measured_where()) == {"plain", "balanced"}
+    assert set(recipes.measured_where()) == {"plain", "balanced"}
