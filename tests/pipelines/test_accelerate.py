@@ -7,67 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 import hasten
 from hasten.caching.network import NetworkReuse
-from hasten.caching.rules import Every, Spread
-from hasten.caching.stack import StackReuse
+from hasten.caching.rules import Every
 from hasten.caching.width import StraightWidth, WidthReuse
 from hasten.drift import Rule
 from hasten.errors import LimitError, ModelError, RecipeError, UsageError
-from hasten.forecast import Polynomial
-from hasten.pipelines.accelerate import Session
 from hasten.recipe import Recipe, ReusePolicy
 from hasten.samplers.guidance import GuidanceInterval
 from tests import hosts
 from tests.contract import parts
-
-HOSTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "wan": (hosts.small_wan, hosts.WAN_CALL),
-    "pixart": (hosts.small_pixart, hosts.PIXART_CALL),
-    "flux": (hosts.small_flux, hosts.FLUX_CALL),
-    "unet": (hosts.small_unet, hosts.UNET_CALL),
-}
-ALTERNATE = Recipe(name="alternate", reuse=NetworkReuse(rule=Every(interval=2), forecast=Polynomial(order=1)))
-BLOCKS = Recipe(name="blocks", reuse=StackReuse(lead=1, rule=Every(interval=2)))
+from tests.pipelines.accelerated import ALTERNATE, BLOCKS, HOSTS, Host, computed
 
 pytestmark = pytest.mark.filterwarnings("ignore:hasten")
-
-
-class Host:
-    """One pipeline with its call."""
-
-    def __init__(self, name: str) -> None:
-        build, self.call = HOSTS[name]
-        self.name, self.pipe = name, build()
-
-    def __call__(self, prompt: str = "a seven", seed: int = 0, **changes: Any) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        arguments = {**self.call, "output_type": "latent", "return_dict": False, **changes}
-        return self.pipe(prompt, generator=generator, **arguments)[0]
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return getattr(self.pipe, "transformer", None) or self.pipe.unet
-
-    def fingerprint(self) -> dict[str, list[str]]:
-        """Instance attributes of everything that may have been touched. The scheduler keeps its own counters."""
-        found = {"pipe": sorted(vars(self.pipe)), "scheduler": sorted(vars(self.pipe.scheduler))}
-        for name, module in self.model.named_modules():
-            found[f"model {name}"] = [*sorted(vars(module)), *sorted(map(str, module._forward_hooks))]
-        return found
 
 
 @pytest.fixture(params=sorted(HOSTS))
 def host(request: pytest.FixtureRequest) -> Host:
     return Host(request.param)
-
-
-def computed(run: Session, number: int = -1) -> set[int]:
-    index = run.trace.runs[number].index
-    return {event.step for event in run.trace.of_run(index) if event.action == "compute"}
 
 
 RECIPES = {"plain": "plain", "network": ALTERNATE, "blocks": BLOCKS, "guidance": "guidance-interval", "auto": "auto:quality=0.2"}
@@ -183,109 +142,6 @@ def test_skipped_steps_do_not_run_the_network(host: Host) -> None:
     with hasten.accelerate(host.pipe, ALTERNATE):
         host()
     assert calls[0] * 2 == full
-
-
-def test_interrupt_restores_and_next_run_is_clean() -> None:
-    host = Host("wan")
-    before, marks = host(), host.fingerprint()
-
-    def stop(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= 2
-        return values
-
-    with hasten.accelerate(host.pipe, ALTERNATE) as run:
-        clean = host()
-        host(callback_on_step_end=stop)
-        assert not run.trace.runs[-1].finished
-        assert torch.equal(host(), clean)
-    assert host.fingerprint() == marks and torch.equal(host(), before)
-
-
-def test_changed_prompt_between_runs_is_not_answered_from_the_last() -> None:
-    host = Host("wan")
-    with hasten.accelerate(host.pipe, ALTERNATE):
-        alone = host(prompt="two cat")
-    with hasten.accelerate(host.pipe, ALTERNATE):
-        host()
-        assert torch.equal(host(prompt="two cat"), alone)
-
-
-def test_changed_prompt_in_the_middle_is_computed_afresh() -> None:
-    """A step whose outputs are all computed must equal the plain step, whatever was cached for the old prompt."""
-    host = Host("wan")
-    other = host.pipe.encode_prompt("two cat", do_classifier_free_guidance=False)[0]
-
-    def swap(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if step == 2:
-            values["prompt_embeds"] = other
-        return values
-
-    wanted = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
-    plain = host(**wanted)
-    with hasten.accelerate(host.pipe, "plain"):
-        assert torch.equal(host(**wanted), plain)
-    with hasten.accelerate(host.pipe, Recipe(reuse=NetworkReuse(rule=Every(interval=3, warmup=3)))) as run:
-        host(**wanted)
-    new = max(event.branch for event in run.trace.events)
-    first = next(event for event in run.trace.events if event.branch == new)
-    assert (new, first.step, first.action) == (2, 3, "compute")
-
-
-def test_guidance_switched_off_in_the_middle_keeps_branches_apart() -> None:
-    host = Host("wan")
-
-    def off(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if step == 2:
-            pipe._guidance_scale = 1.0
-        return values
-
-    plain = host(callback_on_step_end=off)
-    with hasten.accelerate(host.pipe, Recipe(reuse=NetworkReuse(rule=Spread(share=1)))) as run:
-        assert torch.equal(host(callback_on_step_end=off), plain)
-    assert {e.branch for e in run.trace.events if e.step <= 2} == {0, 1}
-    assert {e.branch for e in run.trace.events if e.step > 2} == {0}
-
-
-def test_solver_with_two_evaluations_per_step() -> None:
-    host = Host("wan")
-    host.pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    plain = host()
-    with hasten.accelerate(host.pipe, "plain") as run:
-        assert torch.equal(host(), plain)
-    assert {e.step for e in run.trace.events} == set(range(11)) and run.trace.runs[0].steps == 11
-    with hasten.accelerate(host.pipe, ALTERNATE) as run:
-        assert bool(torch.isfinite(host()).all())
-    assert computed(run) == {0, 2, 4, 6, 8, 10}
-
-
-def test_scheduler_replaced_inside_the_session() -> None:
-    host = Host("wan")
-    old = host.pipe.scheduler
-    new = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    with hasten.accelerate(host.pipe, ALTERNATE) as run:
-        host()
-        host.pipe.scheduler = new
-        host()
-        assert computed(run) == {0, 2, 4} and len(run.trace.runs) == 2
-    assert host.pipe.scheduler is new
-    for scheduler in (old, new):
-        assert not {"step", "set_timesteps"} & set(vars(scheduler))
-
-
-def test_two_experts() -> None:
-    """Wan 2.2: another network takes over below a noise level."""
-    host = Host("wan")
-    second = hosts.small_wan(seed=1).transformer
-    host.pipe = type(host.pipe)(**{**host.pipe.components, "transformer_2": second, "boundary_ratio": 0.8})
-    host.pipe.set_progress_bar_config(disable=True)
-    plain = host()
-    with hasten.accelerate(host.pipe, "plain") as run:
-        assert torch.equal(host(), plain)
-    assert {e.site for e in run.trace.events} == {"transformer", "transformer_2"}
-    with hasten.accelerate(host.pipe, ALTERNATE) as run:
-        host()
-    first = min(e.step for e in run.trace.events if e.site == "transformer_2")
-    assert all(e.action == "compute" for e in run.trace.events if e.step == first)
 
 
 def test_inert_recipe_says_so() -> None:

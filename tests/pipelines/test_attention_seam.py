@@ -1,12 +1,10 @@
-"""The attention seam on real pipelines: reached per instance and thread, composed with the rest, restored exactly, and honest."""
+"""The attention seam on real pipelines: reached per instance and thread, restored exactly."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,26 +15,12 @@ from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 
 import hasten
-from hasten.caching.network import NetworkReuse
-from hasten.caching.rules import Every
-from hasten.caching.stack import StackReuse
-from hasten.forecast import Hold
-from hasten.limits import Limits
-from hasten.pipelines.accelerate import Session
-from hasten.pipelines.attention_seam import AttentionSeam
-from hasten.recipe import Recipe
-from hasten.sparse_attn.layouts.swap import Swap
-from hasten.sparse_attn.pattern import Pattern
-from hasten.sparse_attn.scorers.pooled import Pooled
-from hasten.sparse_attn.selectors.top import All
-from tests.conformance.loop import Loop, assert_same, solver, turn
-from tests.conformance.small import Inputs, Small, every
-from tests.hosts import FLUX_CALL, UNET_CALL, WAN_CALL, flux_arguments, small_flux, small_unet, small_wan
+from tests.hosts import small_wan
 from tests.pipelines.attention_recipes import FULL, PART, STOOD_FOR, changed
-from tests.pipelines.seam_contract import loop, state_of
+from tests.pipelines.attention_runs import SITES, generate, off
+from tests.pipelines.seam_contract import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:hasten")
-SITES = [f"transformer.blocks.{number}.attn1" for number in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +31,6 @@ def wan() -> WanPipeline:
 @pytest.fixture(scope="module")
 def plain(wan: WanPipeline) -> Tensor:
     return generate(wan)
-
-
-def generate(pipe: Any, *, seed: int = 0, **changes: Any) -> Tensor:
-    call = {**WAN_CALL, "num_inference_steps": 4, "output_type": "latent", "return_dict": False} | changes
-    return pipe("a seven", generator=torch.Generator().manual_seed(seed), **call)[0]
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def seam_of(session: Session) -> AttentionSeam:
-    seam = session.gates[0].attention
-    assert seam is not None
-    return seam
 
 
 # --- what is computed -------------------------------------------------------------------------------
@@ -256,218 +225,3 @@ def test_processors_that_are_modules_and_such_that_are_functions() -> None:
     assert {call.site for call in session.trace.attention} == set(SITES)
     assert any("from which no class can be derived" in note for note in session.trace.notes)
     assert state_of(pipe.transformer) == before and torch.equal(generate(pipe), plain)
-
-
-# --- together with the rest -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "reuse",
-    [
-        NetworkReuse(rule=Every(interval=2), forecast=Hold()),
-        StackReuse(lead=1, rule=Every(interval=2), forecast=Hold()),
-    ],
-    ids=["network", "blocks"],
-)
-def test_with_reuse(wan: WanPipeline, reuse: Any) -> None:
-    """Reuse acts as it does alone, and what it computes is sparse."""
-    with hasten.accelerate(wan, Recipe(name="alone", reuse=reuse)) as alone:
-        expected = generate(wan)
-    with hasten.accelerate(wan, Recipe(name="both", reuse=reuse, attention=FULL.attention)) as both:
-        found = generate(wan)
-    assert off(found, expected) < 1e-4
-    assert [(e.step, e.site, e.action) for e in both.trace.events] == [(e.step, e.site, e.action) for e in alone.trace.events]
-    assert not any("refused" in note for note in both.trace.notes)
-    calls = sorted((call.step, call.layer, call.branch) for call in both.trace.attention)
-    left = {(1, 0), (3, 0)} if isinstance(reuse, StackReuse) else set()
-    expected_calls = {(0, 0), (0, 1), (2, 0), (2, 1)} | left
-    assert calls == sorted((*place, branch) for place in expected_calls for branch in (0, 1)), "proofs are not counted"
-
-
-def test_blocks_are_proved_on_sparse_attention(wan: WanPipeline) -> None:
-    """What is proved to be lossless is compared with an evaluation that reads the same keys."""
-    reuse = StackReuse(lead=1, rule=Every(interval=2), forecast=Hold())
-    with hasten.accelerate(wan, Recipe(name="both", reuse=reuse, attention=PART.attention)) as session:
-        generate(wan)
-        one = generate(wan, num_inference_steps=1)
-    assert not any("refused" in note for note in session.trace.notes)
-    assert any(event.action == "reuse" for event in session.trace.events)
-    with hasten.accelerate(wan, Recipe(name="first", reuse=reuse, attention=PART.attention)):
-        first = generate(wan, num_inference_steps=1)
-    with hasten.accelerate(wan, PART):
-        alone = generate(wan, num_inference_steps=1)
-    assert off(one, alone) < 1e-5 and off(first, alone) < 1e-5, "what was shown NaN to learn the blocks has selected nothing"
-
-
-def test_with_guidance_left_out(wan: WanPipeline) -> None:
-    recipe = hasten.recipe("guidance-interval") | PART
-    with hasten.accelerate(wan, recipe) as session:
-        assert bool(torch.isfinite(generate(wan)).all())
-    assert any(event.action == "skip" for event in session.trace.events) and session.trace.attention
-
-
-def test_a_cap_on_bytes_ends_it_for_the_run(wan: WanPipeline) -> None:
-    with hasten.accelerate(wan, PART, limits=Limits(max_cache_bytes=10)) as session:
-        generate(wan)
-    assert len(session.trace.attention) == 2 and "above the cap" in " ".join(session.trace.notes)
-
-
-# --- other hosts ------------------------------------------------------------------------------------
-
-
-def test_joint_attention_of_flux() -> None:
-    pipe = small_flux(layers=1, single_layers=2)
-    call = {**FLUX_CALL, "num_inference_steps": 2, "output_type": "latent"}
-    expected = torch.as_tensor(pipe("a seven", generator=torch.Generator().manual_seed(0), **call)[0])
-    with hasten.accelerate(pipe, FULL) as session:
-        found = torch.as_tensor(pipe("a seven", generator=torch.Generator().manual_seed(0), **call)[0])
-    assert off(found, expected) < 1e-5
-    learned = list(next(iter(seam_of(session).learned.values())).values())
-    assert [(s.queries, s.keys, s.grid) for s in learned[0].q.segments] == [  # type: ignore[union-attr]
-        ("dense", "always", None), ("sparse", "select", (1, 16, 16))
-    ]  # fmt: skip
-
-
-def test_unet() -> None:
-    """Convolutions mix all pixels, so the grid of a level goes by its number of tokens."""
-    pipe = small_unet()
-    call = {**UNET_CALL, "num_inference_steps": 2, "output_type": "latent"}
-    expected = torch.as_tensor(pipe("a seven", generator=torch.Generator().manual_seed(0), **call)[0])
-    with hasten.accelerate(pipe, FULL) as session:
-        found = torch.as_tensor(pipe("a seven", generator=torch.Generator().manual_seed(0), **call)[0])
-    assert off(found, expected) < 1e-5 and any(call.sparse for call in session.trace.attention)
-    grids = {each.q.segments[0].grid for kind in seam_of(session).learned.values() for each in kind.values() if each.q}
-    assert all(grid is not None and grid[0] == 1 and grid[1] == grid[2] for grid in grids)
-
-
-class Padded:
-    """Conformance inputs with another number of real text tokens in each branch."""
-
-    def __init__(self, inner: Small, name: str) -> None:
-        self.inner, self.name = inner, name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def inputs(self, seed: int, size: int) -> Inputs:
-        found = self.inner.inputs(seed, size)
-        length = found["encoder_hidden_states"].shape[1]
-        return {**found, self.name: (torch.arange(length) < 1 + seed % 4).long()[None]}
-
-    def call(self, model: nn.Module, x: Tensor, t: float, conditioning: Inputs) -> Any:
-        return self.inner.call(model, x, t, conditioning)
-
-
-@pytest.mark.parametrize(
-    ("name", "mask"),
-    [
-        ("HunyuanVideoTransformer3DModel", "encoder_attention_mask"),
-        ("QwenImageTransformer2DModel", "encoder_hidden_states_mask"),
-    ],
-)
-def test_padded_text_is_read_by_nobody(name: str, mask: str) -> None:
-    small = Padded(every()[name], mask)
-    model, loop = small.made(), Loop(steps=2)
-    expected = turn(small, model, loop, solver(small))  # type: ignore[arg-type]
-    scheduler = solver(small)  # type: ignore[arg-type]
-    with hasten.accelerate(model, FULL, scheduler=scheduler) as session:
-        found = turn(small, model, loop, scheduler)  # type: ignore[arg-type]
-    assert_same(found, expected, 2e-5)
-    assert session.trace.attention and all(call.sparse and call.density < 1 for call in session.trace.attention)
-    assert not any("stay" in note for note in session.trace.notes)
-
-
-# --- what cannot be, and what does not pay --------------------------------------------------------
-
-
-def test_short_sequences_are_declined_with_one_word(wan: WanPipeline, plain: Tensor) -> None:
-    with warnings.catch_warnings(record=True) as caught, hasten.accelerate(wan, changed(PART, min_tokens=None)) as session:
-        warnings.simplefilter("always")
-        assert torch.equal(generate(wan), plain) and torch.equal(generate(wan), plain)
-    told = [str(w.message) for w in caught if "few to gain" in str(w.message)]
-    assert len(told) == 1 and "8 tokens" in told[0]
-    assert "attention part did nothing" in str(session.report())
-
-
-def test_what_fails_is_dense_and_told(wan: WanPipeline, plain: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr("hasten.sparse_attn.policy.pack", fail)
-    with hasten.accelerate(wan, PART) as session:
-        assert torch.equal(generate(wan), plain)
-    assert sum("out of luck" in note for note in session.trace.notes) == 1
-
-
-def test_a_layout_that_needs_a_grid_is_refused_without_one() -> None:
-    """The positions of these tokens are random numbers, from which no grid can be read."""
-    needs = changed(FULL, patterns=(Pattern(layout=Swap(), score=Pooled(), select=All()),))
-    model = small_flux(layers=1, single_layers=1).transformer
-    calls = [flux_arguments() | {"guidance": torch.tensor([3.5])}]
-    with torch.no_grad():
-        expected = model(**calls[0])[0]
-    outputs, session = loop(model, needs, lambda step: calls, steps=2)
-    assert all(torch.equal(output, expected) for (output,) in outputs)
-    assert any("grid" in note and "stays dense" in note for note in session.trace.notes)
-
-
-def test_a_network_that_refuses_nan_stays_dense(wan: WanPipeline, plain: Tensor) -> None:
-    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if bool(args[0].isnan().any()):
-            raise ValueError("NaN in the latents")
-
-    hook = wan.transformer.patch_embedding.register_forward_pre_hook(check)
-    with hasten.accelerate(wan, PART) as session:
-        assert torch.equal(generate(wan), plain)
-    hook.remove()
-    assert any("NaN in the latents" in note for note in session.trace.notes)
-
-
-def test_gradients_are_left_alone(wan: WanPipeline) -> None:
-    """Training inside an open session is dense and flows."""
-    wan.transformer.requires_grad_(True)
-    with hasten.accelerate(wan, PART):
-        generate(wan)
-        x = torch.randn(1, 16, 2, 4, 4, requires_grad=True)
-        out = wan.transformer(hidden_states=x, timestep=torch.tensor([500]), encoder_hidden_states=torch.ones(1, 5, 32))[0]
-        out.sum().backward()
-    wan.transformer.requires_grad_(False)
-    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
-
-
-# --- the report -------------------------------------------------------------------------------------
-
-
-def test_the_report_says_what_was_read(wan: WanPipeline) -> None:
-    with hasten.accelerate(wan, changed(STOOD_FOR, warm=0.25)) as session:
-        generate(wan)
-    report = session.report()
-    read = report.attention
-    assert read is not None and read.calls == 16 and read.sparse == 12
-    assert read.of_sparse is not None and read.of_sparse < read.density < 1
-    assert read.recall is not None and read.lowest is not None and 0 < read.lowest <= read.recall <= 1
-    text = str(report)
-    assert "12 of 16 calls sparse" in text and "of the mass by estimate" in text and "branch 1 transformer" in text
-    assert "  #" in text
-    data = json.loads(report.to_json())["attention"]
-    assert len(data["each"]) == 16 and [row["step"] for row in data["by_step"]] == [0, 1, 2, 3] * 2
-    assert {row["site"] for row in data["by_layer"]} == set(SITES)
-    page = report.to_html()
-    assert page.count("of the pairs") >= 16 and "Share of pairs read" in page
-
-
-def test_recall_is_unknown_where_nothing_stands_in(wan: WanPipeline) -> None:
-    with hasten.accelerate(wan, PART) as session:
-        generate(wan)
-    assert all(call.recall is None for call in session.trace.attention)
-    assert "is not known" in str(session.report())
-
-
-def test_a_kind_of_attention_for_language_models_is_refused(wan: WanPipeline) -> None:
-    from hasten.recipe import Attention
-
-    class Other(Attention):
-        kind = "other-attention-of-a-test"
-
-    with pytest.raises(hasten.errors.UsageError, match="language models"):
-        hasten.accelerate(wan, Recipe(name="other", attention=Other()))
