@@ -6,7 +6,7 @@ Shapes: B texts, L slots, m of the texts in one call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,14 +20,21 @@ from hasten.recipe import KVPolicy
 @dataclass(slots=True)
 class Rows:
     """What one call of the model computes. members: numbers of the texts. tokens bool [m, L]: the slots to compute.
-    width: at least as many as any text has of them, known to the host. keep: see `Pass`. depth: what a policy that
+    width: at least as many as any text has of them, known to the host. keep: see `Pass`. runs: in how many stretches they stand at most (a
+    model with shifted logits computes one token more for each). depth: what a policy that
     computes other tokens in other layers tells its seam."""
 
     members: list[int]
     tokens: Tensor
     width: int
     keep: Keep = "store"
+    runs: int = 1
     depth: Any = field(default=None)
+
+    def only(self, which: list[int]) -> Rows:
+        """The same call on some of its texts, given by their place in `members`."""
+        index = torch.tensor(which, device=self.tokens.device)
+        return replace(self, members=[self.members[i] for i in which], tokens=self.tokens[index])
 
 
 class TokenKV(KVPolicy):
@@ -83,7 +90,7 @@ class Prefix(TokenKV):
     suffix: ClassVar[bool] = True
 
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
-        return _WindowState(store, self.suffix)
+        return _WindowState(facts, self.suffix)
 
 
 class Dual(Prefix):
@@ -94,8 +101,8 @@ class Dual(Prefix):
 
 
 class _WindowState(TokenKVState):
-    def __init__(self, store: KVStore, suffix: bool) -> None:
-        self.store, self.suffix = store, suffix
+    def __init__(self, facts: TextFacts, suffix: bool) -> None:
+        self.grain, self.suffix = facts.block or 1, suffix
 
     def plan(self, canvas: Canvas, rows: Sequence[Row]) -> list[Rows]:
         fresh = [number for number, row in enumerate(rows) if row.open and row.since == 0]
@@ -104,8 +111,10 @@ class _WindowState(TokenKVState):
         if going:
             chosen = torch.tensor(going, device=canvas.ids.device)
             low, high = canvas.span[chosen].unbind(1)
+            low = low // self.grain * self.grain  # prompt tokens in the first block of a block-causal model see it
             tokens = canvas.take(chosen).inside(low, canvas.end[chosen] if self.suffix else high)
             width = max((rows[number].end if self.suffix else rows[number].high) - rows[number].low for number in going)
+            width += self.grain - 1
             calls.append(Rows(going, tokens, width))
         return calls
 

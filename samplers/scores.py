@@ -67,6 +67,11 @@ class Scores:
         """The texts `rows` (int64 [n])."""
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def merge(self, other: Scores, rows: Tensor) -> None:
+        """Take the texts `rows` (bool [B]) from `other`."""
+        for field in fields(self):
+            setattr(self, field.name, torch.where(rows[:, None], getattr(other, field.name), getattr(self, field.name)))
+
     def among(self, canvas: Canvas) -> Tensor:
         """Slots that may be written and of which something is known, bool [B, L]."""
         return canvas.eligible & self.seen

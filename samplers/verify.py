@@ -28,20 +28,21 @@ class Verifier(Verify):
 class VerifierState:
     """The state of a `Verifier`.
 
-    One step of the engine with a verifier: `drafts` from the scores of the present texts; one evaluation of all drafts,
-    which gives scores for each; the commit rule says what each draft would write next; `accept` picks one draft for each
-    text, which becomes the text, and its scores those of the next step.
+    One step of a text with a verifier (but the first of a block, which is an ordinary one): `drafts` says which slots each
+    draft writes beyond the present text, with tokens that the last evaluation gave; all drafts are evaluated in one call;
+    the commit rule says what each would write next; `accept` picks one, which becomes the text, and whose scores count.
     """
 
-    def drafts(self, scores: Scores, first: Tensor, canvas: Canvas) -> Tensor:
-        """Which slots each draft writes (with `scores.token`), bool [B, K, L]. first bool [B, L]: what the commit rule
-        would write now; it is draft 0."""
+    def drafts(self, scores: Scores, canvas: Canvas) -> Tensor:
+        """Slots that each draft writes with `scores.token`, bool [B, K, L]. scores: of the last evaluation, before what
+        it led to was written. Draft 0 writes nothing: it is the text as it stands, so that a step is never worse than one
+        without drafts."""
         raise NotImplementedError(f"{type(self).__name__} has no drafts().")
 
-    def accept(self, drafts: Tensor, ids: Tensor, scores: Scores, then: Tensor, canvas: Canvas) -> Tensor:
+    def accept(self, drafts: Tensor, texts: Tensor, scores: Scores, then: Tensor, canvas: Canvas) -> Tensor:
         """Number of the draft that is right for each text, int64 [B].
 
-        ids int64 [B, K, L]: the drafts' texts. scores: after the evaluation, [B * K, L], text by text. then bool
-        [B, K, L]: what the commit rule writes next into each draft, with the tokens of `scores`.
+        texts int64 [B, K, L]: the drafts. scores: after the evaluation, [B * K, L], text by text. then bool [B, K, L]:
+        what the commit rule writes next into each draft, with the tokens of `scores`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no accept().")

@@ -1,0 +1,109 @@
+"""Makes calls of the model out of what policies ask for: which tokens, who reads whom, whose logits.
+
+Shapes: B texts, L slots, m texts with N computed tokens each, K drafts of a text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hasten.caching.kv import Rows
+from hasten.caching.store import KVStore, Pass
+from hasten.canvas import Canvas, TextFacts
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Slots whose logits are wanted, bool [B, L], and at most how many of them a text has."""
+
+    slots: Tensor
+    most: int
+
+
+def plain(rows: Rows, canvas: Canvas, wanted: Wanted, facts: TextFacts, store: KVStore) -> Pass:
+    """The call that computes `rows` of the canvas."""
+    members = torch.tensor(rows.members, device=canvas.ids.device)
+    want, width = wanted.slots[members], rows.width
+    tokens = rows.tokens & canvas.used[members]
+    if facts.shifted:  # what is written into slot i comes out of slot i - 1
+        tokens, width = tokens | F.pad(want, (0, 1))[:, 1:], width + rows.runs
+    slots = chosen(tokens, min(width, canvas.slots), canvas.slots)
+    ids = F.pad(canvas.ids[members], (0, 1), value=facts.pad_id).gather(1, slots)
+    read, target = _read(slots, want, wanted.most, facts)
+    return Pass(members, slots, ids, rows.keep, _visible(slots, members, rows.keep, canvas, facts, store), read, target)
+
+
+def drafts(rows: Rows, texts: Tensor, canvas: Canvas, wanted: Wanted, facts: TextFacts, store: KVStore) -> Pass:
+    """The call that computes `rows` of every draft of the canvas. texts int64 [B, K, L]: the drafts.
+
+    The drafts of a text stand one behind the other in one call and share what the store holds; none sees another. Logits
+    come out draft by draft: read and target are [m, K * R].
+    """
+    members = torch.tensor(rows.members, device=canvas.ids.device)
+    want, width, number = wanted.slots[members], rows.width, texts.shape[1]
+    tokens = rows.tokens & canvas.used[members]
+    if facts.shifted:
+        tokens, width = tokens | F.pad(want, (0, 1))[:, 1:], width + rows.runs
+    slots = chosen(tokens, min(width, canvas.slots), canvas.slots)
+    ids = F.pad(texts[members], (0, 1), value=facts.pad_id).gather(2, slots[:, None].expand(-1, number, -1)).flatten(1)
+    read, target = _read(slots, want, wanted.most, facts)
+    own = torch.arange(number, device=slots.device)[:, None] * slots.shape[1]
+    many = torch.where(read[:, None] < slots.shape[1], read[:, None] + own, number * slots.shape[1]).flatten(1)
+    every = slots.repeat(1, number)
+    draft = torch.arange(number, device=slots.device).repeat_interleave(slots.shape[1])
+    same = (draft[:, None] == draft[None, :])[None]
+    among = same & _rule(every, every, facts) & (every < canvas.slots)[:, None] | _self(every)
+    if rows.keep == "none":
+        return Pass(members, every, ids, "none", among, many, target.repeat(1, number))
+    held = _held(slots, members, canvas, store) & ~F.pad(tokens, (0, 1))
+    place = torch.arange(canvas.slots + 1, device=slots.device)[None].expand(len(members), -1)
+    past = held[:, None] & _rule(every, place, facts)
+    return Pass(members, every, ids, "scratch", torch.cat([past, among], 2), many, target.repeat(1, number))
+
+
+def chosen(tokens: Tensor, width: int, bins: int) -> Tensor:
+    """The slots `tokens` (bool [m, L]) as numbers int64 [m, width] in ascending order, filled up with `bins`."""
+    order = tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return torch.where(tokens.gather(1, order), order, bins)
+
+
+def _read(slots: Tensor, want: Tensor, most: int, facts: TextFacts) -> tuple[Tensor, Tensor]:
+    """Which of the computed tokens give the wanted logits, and what slots those are about; int64 [m, R] each."""
+    bins = want.shape[1]
+    about = torch.where(slots < bins, slots + int(facts.shifted), bins).clamp(max=bins)
+    asked = F.pad(want, (0, 1)).gather(1, about)
+    read = chosen(asked, min(most, slots.shape[1]), slots.shape[1])
+    return read, F.pad(about, (0, 1), value=bins).gather(1, read)
+
+
+def _visible(
+    slots: Tensor, members: Tensor, keep: str, canvas: Canvas, facts: TextFacts, store: KVStore
+) -> Tensor:  # fmt: skip
+    """Who reads whom, bool [m, N, keys]. What is no slot reads itself, so that no softmax is empty."""
+    if keep == "none":
+        return _rule(slots, slots, facts) & (slots < canvas.slots)[:, None] | _self(slots)
+    held = _held(slots, members, canvas, store)
+    place = torch.arange(canvas.slots + 1, device=slots.device)[None].expand(len(members), -1)
+    bins = (slots == canvas.slots)[..., None] & (place == canvas.slots)[:, None]
+    return held[:, None] & _rule(slots, place, facts) | bins
+
+
+def _held(slots: Tensor, members: Tensor, canvas: Canvas, store: KVStore) -> Tensor:
+    """Slots that can be read: in the store already or computed now, and not behind the end. bool [m, L + 1]."""
+    held = store.present[members].scatter(1, slots, True)
+    return held & F.pad(canvas.used[members], (0, 1))
+
+
+def _rule(queries: Tensor, keys: Tensor, facts: TextFacts) -> Tensor:
+    """What the model's own mask allows between slots: bool [m, N, keys]."""
+    if facts.block is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=queries.device)
+    return (queries // facts.block)[..., None] >= (keys // facts.block)[:, None]
+
+
+def _self(slots: Tensor) -> Tensor:
+    return torch.eye(slots.shape[1], dtype=torch.bool, device=slots.device)[None]
