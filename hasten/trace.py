@@ -67,6 +67,50 @@ class Attended:
         return self.density > 1 - 1e-6
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What attention of one layer of a language model read in one phase, over a whole session: sums, because there are
+    as many calls as tokens.
+
+    site, layer: dotted name of the module, and its layer number. phase: "prompt" (many queries at once) or "cache" (new
+    tokens, a draft). sparse, dense: calls. read, all: over the sparse calls, the pairs of a query and a key that were
+    computed (with those that a mask forbids within a block), and those that the model's own attention computes. rest: the
+    latter over the dense calls. recall, lowest: estimated or measured share of the softmax mass that sparse calls read,
+    mean and smallest; None where nobody knows.
+    """
+
+    site: str
+    layer: int
+    phase: str
+    sparse: int = 0
+    dense: int = 0
+    read: float = 0.0
+    all: float = 0.0
+    rest: float = 0.0
+    recall: float | None = None
+    lowest: float | None = None
+
+    @property
+    def calls(self) -> int:
+        return self.sparse + self.dense
+
+    @property
+    def of_sparse(self) -> float | None:
+        """Share of the model's pairs that its sparse calls computed; None where there were none."""
+        return min(1.0, self.read / self.all) if self.all else None
+
+    @property
+    def density(self) -> float:
+        """The same over all calls."""
+        pairs = self.all + self.rest
+        return min(1.0, (self.read + self.rest) / pairs) if pairs else 1.0
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Did its sparse calls compute as many pairs as the model would have?"""
+        return self.of_sparse is not None and self.of_sparse > 1 - 1e-6
+
+
 @dataclass(slots=True)
 class Run:
     """One pass of the host's loop. `steps` is the planned number of evaluations per branch.
@@ -88,6 +132,7 @@ class Trace:
     """Everything that one `accelerate` saw, in order.
 
     attention: what attention calls did, where a recipe makes them sparse; written when a run is over.
+    readings: the same of language models, where there are no runs; brought up to date by `report()`.
     structure: site name -> number of blocks, for drawing the timeline.
     notes: sentences the user must read (fallbacks, refusals, methods that did nothing); each once.
     bytes_peak: most bytes that caches held at once.
@@ -96,6 +141,7 @@ class Trace:
     runs: list[Run] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     attention: list[Attended] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
     structure: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     bytes_held: int = 0
@@ -127,6 +173,7 @@ class Trace:
             "runs": [asdict(run) for run in self.runs],
             "events": [asdict(event) for event in self.events],
             "attention": [asdict(call) for call in self.attention],
+            "readings": [asdict(row) for row in self.readings],
             "structure": dict(self.structure),
             "notes": list(self.notes),
             "bytes_peak": self.bytes_peak,

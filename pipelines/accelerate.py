@@ -6,7 +6,7 @@ import time
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from torch import nn
 
@@ -29,9 +29,27 @@ from hasten.step import Step
 from hasten.trace import Run, Trace
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModularPipeline
+    from transformers import PreTrainedModel
+
+    from hasten.pipelines.text_session import TextSession
     from hasten.report import Report
 
 
+@overload
+def accelerate(
+    host: DiffusionPipeline | ModularPipeline, recipe: str | Path | Recipe | Budget, *,
+    scheduler: Any = None, limits: Limits | None = None, group: Any = None,
+) -> Session: ...  # fmt: skip
+@overload
+def accelerate(
+    host: PreTrainedModel, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
+) -> TextSession: ...
+@overload
+def accelerate(
+    host: nn.Module, recipe: str | Path | Recipe | Budget, *,
+    scheduler: Any, limits: Limits | None = None, group: Any = None,
+) -> Session: ...  # fmt: skip
 def accelerate(
     host: Any,
     recipe: str | Path | Recipe | Budget,
@@ -39,20 +57,36 @@ def accelerate(
     scheduler: Any = None,
     limits: Limits | None = None,
     group: Any = None,
-) -> Session:
+) -> Session | TextSession:
     """Make `host` generate faster while the returned session is open.
 
-    host: any diffusers pipeline, unmodified; or a bare denoiser (then `scheduler` is required).
-    recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`. limits: `max_cache_bytes` caps what
-    caches may hold. group: a torch.distributed process group whose ranks compute parts of one sample (sequence or weight
-    sharding); they decide alike. diffusers' context parallelism is found by itself. Only this instance is touched, and
-    closing the session (leaving `with`, an exception, `close()`) restores it: the next output is bit-identical to one
-    from before.
+    host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); or a causal language model
+    of transformers. recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`; on a language model it
+    has no axis but `attention`. limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
+    group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
+    parallelism is found by itself. Only this instance is touched, and closing the session (leaving `with`, an exception,
+    `close()`) restores it: the next output is bit-identical to one from before.
 
-    Raises `RecipeError` for an unknown recipe, `ModelError` when there is no denoiser, `UsageError` when an
-    axis of the recipe has no seam on this host.
+    Raises `RecipeError` for an unknown recipe, `ModelError` when there is nothing in the host that hasten knows,
+    `UsageError` when an axis of the recipe has no seam on this host, `RefusedError` when a method cannot be right on it.
     """
-    return Session(host, find_recipe(recipe), scheduler, limits or Limits(), group)
+    found = find_recipe(recipe)
+    if scheduler is None and _is_of_transformers(host):
+        if group is not None:
+            raise UsageError(
+                "group= is for diffusion models, whose ranks have to skip the same work. On a language model each rank reads for"
+                " its own heads; leave it out."
+            )
+        from hasten.pipelines.text_attention import attach
+
+        return attach(getattr(host, "_orig_mod", host), found, limits)
+    return Session(host, found, scheduler, limits or Limits(), group)
+
+
+def _is_of_transformers(host: Any) -> bool:
+    """Is it a model or pipeline of transformers, compiled or not? Asked by name, so that nothing is imported for it."""
+    kinds = type(getattr(host, "_orig_mod", host)).__mro__
+    return any(kind.__module__.startswith("transformers.") for kind in kinds)
 
 
 class Session:
@@ -74,8 +108,9 @@ class Session:
             raise UsageError(f"Recipe {recipe.name!r} sets an axis that has no seam yet; drop runtime.")
         if not isinstance(recipe.attention, SparseAttention | None):
             raise UsageError(
-                f"Recipe {recipe.name!r} has attention of kind {recipe.attention.kind!r}, which is for language models; a"
-                f" denoiser takes {SparseAttention.kind!r}."
+                f"Recipe {recipe.name!r} has attention of kind {recipe.attention.kind!r}, which is for causal language models"
+                f" of transformers, and this is a {type(host).__name__}. A denoiser takes kind {SparseAttention.kind!r}, for"
+                " example semantic; `hasten recipes` says what each acts on."
             )
         if isinstance(host, nn.Module) and recipe.sampler is not None:
             raise UsageError(f"Recipe {recipe.name!r} swaps the solver, and a bare denoiser has none; swap it in your loop.")

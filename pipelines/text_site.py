@@ -6,6 +6,7 @@ Shapes: B batch, Hq, Hk heads, n new queries, S keys as the cache hands them ove
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hasten.errors import HastenError
 from hasten.pipelines.text_mask import Rule
+from hasten.pipelines.text_rows import Done
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.segments import plain
 from hasten.sparse_attn.text.exact import exact
@@ -25,7 +28,7 @@ from hasten.sparse_attn.text.reader import ReaderState
 from hasten.step import Step
 
 if TYPE_CHECKING:
-    from hasten.pipelines.text_attention import TextSession
+    from hasten.pipelines.text_session import TextSession
 
 CALL = "hasten_call"
 """Keyword that an attached module's forward hands through to our attention function: which site, with which cache."""
@@ -37,11 +40,28 @@ ONCE = Step(1, 3, 0.5)
 """The step that prompts are read at, as far as the policy of a diffusion model's steps is concerned: a middle one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of attention: q [B, Hq, n, D], k [B, Hk, S, D], v [B, Hk, S, Dv] up to the last key that any query reads.
+    cache: the one that the module was called with, where that is a `Cache`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rule: Rule
+    scale: float
+    cache: Any
+
+
 @dataclass(slots=True)
 class Site:
-    """One attention module of an attached model, and its reader's state for each cache that is alive."""
+    """One attention module of an attached model, and its reader's state for each cache that is alive.
+
+    name: dotted, in the model. layers: how many the model has. before: the attention that the module had.
+    """
 
     session: TextSession
+    name: str
     module: nn.Module
     layers: int
     before: str | None
@@ -67,21 +87,39 @@ class Site:
         cache: Any, extra: dict[str, Any],
     ) -> Any:  # fmt: skip
         """What our attention function returns: o [B, n, Hq, Dv] and no weights. cache: the one it was called with."""
+        n, keys = q.shape[2], k.shape[2]
         reason = self._refuses(q, k, mask, extra)
-        rule = None if reason else self.session.rule(mask, q, k.shape[2], extra.get("sliding_window"))
-        if reason is None and (rule is None or rule.tree is not None and q.shape[2] > DRAFT):
+        rule = None if reason else self.session.rule(mask, q, keys, extra.get("sliding_window"))
+        if reason is None and (rule is None or rule.tree is not None and n > DRAFT):
             reason = "its mask is neither causal nor a causal window with padding, nor that of a draft"
         if reason is not None or rule is None:
             self.session.because(reason or "")
-            self.session.note(self.layer, "prompt" if q.shape[2] > DRAFT else "cache", None)
+            rule = Rule(max(0, keys - n), keys)  # counted as if it were causal
+            self.session.count(self, "prompt" if n > DRAFT else "cache", None, _pairs(q, rule), keys)
             return self.own(q, k, v, mask, scale, extra)
-        prompt = rule.tree is None and (rule.offset == 0 and q.shape[2] > 1 or q.shape[2] > DRAFT)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        o = (self._prompt if prompt else self._cache)(q, k, v, rule, scale, cache)
-        self.session.note(self.layer, "prompt" if prompt else "cache", *(o[1:] if o else (None,)))
-        if o is None:
+        call = Call(q, k[:, :, : rule.end], v[:, :, : rule.end], rule, q.shape[-1] ** -0.5 if scale is None else scale, cache)
+        prompt = rule.tree is None and (rule.offset == 0 and n > 1 or n > DRAFT)
+        if prompt:
+            self._tried("cache", self._prepare, call)
+        phase = "prompt" if prompt else "cache"
+        done = self._tried(phase, self._prompt if prompt else self._cache, call)
+        self.session.count(self, phase, done, _pairs(q, rule), rule.end)
+        if done is None:
             return self.own(q, k, v, mask, scale, extra)
-        return o[0].transpose(1, 2).contiguous(), None
+        return done.o.transpose(1, 2).contiguous(), None
+
+    def _tried(self, phase: str, method: Callable[[Call], Done | None], call: Call) -> Done | None:
+        """`method(call)`; whatever goes wrong in it ends in the model's own attention, and is said."""
+        if phase in self.session.off or not self.session.policy.acts_on(self.layer, self.layers):
+            return None
+        try:
+            return method(call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a method that fails must not end the user's run
+            known = isinstance(error, HastenError)
+            self.session.refuse(phase, str(error).rstrip(".") if known else f"it failed ({type(error).__name__}: {error})")
+            return None
 
     def _refuses(self, q: Tensor, k: Tensor, mask: Tensor | None, extra: dict[str, Any]) -> str | None:
         """Why this call is left to the model; None: it is not."""
@@ -101,37 +139,40 @@ class Site:
 
     # --- the two phases ---------------------------------------------------------------------------
 
-    def _prompt(
-        self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, cache: Any
-    ) -> tuple[Tensor, Tensor | float, float] | None:
-        policy = self.session.policy
-        acts = policy.acts_on(self.layer, self.layers)
-        k, v = k[:, :, : rule.end], v[:, :, : rule.end]
-        if cache is not None and acts and policy.cache is not None and _fits(rule, cache, self.layer):
-            state = policy.cache.start()
-            state.prepare(q, k, v, _first(rule, k.device), scale)
-            self.readers[cache] = state
-        if policy.prompt is None or not acts or q.shape[2] < policy.min_tokens:
+    def _prepare(self, call: Call) -> None:
+        """Let the reader of the cache see the prompt."""
+        policy, cache = self.session.policy, call.cache
+        if policy.cache is None or cache is None or cache in self.session.declined or not _fits(call.rule, cache, self.layer):
+            return
+        state = policy.cache.start()
+        state.prepare(call.q, call.k, call.v, _first(call.rule, call.k.device), call.scale)
+        self.readers[cache] = state
+        self.session.account(cache)
+
+    def _prompt(self, call: Call) -> Done | None:
+        if self.session.policy.prompt is None or call.q.shape[2] < self.session.least("prompt"):
             return None
+        q, k, v, rule = call.q, call.k, call.v, call.rule
         if not rule.padded:
-            return self._sparse(q, k, v, Mask(_left(rule), 0, rule.offset), scale)
+            return self._sparse(q, k, v, Mask(_left(rule), 0, rule.offset), call.scale)
         assert rule.first is not None and rule.stop is not None
-        o, done, pairs = q.new_zeros(*q.shape[:3], v.shape[-1]), torch.zeros((), device=q.device), 0.0
+        o, parts = q.new_zeros(*q.shape[:3], v.shape[-1]), []
         for b, (first, stop) in enumerate(zip(rule.first, rule.stop, strict=True)):
             low = max(0, first - rule.offset)
             if first >= stop or low >= q.shape[2]:
                 continue
             one = slice(b, b + 1)
             mask = Mask(_left(rule), 0, rule.offset + low - first)
-            part = self._sparse(q[one, :, low:], k[one, :, first:stop], v[one, :, first:stop], mask, scale)
+            part = self._sparse(q[one, :, low:], k[one, :, first:stop], v[one, :, first:stop], mask, call.scale)
             if part is None:
                 return None
-            o[one, :, low:], done, pairs = part[0], done + part[1], pairs + part[2]
-        return o, done, pairs
+            o[one, :, low:] = part.o
+            parts.append(part)
+        recalls = [part.recall for part in parts if part.recall is not None]
+        read = sum((part.read for part in parts), start=torch.zeros((), device=q.device))
+        return Done(o, read, torch.stack(recalls).mean() if recalls else None)
 
-    def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
-    ) -> tuple[Tensor, Tensor | float, float] | None:
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Done | None:
         prompt = self.session.policy.prompt
         assert prompt is not None
         state = prompt.start(self.layer)
@@ -142,27 +183,30 @@ class Site:
         fact = state.facts[-1]
         if fact.density is None:
             return None
-        done = fact.density * float(q.shape[0] * q.shape[2] * k.shape[2])
-        return o, done, float(q.shape[0] * pairs_of(mask, q.shape[2]))
+        # Without a stand-in for the rest, and without probes, nothing tells how much of the mass was read.
+        known = prompt.compensate is not None or any(pattern.select.probes for pattern in prompt.patterns)
+        return Done(o, fact.density * float(math.prod(q.shape[:3]) * k.shape[2]), fact.rho if known else None)
 
-    def _cache(
-        self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float, cache: Any
-    ) -> tuple[Tensor, Tensor | float, float] | None:
-        policy = self.session.policy
-        if policy.cache is None or not policy.acts_on(self.layer, self.layers) or rule.end < policy.min_tokens:
+    def _cache(self, call: Call) -> Done | None:
+        policy, rule, cache = self.session.policy, call.rule, call.cache
+        if policy.cache is None or rule.end < self.session.least("cache"):
             return None
         if cache is None:
             self.session.because("its cache is not a transformers `Cache` that the attention module is called with")
             return None
-        if not _fits(rule, cache, self.layer):
+        if cache in self.session.declined or not _fits(rule, cache, self.layer):
             return None
+        q, k, v = call.q, call.k, call.v
         state = self.readers.get(cache)
-        if state is None:  # the prompt was read before the session began
+        late = state is None  # the prompt was read before the session began
+        if state is None:
             state = self.readers[cache] = policy.cache.start()
-        k, v = k[:, :, : rule.end], v[:, :, : rule.end]
-        out = state.attend(q, k, v, _first(rule, k.device), scale, rule.tree)
-        pairs = float(k.shape[0] * k.shape[1] * k.shape[2])
-        return out.o, pairs if state.read is None else state.read, pairs
+        out = state.attend(q, k, v, _first(rule, k.device), call.scale, rule.tree)
+        if late:
+            self.session.account(cache)
+        if state.read is None:
+            return Done(out.o, _pairs(q, rule))
+        return Done(out.o, state.read * float(q.shape[1] // k.shape[1] * q.shape[2]))
 
     # --- the model's own ----------------------------------------------------------------------------
 
@@ -186,6 +230,11 @@ def _fits(rule: Rule, cache: Any, layer: int) -> bool:
     sliding = getattr(cache, "is_sliding", None)
     slides = isinstance(sliding, list) and layer < len(sliding) and bool(sliding[layer])
     return rule.window is None and not behind and not slides
+
+
+def _pairs(q: Tensor, rule: Rule) -> float:
+    """Pairs of a query and a key, over all samples and heads, that the model's own attention computes."""
+    return float(q.shape[0] * q.shape[1] * pairs_of(Mask(_left(rule), 0, rule.offset), q.shape[2]))
 
 
 def pairs_of(mask: Mask, queries: int) -> int:

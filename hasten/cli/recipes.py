@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "recipe": "recipe",
+    "acts_on": "acts on",
     "parts": "parts",
     "status": "status",
     "paper": "paper",
@@ -27,7 +28,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="One recipe, or a YAML file, in full.")] = None,
     json: JsonOption = None,
 ) -> None:
-    """List the recipes, or show one: paper, parts, knobs, YAML, status, where measured."""
+    """List the recipes, or show one: what it acts on, paper, parts, knobs, YAML, status, where measured."""
     out = Output("recipes", json)
     with out.open():
         from hasten.pipelines.recipes import catalogue
@@ -49,8 +50,11 @@ def recipes(
 
 
 def _row(recipe: Recipe, entry: Entry | None) -> dict[str, Any]:
+    from hasten.pipelines.recipes import acts_on
+
     return {
         "recipe": recipe.name,
+        "acts_on": acts_on(recipe),
         "paper": recipe.paper,
         "parts": parts(recipe),
         "status": entry.status if entry else "your own",
@@ -60,24 +64,26 @@ def _row(recipe: Recipe, entry: Entry | None) -> dict[str, Any]:
 
 
 def parts(recipe: Recipe) -> str:
-    """The axes and their parts in a few words: `reuse: network, drift, hold`."""
+    """The axes and their parts in a few words: `reuse: network, rule drift, forecast hold`."""
     from hasten.part import Part
 
     words = []
     for axis, part in recipe.axes.items():
-        inner = [getattr(part, field) for field in type(part).model_fields]
-        kinds = [part.kind, *(value.kind for value in inner if isinstance(value, Part))]
-        words.append(f"{axis}: {', '.join(kinds)}")
+        inner = {field: getattr(part, field) for field in type(part).model_fields}
+        named = [f"{field} {value.kind}" for field, value in inner.items() if isinstance(value, Part)]
+        words.append(f"{axis}: {', '.join([part.kind, *named])}")
     return "; ".join(words) or "none"
 
 
 def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str, Any]]) -> None:
+    from hasten.pipelines.recipes import acts_on
+
     out.say(recipe.name or "(unnamed)")
     if entry is not None:
         out.say(f"  {entry.summary}")
     facts = {
         "paper": recipe.paper or "none",
-        "models": ", ".join(recipe.models) or "any denoiser",
+        "acts on": ", ".join(recipe.models) or acts_on(recipe),
         "parts": parts(recipe),
         "status": entry.status if entry else "your own",
         "knobs": _knobs(entry),
@@ -89,6 +95,8 @@ def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str
         out.table(
             where, {"model": "model", "hardware": "hardware", "speedup": "speed-up", "psnr_median": "PSNR dB"}
         )
+    elif acts_on(recipe) == "language models":
+        out.say(f'  measured: not yet; try hasten.accelerate(model, "{recipe.name or "FILE"}") in Python')
     else:
         out.say(
             "  measured: not yet; try hasten compare MODEL --prompt TEXT --recipe " + (recipe.name or "FILE")

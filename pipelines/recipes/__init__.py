@@ -20,6 +20,7 @@ from hasten.budget import Budget
 from hasten.errors import RecipeError, nearest
 from hasten.pipelines.recipes import attention, attention_text, blocks, diffusion, modules, network, widths
 from hasten.recipe import Recipe, read
+from hasten.sparse_attn.text.causal import CausalAttention
 
 MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text)
 
@@ -64,6 +65,13 @@ def catalogue() -> list[Entry]:
 def names() -> list[str]:
     """Names that `recipe` accepts."""
     return [entry.name for entry in catalogue()]
+
+
+def acts_on(recipe: Recipe) -> str:
+    """The kind of model that `recipe` is made for, in words."""
+    if not recipe.axes:
+        return "any model"
+    return "language models" if isinstance(recipe.attention, CausalAttention) else "diffusion models"
 
 
 def recipe(which: str | Path | Recipe | Budget) -> Recipe:
