@@ -55,6 +55,10 @@ class TextHost:
         found = get() if callable(get) else None
         return found if isinstance(found, nn.Module) else None
 
+    def interfaced(self) -> bool:
+        """Does its attention go through transformers' interface? Otherwise torch's function is caught underneath."""
+        return has_interface(self.model)
+
     def shadow(self, attachment: Attachment) -> None:
         """More to put onto the instance while it generates (positions, for models that do not take any)."""
 
@@ -62,7 +66,7 @@ class TextHost:
     def attached(self) -> Iterator[None]:
         """The model answers from our store within; afterwards it is as it was."""
         with ExitStack() as stack:
-            if has_interface(self.model):
+            if self.interfaced():
                 attachment = attach(self.model, self.tap)  # type: ignore[arg-type]
                 mode: Any = nullcontext()
             else:

@@ -34,13 +34,15 @@ Watch = Callable[[int, Tensor, Tensor, Tensor, "Pass"], None]
 class Tap:
     """What stands between a model's attention layers and the store during one generation.
 
-    now, store: the call under way, and where keys and values are kept. watch: asked after each layer, if set.
+    now, store: the call under way, and where keys and values are kept. watch: asked after each layer, if set. heads: key
+    heads of the model, for hosts that repeat them for their groups of queries before the attention is caught.
     """
 
     def __init__(self) -> None:
         self.now: Pass | None = None
         self.store: KVStore | None = None
         self.watch: Watch | None = None
+        self.heads: int | None = None
         self.calls = 0
 
     @contextmanager
@@ -86,8 +88,16 @@ class CatchSdpa(TorchFunctionMode):
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """attn_mask and is_causal are the host's idea of who sees whom on the tokens it was given; ours counts."""
+        tap = self.tap
+        assert tap.now is not None
         with torch._C.DisableTorchFunction():
-            return self.tap.attend(self.tap.calls, query, key, value, scale)
+            if tap.heads is not None and key.shape[1] != tap.heads:  # each head stands in a row of its copies
+                key, value = (x[:, :: x.shape[1] // tap.heads] for x in (key, value))
+            if query.shape[2] == tap.now.slots.shape[1]:
+                return tap.attend(tap.calls, query, key, value, scale)
+            # transformers hands a single query over with its group of heads where the tokens stand
+            o = tap.attend(tap.calls, query.flatten(1, 2)[:, :, None], key, value, scale)
+            return o.view(*query.shape[:3], -1)
 
 
 def has_interface(model: nn.Module) -> bool:
