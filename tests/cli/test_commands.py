@@ -65,6 +65,15 @@ def test_recipes_lists_all_and_shows_one(hasten: Any, tmp_path: Path) -> None:
     )
 
 
+def test_recipes_say_what_they_act_on(hasten: Any) -> None:
+    acts = {row["recipe"]: row["acts_on"] for row in hasten("recipes", "--json", "-").json["rows"]}
+    assert (acts["minference"], acts["semantic"], acts["easycache"]) == ("language models", "diffusion models", "diffusion models")
+    assert acts["plain"] == "any model"
+    shown = hasten("recipes", "hip").out
+    assert "acts on: language models" in shown and "attention: causal, prompt sparse, cache" in shown
+    assert 'hasten.accelerate(model, "hip")' in shown and "hasten compare" not in shown
+
+
 def test_compare_writes_videos_and_a_report(hasten: Any, wan: Path) -> None:
     ran = hasten(
         "compare", wan, "--prompt", "a one", "--recipe", "every-other", "--out", "out", "--json", "-"
