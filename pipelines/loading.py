@@ -98,17 +98,29 @@ def check_name(name_or_path: str) -> Literal["bundled", "folder", "hub"]:
     )
 
 
+def _what_instead(folder: Path) -> str:
+    """One sentence about a folder that is no pipeline."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "Write one with pipe.save_pretrained(folder), or name a hub id."
+    except (OSError, ValueError):
+        config = {}
+    classes = config.get("architectures") if isinstance(config, dict) else None
+    if isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes):
+        return (
+            f"It holds a language model ({classes[0]}), for which there is no command yet; in Python:"
+            " hasten.accelerate(AutoModelForCausalLM.from_pretrained(folder), RECIPE)."
+        )
+    return f"It looks like one component of a pipeline; name the folder above: {folder.absolute().parent}."
+
+
 def check_folder(folder: Path) -> None:
     """Raise `ModelError` unless `folder` is a diffusers pipeline of safetensors files and no code."""
     index = folder / "model_index.json"
     if not index.is_file():
-        where = (
-            f" It looks like one component of a pipeline; name the folder above: {folder.absolute().parent}."
-            if (folder / "config.json").is_file()
-            else " Write one with pipe.save_pretrained(folder), or name a hub id."
-        )
         raise ModelError(
-            f"The folder {folder} has no model_index.json, so it is no diffusers pipeline.{where}"
+            f"The folder {folder} has no model_index.json, so it is no diffusers pipeline. {_what_instead(folder)}"
         )
     try:
         names = json.loads(index.read_text(encoding="utf-8"))

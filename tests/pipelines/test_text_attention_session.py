@@ -14,6 +14,7 @@ from transformers import TextGenerationPipeline
 import hasten
 from hasten.errors import ModelError, RecipeError, RefusedError, UsageError
 from hasten.limits import Limits
+from hasten.pipelines.loading import check_folder
 from hasten.pipelines.recipes import acts_on, catalogue
 from hasten.recipe import Recipe
 from hasten.sparse_attn.policy import SparseAttention, SparseState
@@ -298,3 +299,12 @@ def test_hosts_that_are_no_language_model_are_told(model: Any) -> None:
         hasten.accelerate(torch.nn.Linear(2, 2), "minference")
     with hasten.accelerate(model, "minference"), pytest.raises(UsageError, match="accelerated already"):
         hasten.accelerate(model, "squeezed")
+
+
+def test_the_folder_of_a_language_model_is_known(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"language model \(LlamaForCausalLM\).*hasten.accelerate"):
+        check_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2")
+    with pytest.raises(ModelError, match="one component of a pipeline"):
+        check_folder(tmp_path)
