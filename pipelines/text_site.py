@@ -95,7 +95,7 @@ class Site:
         if reason is not None or rule is None:
             self.session.because(reason or "")
             rule = Rule(max(0, keys - n), keys)  # counted as if it were causal
-            self.session.count(self, "prompt" if n > DRAFT else "cache", None, _pairs(q, rule), keys)
+            self.session.count(self, "prompt" if n > DRAFT or 1 < n == keys else "cache", None, _pairs(q, rule), keys)
             return self.own(q, k, v, mask, scale, extra)
         call = Call(q, k[:, :, : rule.end], v[:, :, : rule.end], rule, q.shape[-1] ** -0.5 if scale is None else scale, cache)
         prompt = rule.tree is None and (rule.offset == 0 and n > 1 or n > DRAFT)
