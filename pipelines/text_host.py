@@ -29,7 +29,7 @@ class TextHost:
     kept from one evaluation to the next (a model that looks at the noise level in every layer cannot).
     """
 
-    caches: ClassVar[bool] = True
+    caches: bool = True
     family: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, facts: TextFacts) -> None:
@@ -96,16 +96,16 @@ class TextHost:
                 " Load it with attn_implementation='sdpa'."
             )
         logits: Tensor = given if isinstance(given, Tensor) else given.logits
-        return logits if self.head() is not None else _rows(logits, now.read)
+        return logits if self.head() is not None else rows_of(logits, now.read)
 
     def _wanted(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         now = self.tap.now
         if now is None:
             return None
-        return (_rows(args[0], now.read), *args[1:])
+        return (rows_of(args[0], now.read), *args[1:])
 
 
-def _rows(states: Tensor, read: Tensor) -> Tensor:
+def rows_of(states: Tensor, read: Tensor) -> Tensor:
     """Rows [m, R, C] of states [m, N, C]; numbers N (none) give any row."""
     index = read.clamp(max=states.shape[1] - 1)
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))

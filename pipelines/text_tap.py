@@ -97,7 +97,7 @@ class CatchSdpa(TorchFunctionMode):
                 return tap.attend(tap.calls, query, key, value, scale)
             # transformers hands a single query over with its group of heads where the tokens stand
             o = tap.attend(tap.calls, query.flatten(1, 2)[:, :, None], key, value, scale)
-            return o.view(*query.shape[:3], -1)
+            return o.reshape(*query.shape[:3], -1)
 
 
 def has_interface(model: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Facts:
     told to leave out keys: a 2-D mask (`keys`), one or another 4-D mask (`pairs`), or not at all (`none`).
     tapped: its attention is torch's function, so that it can be caught. embeds: `inputs_embeds` works.
     plain: the authors' call on whole rows of one length without padding: (model, ids [B, N]) -> logits [B, N, V].
+    told: what its config does not say and a caller must.
     """
 
     kind: Literal["full", "block", "causal"]
@@ -39,6 +40,7 @@ class Facts:
     eos: int = EOS
     pad: int | None = PAD
     vocab: int = VOCAB
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Host(NamedTuple):

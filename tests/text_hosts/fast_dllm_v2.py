@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.text_hosts.decoder import Decoder, configured
-from tests.text_hosts.facts import Facts, Host, filled
+from tests.text_hosts.facts import MASK, Facts, Host, filled
 from tests.text_hosts.layers import heads, rotate
 
 BLOCK = 8
@@ -28,7 +28,9 @@ class Fast_dLLM_QwenConfig(PreTrainedConfig):
     model_type = "Fast_dLLM_Qwen"
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {"architectures": ["Fast_dLLM_QwenForCausalLM"], "use_cache": True, "bd_size": BLOCK}
+        own = {
+            "architectures": ["Fast_dLLM_QwenForCausalLM"], "use_cache": True, "bd_size": BLOCK, "mask_token_id": None
+        }  # fmt: skip
         super().__init__(**configured(self, kwargs, **own))
 
 
@@ -134,7 +136,7 @@ def plain(model: Any, ids: Tensor) -> Tensor:
 def build(seed: int) -> Host:
     facts = Facts(
         kind="block", block=BLOCK, shifted=True, context=64, positions="argument", padding="none", plain=plain,
-        embeds=False,
+        embeds=False, told={"mask_token_id": MASK},
     )  # fmt: skip
     return Host(filled(Fast_dLLM_QwenForCausalLM(Fast_dLLM_QwenConfig()), seed), facts)
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.text_hosts.decoder import Decoder, configured, dispatched
-from tests.text_hosts.facts import Facts, Host, block_causal, filled
+from tests.text_hosts.facts import MASK, Facts, Host, block_causal, filled
 from tests.text_hosts.layers import GatedMLP, RMSNorm, rotate
 
 BLOCK = 8
@@ -31,7 +31,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {
-            "architectures": ["LLaDA2MoeModelLM"], "use_cache": True, "use_qkv_bias": False, "use_bias": False,
+            "mask_token_id": None, "architectures": ["LLaDA2MoeModelLM"], "use_cache": True, "use_qkv_bias": False, "use_bias": False,
             "use_qk_norm": True, "partial_rotary_factor": 0.5, "sliding_window": None, "num_experts": 8,
             "num_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
             "routed_scaling_factor": 2.5, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
@@ -163,8 +163,9 @@ def plain(model: Any, ids: Tensor) -> Tensor:
 
 def build(seed: int) -> Host:
     facts = Facts(
-        kind="block", block=BLOCK, shifted=False, context=64, positions="argument", padding="pairs", plain=plain
-    )
+        kind="block", block=BLOCK, shifted=False, context=64, positions="argument", padding="pairs", plain=plain,
+        told={"mask_token_id": MASK, "block": BLOCK},
+    )  # fmt: skip
     return Host(filled(LLaDA2MoeModelLM(LLaDA2MoeConfig()), seed), facts)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tests.text_hosts.decoder import Decoder, configured, dispatched
-from tests.text_hosts.facts import Facts, Host, filled
+from tests.text_hosts.facts import MASK, Facts, Host, filled
 from tests.text_hosts.layers import GatedMLP, RMSNorm, heads, rotate, shared
 
 
@@ -27,7 +27,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {
-            "architectures": ["LLaDAMoEModelLM"], "use_cache": False, "attention_bias": False, "qk_layernorm": True,
+            "mask_token_id": None, "architectures": ["LLaDAMoEModelLM"], "use_cache": False, "attention_bias": False, "qk_layernorm": True,
             "dense_intermediate_size": 48, "expert_intermediate_size": 16, "shared_expert_intermediate_size": 16,
             "num_experts": 8, "num_experts_per_tok": 2, "moe_layer_freq": [0, 1], "norm_topk_prob": False,
             "moe_router_enable_expert_bias": True, "moe_router_score_function": "softmax",
@@ -124,7 +124,9 @@ def plain(model: Any, ids: Tensor) -> Tensor:
 
 
 def build(seed: int) -> Host:
-    facts = Facts(kind="full", shifted=False, context=64, positions="argument", padding="keys", plain=plain)
+    facts = Facts(
+        kind="full", shifted=False, context=64, positions="argument", padding="keys", plain=plain, told={"mask_token_id": MASK}
+    )
     return Host(filled(LLaDAMoEModelLM(LLaDAMoEConfig()), seed), facts)
 
 
