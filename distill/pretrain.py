@@ -22,12 +22,10 @@ from hasten.distill import moving_digits, tiny, tiny_flux
 from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig
 from hasten.distill.pretrain_loop import Loop, Task, Weights, split_parameters, step_seed
 from hasten.distill.pretrain_objective import Objective
-from hasten.distill.pretrain_state import replace_folder
+from hasten.distill.pretrain_state import claim_folder, replace_folder
 from hasten.distill.tiny_growth import grown_weights
-from hasten.errors import ResumeError, UsageError
+from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
-
-_MAY_CHANGE = ("denoiser.steps", "call.")
 
 
 def pretrain(
@@ -57,7 +55,8 @@ def pretrain(
         raise UsageError(
             f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher."
         )
-    _claim(config, out, data, resume)
+    wanted = {"source": "sklearn" if data == "sklearn" else "mnist", **config.model_dump(mode="json")}
+    claim_folder(out, wanted, resume, ("denoiser.steps", "call."))
     run = _Run(config, out, digits, Loop(accelerator, out, checkpoint_seconds, progress))
     torch.manual_seed(config.seed)
     if config.family == "flux":
@@ -66,36 +65,6 @@ def pretrain(
         text_encoder = tiny.build_text_encoder(config.kind, config.text)
     vae = run.autoencoder(resume)
     return run.denoiser(vae, text_encoder, run.latents(vae), resume, stop_after)
-
-
-def _claim(config: PretrainConfig, out: Path, data: str, resume: bool) -> None:
-    """Write the configuration into `out`, or check that a resumed run has the same one."""
-    file = out / "config.json"
-    wanted = {"source": "sklearn" if data == "sklearn" else "mnist", **config.model_dump(mode="json")}
-    if file.exists() and not resume:
-        raise UsageError(f"'{out}' already holds a training. Resume it, or give an empty folder.")
-    if file.exists():
-        found, new = _flat(json.loads(file.read_text())), _flat(wanted)
-        keys = sorted(k for k in found.keys() | new.keys() if not k.startswith(_MAY_CHANGE))
-        differing = [
-            f"{k} was {found.get(k)!r}, now {new.get(k)!r}" for k in keys if found.get(k) != new.get(k)
-        ]
-        if differing:
-            raise ResumeError(
-                f"Cannot resume '{out}': only denoiser.steps and call may change, but {'; '.join(differing[:4])}."
-                " Restore the old values, or start in an empty folder."
-            )
-    elif resume and not out.is_dir():
-        raise ResumeError(f"Cannot resume '{out}': there is no such folder. Start without resume.")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=1))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in tree.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return rows
 
 
 class _Run:

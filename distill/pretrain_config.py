@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -21,12 +21,16 @@ from hasten.errors import UsageError, nearest
 
 _MAX_BYTES = 100_000
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
-class _Strict(BaseModel):
+
+class Strict(BaseModel):
+    """A section of a configuration: frozen, and an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """What the pictures look like."""
 
     canvas: PositiveInt = 32
@@ -34,7 +38,7 @@ class DataConfig(_Strict):
     frames: PositiveInt = 17
 
 
-class TextConfig(_Strict):
+class TextConfig(Strict):
     """The frozen random text encoder and the padded prompt length."""
 
     dim: PositiveInt = 64
@@ -42,7 +46,7 @@ class TextConfig(_Strict):
     length: PositiveInt = 16
 
 
-class VaeConfig(_Strict):
+class VaeConfig(Strict):
     """The autoencoder and its training; or `weights`, the bundled model whose autoencoder is taken as it is."""
 
     weights: str | None = None
@@ -66,21 +70,21 @@ class VaeConfig(_Strict):
         return self
 
 
-class LatentsConfig(_Strict):
+class LatentsConfig(Strict):
     """How many encoded clips or images the denoiser sees."""
 
     count: PositiveInt = 16384
     batch: PositiveInt = 32
 
 
-class ShallowConfig(_Strict):
+class ShallowConfig(Strict):
     """A shallower transformer that is trained first, and from which the denoiser is then grown."""
 
     layers: PositiveInt
     steps: PositiveInt
 
 
-class JointConfig(_Strict):
+class JointConfig(Strict):
     """Joint attention over image and text (Flux): `denoiser.layers` double-stream blocks, then `single` others.
 
     rope: how many of a head's dimensions turn with the index, the row and the column of a token.
@@ -90,7 +94,7 @@ class JointConfig(_Strict):
     rope: tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
-class DenoiserConfig(_Strict):
+class DenoiserConfig(Strict):
     """The transformer and its training."""
 
     heads: PositiveInt = 2
@@ -141,7 +145,7 @@ class DenoiserConfig(_Strict):
         return self
 
 
-class PretrainConfig(_Strict):
+class PretrainConfig(Strict):
     """One tiny model: what it is, what it learns from and how long."""
 
     name: str
@@ -170,6 +174,13 @@ class PretrainConfig(_Strict):
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> PretrainConfig:
     """Read a YAML file (or the name of a bundled one) and apply dotted overrides such as {"denoiser.steps": 100}."""
+    return parse_config(*read_config(path, overrides))
+
+
+def read_config(
+    path: str | Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], str]:
+    """The plain mapping of a YAML file with the overrides in it, and the file's name for messages."""
     file = find_config(path)
     if file.stat().st_size > _MAX_BYTES:
         raise UsageError(f"'{file}' is larger than {_MAX_BYTES} bytes: a configuration is a short YAML file.")
@@ -178,15 +189,20 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise UsageError(f"'{file}' holds {type(raw).__name__}, expected a mapping of keys to values.")
     for key, value in (overrides or {}).items():
         _assign(raw, key, value)
-    return parse_config(raw, str(file))
+    return raw, str(file)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PretrainConfig:
     """Validate a plain mapping; an unknown key is an error that names the nearest valid one."""
+    return parse_as(PretrainConfig, raw, where)
+
+
+def parse_as(kind: type[Parsed], raw: Mapping[str, Any], where: str) -> Parsed:
+    """The same for another configuration class."""
     try:
-        return PretrainConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(kind, item) for item in error.errors()]
         raise UsageError(f"{where}: " + "; ".join(lines)) from None
 
 
@@ -209,11 +225,11 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[last] = value
 
 
-def _explain(item: Any) -> str:
+def _explain(kind: type[BaseModel], item: Any) -> str:
     path = ".".join(str(p) for p in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"'{path}': {item['msg']}, got {item['input']!r}"
-    model: Any = PretrainConfig
+    model: Any = kind
     for part in item["loc"][:-1]:
         model = _section(model.model_fields[str(part)].annotation)
     allowed = list(model.model_fields)

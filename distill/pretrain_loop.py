@@ -33,7 +33,8 @@ class Task:
     """One training: a module, its optimisers and its loss as a pure function of the step.
 
     `cooldown` is the share of the steps over which the rate falls to zero; `ema` the decay of the averaged weights
-    (0: no averaging); `export` is called with them at every checkpoint.
+    (0: no averaging); `export` is called with them at every checkpoint; `notes` are further numbers of the last step
+    for the log.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     ema: float = 0.0
     precision: str = "no"
     export: Callable[[Weights, int], None] | None = None
+    notes: Callable[[], dict[str, float]] = dict
 
 
 def step_seed(seed: int, phase: str, step: int) -> int:
@@ -101,7 +103,7 @@ class Loop:
         bar = tqdm(total=task.steps, initial=start, desc=task.name, disable=not self.progress, mininterval=2)
         for step in range(start, last):
             loss = self._step(task, step, peaks, ema)
-            row = {"step": step, "loss": round(loss, 6), "time": round(time.time(), 1)}
+            row = {"step": step, "loss": round(loss, 6), "time": round(time.time(), 1), **task.notes()}
             lines.write(json.dumps(row) + "\n")
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

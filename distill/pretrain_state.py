@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hasten.errors import ResumeError
+from hasten.errors import ResumeError, UsageError
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
@@ -40,6 +40,39 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         target.rename(old)
     aside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def claim_folder(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...]) -> None:
+    """Write the configuration into `out`, or check that a resumed run has the same one.
+
+    `may_change`: dotted keys (or beginnings that end with a dot) in which a resumed run may differ.
+    """
+    file = out / "config.json"
+    if file.exists() and not resume:
+        raise UsageError(f"'{out}' already holds a training. Resume it, or give an empty folder.")
+    if file.exists():
+        found, new = _flat(json.loads(file.read_text())), _flat(wanted)
+        keys = sorted(k for k in found.keys() | new.keys() if not k.startswith(may_change))
+        differing = [
+            f"{k} was {found.get(k)!r}, now {new.get(k)!r}" for k in keys if found.get(k) != new.get(k)
+        ]
+        if differing:
+            allowed = " and ".join(key.rstrip(".") for key in may_change)
+            raise ResumeError(
+                f"Cannot resume '{out}': only {allowed} may change, but {'; '.join(differing[:4])}."
+                " Restore the old values, or start in an empty folder."
+            )
+    elif resume and not out.is_dir():
+        raise ResumeError(f"Cannot resume '{out}': there is no such folder. Start without resume.")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=1))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
 
 
 def save_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,11 +23,17 @@ def _group() -> None:
 
 @app.command("pretrain")
 def pretrain(
-    config: Annotated[str, typer.Option(help="YAML file, or the name of a bundled one such as tiny-video.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished pipeline.")],
+    config: Annotated[
+        str, typer.Option(help="YAML file, or the name of a bundled one such as tiny-video or tiny-dllm.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
     data: Annotated[
-        str, typer.Option(help="Folder of MNIST images, or `sklearn` for its bundled digits.")
-    ] = "sklearn",
+        str | None,
+        typer.Option(
+            help="Pictures: folder of MNIST images, or `sklearn` (default) for its bundled digits."
+            " Text: folder of Python sources, or `stdlib` (default)."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the configuration: denoiser.steps=100."),
@@ -37,23 +43,19 @@ def pretrain(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Train a tiny video or image model on handwritten digits that move."""
+    """Train a tiny video or image model on handwritten digits that move, or a text model on Python and list tasks."""
     output = Output("train pretrain", json)
     with output.open():
-        from hasten.distill.pretrain import pretrain as run
-        from hasten.distill.pretrain_config import load_config
+        from hasten.distill.text_config import load_any
 
-        if data != "sklearn" and not Path(data).is_dir():
-            raise UsageError(
-                f"There is no data folder {data}. Name one with MNIST images, or say --data sklearn."
-            )
         if resume and not out.is_dir():
             raise UsageError(f"Cannot resume: there is no folder {out}. Leave --resume out to start.")
         started = time.perf_counter()
         try:
-            settings = load_config(config, assignments(set_ or [], "--set"))
+            settings = load_any(config, assignments(set_ or [], "--set"))
+            source = _source(settings.kind, data)
             with writable(out.absolute()):
-                folder = run(settings, out=out, data=data, resume=resume)
+                folder = _run(settings, out, source, resume)
         except HastenError:
             raise
         except (FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
@@ -64,10 +66,35 @@ def pretrain(
             kind = ResumeError if "resume" in str(error) else UsageError
             raise kind(_sentence(error)) from error
         seconds = time.perf_counter() - started
-        output.say(
-            f"{settings.name} is in {folder}. Use it: hasten generate {folder} --prompt 'a seven moving left'"
-        )
+        output.say(f"{settings.name} is in {folder}. Use it: {_use(settings.kind, folder)}")
         output.finish([{"model": settings.name, "folder": str(folder), "seconds": seconds}])
+
+
+def _source(kind: str, data: str | None) -> str:
+    """What to train on; `UsageError` for a folder that is not there."""
+    usual, what = ("stdlib", "Python sources") if kind == "text" else ("sklearn", "MNIST images")
+    if data is None or data == usual or Path(data).is_dir():
+        return data or usual
+    raise UsageError(f"There is no data folder {data}. Name one with {what}, or say --data {usual}.")
+
+
+def _run(settings: Any, out: Path, data: str, resume: bool) -> Path:
+    """The trainer of this kind of model; the finished model's folder."""
+    from hasten.distill.text_config import TextPretrainConfig
+
+    if isinstance(settings, TextPretrainConfig):
+        from hasten.distill.text_pretrain import pretrain_text
+
+        return pretrain_text(settings, out=out, data=data, resume=resume)
+    from hasten.distill.pretrain import pretrain as pretrain_pictures
+
+    return pretrain_pictures(settings, out=out, data=data, resume=resume)
+
+
+def _use(kind: str, folder: Path) -> str:
+    if kind == "text":
+        return f"transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
+    return f"hasten generate {folder} --prompt 'a seven moving left'"
 
 
 def _sentence(error: Exception) -> str:
