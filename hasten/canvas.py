@@ -43,19 +43,24 @@ class TextFacts:
 class Row:
     """One text as the host knows it, in slots: the generated part [start, end) and the active block [low, high).
 
-    left, masks: slots that are not written yet, in the block and in all. begun: of the block when it began. step, since:
-    evaluations so far, in all and in this block. open: there is still work to do.
+    outer_low, outer_high: the block of the model or of the caches that the active one lies in. left, masks: slots that are
+    not written yet, in the block and in all. begun: of the block when it began. step, since: evaluations so far, in all
+    and in this block. drafts: how many drafts of it are worth an evaluation, with the text as it stands. open: there is
+    still work to do.
     """
 
     start: int
     end: int
     low: int
     high: int
+    outer_low: int
+    outer_high: int
     left: int
     masks: int
     begun: int
     step: int
     since: int
+    drafts: int
     open: bool
 
 
@@ -64,9 +69,11 @@ class Canvas:
     """A batch of texts that are being written.
 
     ids int64 [B, L]; status uint8 [B, L] (`PROMPT`, `MASK`, `DONE`, `PAD`); start, end int64 [B]; span int64 [B, 2]: the
-    active block; begun int64 [B]: masks it began with; step, since int64 [B]: evaluations in all and in this block;
-    committed int32 [B, L]: the step at which a slot was written, -1 where it was not; confidence float32 [B, L]: the
-    probability of its token then; open bool [B]: there is work left.
+    active block; outer int64 [B, 2]: the block that it is a part of, the same one unless blocks are nested; begun
+    int64 [B]: masks it began with; step, since int64 [B]: evaluations in all and in this block (with drafts: those that
+    sequential decoding would have made); drafts int64 [B]: how many drafts the next evaluation of a text is to check,
+    the text itself among them; committed int32 [B, L]: the step at which a slot was written, -1 where it was not;
+    confidence float32 [B, L]: the probability of its token then; open bool [B]: there is work left.
     """
 
     ids: Tensor
@@ -74,9 +81,11 @@ class Canvas:
     start: Tensor
     end: Tensor
     span: Tensor
+    outer: Tensor
     begun: Tensor
     step: Tensor
     since: Tensor
+    drafts: Tensor
     committed: Tensor
     confidence: Tensor
     open: Tensor
@@ -95,9 +104,9 @@ class Canvas:
         status = torch.where(written, PROMPT, torch.where(inside, MASK, PAD)).to(torch.uint8)
         if facts.mask_id is not None:
             ids[status == MASK] = facts.mask_id
-        zeros = torch.zeros(rows, dtype=torch.int64)
+        zeros, none = torch.zeros(rows, dtype=torch.int64), torch.stack([starts, starts], 1)
         made = cls(
-            ids, status, starts, ends, torch.stack([starts, starts], 1), zeros, zeros.clone(), zeros.clone(),
+            ids, status, starts, ends, none, none.clone(), zeros, zeros.clone(), zeros.clone(), zeros + 1,
             torch.full((rows, slots), -1, dtype=torch.int32), torch.full((rows, slots), float("nan")), ends > starts,
         )  # fmt: skip
         return made.to(device) if device is not None else made
@@ -169,16 +178,33 @@ class Canvas:
         self.ids = torch.where(gone, pad_id, self.ids)
         self.status = torch.where(gone, PAD, self.status).to(torch.uint8)
         self.end, self.span = end, torch.minimum(self.span, end[:, None])
+        self.outer = torch.minimum(self.outer, end[:, None])
 
-    def enter(self, rows: Tensor, span: Tensor) -> None:
-        """Make `span` (int64 [B, 2]) the active block of the texts `rows` (bool [B])."""
+    def enter(self, rows: Tensor, span: Tensor, outer: Tensor | None = None) -> None:
+        """Make `span`, a part of `outer` (int64 [B, 2] each; None: all of it), the active block of the texts `rows`
+        (bool [B])."""
         self.span = torch.where(rows[:, None], span, self.span)
+        self.outer = torch.where(rows[:, None], span if outer is None else outer, self.outer)
         self.begun = torch.where(rows, (self.masked & self.inside(self.span[:, 0], self.span[:, 1])).sum(1), self.begun)
         self.since = torch.where(rows, 0, self.since)
 
     def look(self) -> list[Row]:
         """Where each text stands, as host numbers. The one thing per step that waits for the device."""
+        return _rows(self._table().tolist())
+
+    def read(self) -> tuple[list[Row], Tensor, Tensor]:
+        """`look`, and in the same copy ids int64 [B, L] and status uint8 [B, L] on the host: for who reads along."""
+        table = self._table()
+        words = torch.cat([table, self.ids, self.status.long()], 1).cpu()
+        rows, ids, status = words.split([table.shape[1], self.slots, self.slots], 1)
+        return _rows(rows.tolist()), ids, status.to(torch.uint8)
+
+    def _table(self) -> Tensor:
+        """The fields of `Row` as int64 [B, 10]."""
         left, masks = self.eligible.sum(1), self.masked.sum(1)
         table = [self.start, self.end, self.span[:, 0], self.span[:, 1], left, masks, self.begun, self.step, self.since]
-        rows = torch.stack([*table, self.open.long()], 1).tolist()
-        return [Row(*row[:-1], open=bool(row[-1])) for row in rows]
+        return torch.stack([*table, self.open.long()], 1)
+
+
+def _rows(table: list[list[int]]) -> list[Row]:
+    return [Row(*row[:-1], open=bool(row[-1])) for row in table]
