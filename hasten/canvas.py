@@ -200,10 +200,10 @@ class Canvas:
         return _rows(rows.tolist()), ids, status.to(torch.uint8)
 
     def _table(self) -> Tensor:
-        """The fields of `Row` as int64 [B, 10]."""
+        """The fields of `Row` as int64 [B, 13]."""
         left, masks = self.eligible.sum(1), self.masked.sum(1)
-        table = [self.start, self.end, self.span[:, 0], self.span[:, 1], left, masks, self.begun, self.step, self.since]
-        return torch.stack([*table, self.open.long()], 1)
+        table = [self.start, self.end, *self.span.unbind(1), *self.outer.unbind(1), left, masks, self.begun]
+        return torch.stack([*table, self.step, self.since, self.drafts, self.open.long()], 1)
 
 
 def _rows(table: list[list[int]]) -> list[Row]:
