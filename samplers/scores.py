@@ -9,9 +9,12 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from hasten.canvas import DONE, Canvas
+from hasten.noise import gumbel, uniform
 from hasten.part import Part
 
 Sees = Literal["block", "rest"]
@@ -34,7 +37,8 @@ class Scores:
 
     token int64: what would be written. confidence, second float32: probability of `token` and of the next best. entropy
     float32, nats. present float32: the probability of what stands there now. rank float32: the higher, the sooner it is
-    written. seen bool: this evaluation gave logits for the slot; elsewhere the other fields mean nothing.
+    written. seen bool: this evaluation gave logits for the slot; elsewhere the other fields mean nothing. guide int64:
+    what a guiding model would write there if `token` stood in every open slot before, -1 where there is none.
     """
 
     token: Tensor
@@ -44,22 +48,23 @@ class Scores:
     present: Tensor
     rank: Tensor
     seen: Tensor
+    guide: Tensor
 
     @classmethod
     def blank(cls, canvas: Canvas) -> Self:
         """Nothing is known."""
         shape, device = canvas.ids.shape, canvas.ids.device
-        low = [torch.full(shape, value, device=device) for value in (-1.0, 0.0, float("inf"), float("nan"), -float("inf"))]
-        return cls(
-            torch.zeros(shape, dtype=torch.int64, device=device), *low, torch.zeros(shape, dtype=torch.bool, device=device)
-        )
+        inf = float("inf")
+        low = [torch.full(shape, value, device=device) for value in (-1.0, 0.0, inf, float("nan"), -inf)]
+        token, seen = torch.zeros_like(canvas.ids), torch.zeros(shape, dtype=torch.bool, device=device)
+        return cls(token, *low, seen, torch.full_like(token, -1))
 
     def put(self, logits: Logits, **given: Tensor) -> None:
         """Write fields, given as [m, R], to their slots. Slots numbered L (no slot) are left out."""
         bins = self.seen.shape[1]
         rows = logits.members[:, None].expand_as(logits.slots)
         for name, value in given.items():
-            wide = torch.nn.functional.pad(getattr(self, name), (0, 1))  # one bin for what is no slot
+            wide = F.pad(getattr(self, name), (0, 1))  # one bin for what is no slot
             wide[rows, logits.slots] = value.to(wide.dtype)
             setattr(self, name, wide[:, :bins])
 
@@ -88,9 +93,14 @@ class Draw:
 
 
 class Score(Part):
-    """Which slot is the surest? A family; `start()` gives the state for one generation."""
+    """Which slot is the surest? A family; `start()` gives the state for one generation.
+
+    remembers: it uses more than the present evaluation, so that drafts cannot be verified with it (a draft stands for
+    steps that were never taken, and of which nothing is remembered).
+    """
 
     sees: ClassVar[Sees] = "block"
+    remembers: ClassVar[bool] = False
 
     def start(self) -> ScoreState:
         """State of one generation."""
@@ -104,11 +114,12 @@ class ScoreState:
         self.part = part
 
     def adjust(self, logits: Logits, canvas: Canvas) -> Tensor:
-        """Logits [m, R, V] float32 with what earlier evaluations say mixed in; by default as they are."""
-        return logits.values.float()
+        """Logits [m, R, V] float32 with what earlier evaluations say mixed in; by default as they are. They come with
+        -inf at the tokens that are never written, and that has to stay."""
+        return logits.values
 
-    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
-        """Order in which slots are written, [B, L] float32; the others fields of `scores` are set already."""
+    def rank(self, scores: Scores, canvas: Canvas, draw: Draw) -> Tensor:
+        """Order in which slots are written, [B, L] float32; the other fields of `scores` are set already."""
         return scores.confidence
 
     def note(self, chosen: Tensor, scores: Scores, canvas: Canvas) -> None:
@@ -131,7 +142,7 @@ class Margin(Score):
 
 
 class _MarginState(ScoreState):
-    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
+    def rank(self, scores: Scores, canvas: Canvas, draw: Draw) -> Tensor:
         return scores.confidence - scores.second
 
 
@@ -145,61 +156,101 @@ class Certainty(Score):
 
 
 class _CertaintyState(ScoreState):
-    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
+    def rank(self, scores: Scores, canvas: Canvas, draw: Draw) -> Tensor:
         return -scores.entropy
 
 
 class Arbitrary(Score):
-    """Slots in random order (LLaDA's `remasking="random"`, MDLM's ancestral order): a fixed order for each text."""
+    """Slots in random order (LLaDA's `remasking="random"`, MDLM's ancestral order): one order per text and seed."""
 
     kind: ClassVar[str] = "arbitrary"
-    seed: int = 0
 
     def start(self) -> ScoreState:
         return _ArbitraryState(self)
 
 
 class _ArbitraryState(ScoreState):
-    def rank(self, scores: Scores, logits: Logits, canvas: Canvas) -> Tensor:
-        from hasten.noise import uniform
-
-        assert isinstance(self.part, Arbitrary)
-        seed = torch.full((), self.part.seed, dtype=torch.int64, device=canvas.ids.device)
-        order = uniform(seed, torch.zeros_like(seed), canvas.place - canvas.start[:, None], 1)[..., 0]
-        return order.float()
+    def rank(self, scores: Scores, canvas: Canvas, draw: Draw) -> Tensor:
+        return uniform(draw.seed[:, None], _stream(canvas, _ORDER), _behind(canvas), 1)[..., 0].float()
 
 
-def measure(logits: Logits, state: ScoreState, draw: Draw, forbidden: Tensor, canvas: Canvas, scores: Scores) -> None:
+class Softened(Score):
+    """`score`'s order with Gumbel noise: slots are drawn without replacement from softmax(score / temperature).
+
+    Dream's `alg_temp` (arXiv 2508.15487), which calls `multinomial` on that distribution: adding noise and taking the
+    highest draws from the same law, without it being formed. The noise is new at every step.
+    """
+
+    kind: ClassVar[str] = "softened"
+    score: Score = Confidence()
+    temperature: float = Field(0.1, gt=0)
+
+    def start(self) -> ScoreState:
+        return _SoftenedState(self, self.score.start())
+
+
+class _SoftenedState(ScoreState):
+    def __init__(self, part: Softened, inner: ScoreState) -> None:
+        super().__init__(part)
+        self.inner, self.temperature = inner, part.temperature
+
+    def adjust(self, logits: Logits, canvas: Canvas) -> Tensor:
+        return self.inner.adjust(logits, canvas)
+
+    def rank(self, scores: Scores, canvas: Canvas, draw: Draw) -> Tensor:
+        noise = gumbel(draw.seed[:, None], _stream(canvas, canvas.step), _behind(canvas), 1)[..., 0]
+        return self.inner.rank(scores, canvas, draw) / self.temperature + noise
+
+    def note(self, chosen: Tensor, scores: Scores, canvas: Canvas) -> None:
+        self.inner.note(chosen, scores, canvas)
+
+
+_ORDER = 1 << 40
+"""A step that no generation reaches: noise of `Arbitrary`."""
+
+
+def _stream(canvas: Canvas, step: Tensor | int) -> Tensor:
+    """Steps int64 [B, 1] for noise about slots: negative, so that it is not the noise that tokens are drawn with."""
+    return (-1 - torch.zeros_like(canvas.step) - step)[:, None]
+
+
+def _behind(canvas: Canvas) -> Tensor:
+    """Slot numbers counted from the end of each text's prompt, int64 [B, L]."""
+    return canvas.place - canvas.start[:, None]
+
+
+def measure(logits: Logits, state: ScoreState, draw: Draw, forbidden: Tensor, canvas: Canvas, scores: Scores) -> Logits:
     """Fill `scores` at the slots of `logits`. forbidden: tokens that are never written, int64 [n].
 
     Confidence is the probability in softmax(logits) without temperature, as LLaDA and Dream have it; `token` is drawn
-    with temperature, top-k and top-p. The normalisation leaves the forbidden tokens out.
+    with temperature, top-k and top-p. The normalisation leaves the forbidden tokens out. Returns the log-probabilities
+    that the scores are about, [m, R, V] float32.
     """
-    values = state.adjust(logits, canvas).index_fill(-1, forbidden, -float("inf"))
+    allowed = logits.values.float().index_fill(-1, forbidden, -float("inf"))
+    values = state.adjust(Logits(allowed, logits.slots, logits.members), canvas)
     best = values.topk(min(2, values.shape[-1]), dim=-1)
-    total = values.logsumexp(-1)
-    probability = (best.values - total[..., None]).exp()
-    spread = (values - total[..., None]).exp()
+    known = values - values.logsumexp(-1, keepdim=True)
+    spread = known.exp()
     entropy = torch.special.entr(spread).sum(-1)
+    probability = spread.gather(-1, best.indices)
     token, confidence = best.indices[..., 0], probability[..., 0]
     second = probability[..., 1] if probability.shape[-1] > 1 else torch.zeros_like(confidence)
     if draw.temperature > 0:
         token = _drawn(values, logits, draw, canvas)
         confidence = spread.gather(-1, token[..., None])[..., 0]
-    stands = torch.nn.functional.pad(canvas.ids, (0, 1))[logits.members[:, None], logits.slots]
+    stands = F.pad(canvas.ids, (0, 1))[logits.members[:, None], logits.slots]
     present = spread.gather(-1, stands.clamp(max=values.shape[-1] - 1)[..., None])[..., 0]
     scores.put(
         logits, token=token, confidence=confidence, second=second, entropy=entropy, present=present,
         seen=torch.ones_like(token, dtype=torch.bool),
     )  # fmt: skip
     scores.present = torch.where(canvas.status == DONE, scores.present, float("nan"))
-    scores.rank = torch.where(scores.seen, state.rank(scores, logits, canvas), -float("inf"))
+    scores.rank = torch.where(scores.seen, state.rank(scores, canvas, draw), -float("inf"))
+    return Logits(known, logits.slots, logits.members)
 
 
 def _drawn(values: Tensor, logits: Logits, draw: Draw, canvas: Canvas) -> Tensor:
     """Tokens [m, R] by Gumbel-max over what top-k and top-p leave."""
-    from hasten.noise import gumbel
-
     scaled = values / draw.temperature
     if draw.top_k is not None and draw.top_k < scaled.shape[-1]:
         floor = scaled.topk(draw.top_k, dim=-1).values[..., -1:]
@@ -215,8 +266,16 @@ def _drawn(values: Tensor, logits: Logits, draw: Draw, canvas: Canvas) -> Tensor
     return (scaled + noise).argmax(-1)
 
 
+def ranked(key: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots by falling `key` [B, L], those of `among` first: int64 [B, L]; and which of these places hold one of them,
+    bool [B, L]. Ties: the earlier slot."""
+    order = torch.where(among, key, -float("inf")).argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, (~among.gather(1, order)).to(torch.uint8).argsort(dim=1, stable=True))
+    return order, among.gather(1, order)
+
+
 def best(rank: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """The `count` (int64 [B]) highest of `rank` [B, L] among the slots `among`, bool [B, L]. Ties: the earlier slot."""
-    order = torch.where(among, rank, -float("inf")).argsort(dim=1, descending=True, stable=True)
-    place = order.argsort(dim=1)
-    return among & (place < count[:, None])
+    order, inside = ranked(rank, among)
+    place = torch.arange(rank.shape[1], device=rank.device)
+    return torch.zeros_like(among).scatter(1, order, inside & (place < count[:, None]))
