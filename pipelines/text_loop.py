@@ -18,6 +18,7 @@ from torch import Tensor
 from hasten.caching.kv import Recompute, Rows, TokenKV
 from hasten.caching.store import KVStore
 from hasten.canvas import DONE, Canvas, Row
+from hasten.errors import RecipeError, UsageError
 from hasten.pipelines import text_pass
 from hasten.pipelines.text_host import TextHost
 from hasten.pipelines.text_pass import Wanted
@@ -30,6 +31,10 @@ from hasten.samplers.verify import Verifier
 
 OnStep = Callable[[int, Canvas, Scores, list[Row]], bool | None]
 """Called after each step with its number, the canvas, what was known, and where the texts stood; True stops."""
+
+Guide = Callable[[Tensor, Canvas], Tensor]
+"""What a guiding model would write into each slot, int64 [B, L], given ids int64 [B, L] in which every slot that may be
+written has the token proposed for it; -1 where it says nothing."""
 
 
 @dataclass(slots=True)
@@ -47,14 +52,25 @@ class Tally:
 class TextLoop:
     """One generation: a canvas, a model and the parts of a recipe. Call `run`."""
 
-    def __init__(self, host: TextHost, recipe: Recipe, canvas: Canvas, draw: Draw) -> None:
+    def __init__(
+        self, host: TextHost, recipe: Recipe, canvas: Canvas, draw: Draw, guide: Guide | None = None
+    ) -> None:
+        """Raises `UsageError` where the commit rule wants a guide and there is none, and `RecipeError` where drafts are to
+        be verified with a rule or score that remembers earlier evaluations."""
         self.host, self.canvas, self.draw, self.facts = host, canvas, draw, host.facts
         commit = recipe.commit or Unmask(rule=Quota())
         blocks = recipe.blocks or InBlocks(rule=Fixed())
         kv = recipe.kv or Recompute()
         assert isinstance(commit, Unmask) and isinstance(blocks, InBlocks) and isinstance(kv, TokenKV)
         self.store = KVStore(len(canvas.ids), canvas.slots, canvas.ids.device)
-        self.rule, self.score = commit.rule.start(), commit.score.start()
+        self.rule, self.score, self.guide = commit.rule.start(), commit.score.start(), guide
+        if guide is None and any(rule.guided for rule in commit.rules):
+            raise UsageError(f"The commit rule {commit.rule.kind!r} asks a guiding model, and there is none. Pass guide=.")
+        if recipe.verify is not None and commit.remembers:
+            raise RecipeError(
+                f"{recipe.verify.kind!r} checks drafts, which stand for steps that were not taken; {commit.rule.kind!r} with"
+                f" {commit.score.kind!r} decides by steps that were. Take a rule without memory, or leave verify out."
+            )
         self.blocks = blocks.rule.start(self.facts)
         self.end = blocks.end.start(self.facts) if blocks.end is not None else None
         self.kv = kv.start(self.facts, self.store)
@@ -65,10 +81,10 @@ class TextLoop:
         self.budget = recipe.revise.budget if recipe.revise is not None else 0
         self.revised = torch.zeros_like(canvas.committed)
         self.sees_rest = any(
-            part is not None and part.sees == "rest" for part in (commit.rule, commit.score, blocks.end)
+            part is not None and part.sees == "rest" for part in (*commit.rules, commit.score, blocks.end)
         )  # fmt: skip
         self.sees_rest_first = self.sees_rest or blocks.rule.sees == "rest"
-        self.sees_written = commit.rule.written or recipe.revise is not None and recipe.revise.written
+        self.sees_written = any(rule.written for rule in commit.rules) or recipe.revise is not None and recipe.revise.written
         forbidden = {*self.facts.forbidden, *([self.facts.mask_id] if self.facts.mask_id is not None else [])}
         self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.int64, device=canvas.ids.device)
         zeros = torch.zeros(len(canvas.ids), dtype=torch.int64, device=canvas.ids.device)
@@ -100,6 +116,9 @@ class TextLoop:
             for part in self._split(call, rows):
                 self._evaluate(part, rows, before)
         self.blocks.settle(canvas, self.scores)
+        if self.guide is not None:
+            proposed = torch.where(canvas.masked & self.scores.seen, self.scores.token, canvas.ids)
+            self.scores.guide = self.guide(proposed, canvas)
         chosen = self._choose()
         canvas.write(chosen, self.scores.token, self.scores.confidence)
         self.score.note(chosen, self.scores, canvas)
@@ -129,7 +148,8 @@ class TextLoop:
             return
         now = text_pass.plain(call, canvas, wanted, self.facts, self.store)
         logits = Logits(self.host.run(now, self.store), now.target, members)
-        measure(logits, self.score, self.draw, self.forbidden, canvas, self.scores)
+        known = measure(logits, self.score, self.draw, self.forbidden, canvas, self.scores)
+        self.rule.observe(known, canvas)
         self._count(members, now.slots)
         self.kv.seen(call, canvas)
 
