@@ -10,13 +10,13 @@ Shapes: B texts, L slots.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hasten.caching.kv import Recompute, Rows, TokenKV
-from hasten.caching.store import KVStore
+from hasten.caching.store import KVStore, Pass
 from hasten.canvas import DONE, Canvas, Row
 from hasten.errors import RecipeError, UsageError
 from hasten.pipelines import text_pass
@@ -31,6 +31,13 @@ from hasten.samplers.verify import Verifier
 
 OnStep = Callable[[int, Canvas, Scores, list[Row]], bool | None]
 """Called after each step with its number, the canvas, what was known, and where the texts stood; True stops."""
+
+OnLook = Callable[[list[Row], Tensor, Tensor], dict[int, int]]
+"""Called before each step, and once at the end, with where the texts stand, their ids and status (`Canvas.read`, on the
+host): gives texts that are to end now, and one past the last slot of each, up to which all is written."""
+
+Evaluate = Callable[[Pass, KVStore], Tensor]
+"""Logits [m, R, V] of a call, as `TextHost.run` gives them."""
 
 Guide = Callable[[Tensor, Canvas], Tensor]
 """What a guiding model would write into each slot, int64 [B, L], given ids int64 [B, L] in which every slot that may be
@@ -53,11 +60,16 @@ class TextLoop:
     """One generation: a canvas, a model and the parts of a recipe. Call `run`."""
 
     def __init__(
-        self, host: TextHost, recipe: Recipe, canvas: Canvas, draw: Draw, guide: Guide | None = None
-    ) -> None:
-        """Raises `UsageError` where the commit rule wants a guide and there is none, and `RecipeError` where drafts are to
-        be verified with a rule or score that remembers earlier evaluations."""
+        self, host: TextHost, recipe: Recipe, canvas: Canvas, draw: Draw, guide: Guide | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> None:  # fmt: skip
+        """evaluate: in place of `host.run`, for what is done to logits before anything decides on them.
+
+        Raises `UsageError` where the commit rule wants a guide and there is none, and `RecipeError` where drafts are to
+        be verified with a rule or score that remembers earlier evaluations.
+        """
         self.host, self.canvas, self.draw, self.facts = host, canvas, draw, host.facts
+        self.evaluate = evaluate or host.run
         commit = recipe.commit or Unmask(rule=Quota())
         blocks = recipe.blocks or InBlocks(rule=Fixed())
         kv = recipe.kv or Recompute()
@@ -91,14 +103,14 @@ class TextLoop:
         self.tally = Tally(zeros, zeros.clone(), zeros.double())
         self.scores = Scores.blank(canvas)
 
-    def run(self, on_step: OnStep | None = None) -> Canvas:
+    def run(self, on_step: OnStep | None = None, on_look: OnLook | None = None) -> Canvas:
         """Write until every text is over, or `on_step` returns True."""
         canvas = self.canvas
         self._advance(canvas.open.clone())
         with self.host.attached():
             number = 0
             while True:
-                rows = canvas.look()
+                rows = canvas.look() if on_look is None else self._shown(on_look)
                 if not any(row.open for row in rows):
                     return canvas
                 self.tally.rows.append(rows)
@@ -106,6 +118,18 @@ class TextLoop:
                 if on_step is not None and on_step(number, canvas, self.scores, rows):
                     return canvas
                 number += 1
+
+    def _shown(self, on_look: OnLook) -> list[Row]:
+        """Look, let `on_look` read along, and end the texts that it says are over."""
+        canvas = self.canvas
+        rows, ids, status = canvas.read()
+        over = on_look(rows, ids, status)
+        if over:
+            ends = [over.get(number, row.end) for number, row in enumerate(rows)]
+            canvas.cut(torch.tensor(ends, device=canvas.ids.device), self.facts.pad_id)
+            canvas.open = canvas.open & ~torch.tensor([number in over for number in range(len(rows))], device=canvas.ids.device)
+            rows = [replace(row, end=over[i], left=0, masks=0, open=False) if i in over else row for i, row in enumerate(rows)]
+        return rows
 
     def step(self, rows: list[Row]) -> None:
         """One step of every open text."""
@@ -147,7 +171,7 @@ class TextLoop:
             self._verify(call, wanted, members, before)
             return
         now = text_pass.plain(call, canvas, wanted, self.facts, self.store)
-        logits = Logits(self.host.run(now, self.store), now.target, members)
+        logits = Logits(self.evaluate(now, self.store), now.target, members)
         known = measure(logits, self.score, self.draw, self.forbidden, canvas, self.scores)
         self.rule.observe(known, canvas)
         self._count(members, now.slots)
@@ -164,7 +188,7 @@ class TextLoop:
         many.write(flat, before.token.repeat_interleave(number, 0), before.confidence.repeat_interleave(number, 0))
         texts = many.ids.view(len(canvas.ids), number, -1)
         now = text_pass.drafts(call, texts, canvas, wanted, self.facts, self.store)
-        values = self.host.run(now, self.store)
+        values = self.evaluate(now, self.store)
         each = values.view(len(members) * number, -1, values.shape[-1])
         copies = (members[:, None] * number + torch.arange(number, device=members.device)).flatten()
         scores = Scores.blank(many)
