@@ -26,8 +26,8 @@ from hasten.samplers.scores import Confidence, Logits, Score, Scores, Sees, best
 class CommitRule(Part):
     """Which slots are sure enough? A family; `start()` gives the state for one generation.
 
-    sees: whose logits it wants. written: it wants those of slots that are written already, too. remembers: it uses more
-    than the present evaluation, so that drafts cannot be verified with it. guided: it wants `scores.guide`.
+    sees: whose logits it wants. written: it wants those of slots that are written already, too. remembers: it uses
+    more than the present evaluation, so that drafts cannot be verified with it. guided: it wants `scores.guide`.
     """
 
     sees: ClassVar[Sees] = "block"
@@ -83,9 +83,9 @@ class Unmask(Commit):
 class Quota(CommitRule):
     """As many per evaluation as make `steps` evaluations of the whole text (LLaDA, arXiv 2502.09992).
 
-    A block of m slots gets its share S of the steps; each writes floor(m / S) slots, the first m mod S one more. LLaDA
-    asserts that blocks divide the text and steps the blocks; here the shares are rounded instead. steps None: one slot
-    per evaluation, which is the sequential decoding that others are compared with.
+    A block of m slots gets its share S of the steps; each writes floor(m / S) slots, the first m mod S one more.
+    LLaDA asserts that blocks divide the text and steps the blocks; here the shares are rounded instead. steps None:
+    one slot per evaluation, which is the sequential decoding that others are compared with.
     """
 
     kind: ClassVar[str] = "quota"
@@ -107,12 +107,13 @@ class _QuotaState(CommitState):
 
 
 class Falling(CommitRule):
-    """As many as a noise level unveils that falls evenly from 1 to `last` in `steps` evaluations (Dream, 2508.15487).
+    """As many as a noise level unveils that falls evenly from 1 to `last` in `steps` evaluations (Dream, arXiv
+    2508.15487).
 
-    Of the m slots that are open, floor(m (1 - s / t)) are written when the level falls from t to s, and all in the last
-    evaluation. A block gets its share of the steps, as with `Quota` (Dream has no blocks). Dream divides the masks of
-    the batch by its size, so that one text's number depends on the others; here each has its own. Dream may write none;
-    the engine writes at least one.
+    Of the m slots that are open, floor(m (1 - s / t)) are written when the level falls from t to s, and all in the
+    last evaluation. A block gets its share of the steps, as with `Quota` (Dream has no blocks). Dream divides the
+    masks of the batch by its size, so that one text's number depends on the others; here each has its own. Dream may
+    write none; the engine writes at least one.
     """
 
     kind: ClassVar[str] = "falling"

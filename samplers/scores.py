@@ -35,10 +35,11 @@ class Logits:
 class Scores:
     """What is known of each slot after an evaluation; all [B, L].
 
-    token int64: what would be written. confidence, second float32: probability of `token` and of the next best. entropy
-    float32, nats. present float32: the probability of what stands there now. rank float32: the higher, the sooner it is
-    written. seen bool: this evaluation gave logits for the slot; elsewhere the other fields mean nothing. guide int64:
-    what a guiding model would write there if `token` stood in every open slot before, -1 where there is none.
+    token int64: what would be written. confidence, second float32: probability of `token` and of the next best.
+    entropy float32, nats. present float32: the probability of what stands there now. rank float32: the higher, the
+    sooner it is written. seen bool: this evaluation gave logits for the slot; elsewhere the other fields mean
+    nothing. guide int64: what a guiding model would write there if `token` stood in every open slot before, -1 where
+    there is none.
     """
 
     token: Tensor
@@ -223,8 +224,8 @@ def measure(logits: Logits, state: ScoreState, draw: Draw, forbidden: Tensor, ca
     """Fill `scores` at the slots of `logits`. forbidden: tokens that are never written, int64 [n].
 
     Confidence is the probability in softmax(logits) without temperature, as LLaDA and Dream have it; `token` is drawn
-    with temperature, top-k and top-p. The normalisation leaves the forbidden tokens out. Returns the log-probabilities
-    that the scores are about, [m, R, V] float32.
+    with temperature, top-k and top-p. The normalisation leaves the forbidden tokens out. Returns the
+    log-probabilities that the scores are about, [m, R, V] float32.
     """
     allowed = logits.values.float().index_fill(-1, forbidden, -float("inf"))
     values = state.adjust(Logits(allowed, logits.slots, logits.members), canvas)
@@ -267,15 +268,16 @@ def _drawn(values: Tensor, logits: Logits, draw: Draw, canvas: Canvas) -> Tensor
 
 
 def ranked(key: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots by falling `key` [B, L], those of `among` first: int64 [B, L]; and which of these places hold one of them,
-    bool [B, L]. Ties: the earlier slot."""
+    """Slots by falling `key` [B, L], those of `among` first: int64 [B, L]; and which of these places hold one of
+    them, bool [B, L]. Ties: the earlier slot."""
     order = torch.where(among, key, -float("inf")).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, (~among.gather(1, order)).to(torch.uint8).argsort(dim=1, stable=True))
     return order, among.gather(1, order)
 
 
 def best(rank: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """The `count` (int64 [B]) highest of `rank` [B, L] among the slots `among`, bool [B, L]. Ties: the earlier slot."""
+    """The `count` (int64 [B]) highest of `rank` [B, L] among the slots `among`, bool [B, L]. Ties: the earlier
+    slot."""
     order, inside = ranked(rank, among)
     place = torch.arange(rank.shape[1], device=rank.device)
     return torch.zeros_like(among).scatter(1, order, inside & (place < count[:, None]))
