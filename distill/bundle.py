@@ -55,7 +55,7 @@ def _card(config: PretrainConfig, folder: Path, steps: int, source: str) -> dict
         "name": config.name,
         "kind": config.kind,
         "pipeline": json.loads((folder / "model_index.json").read_text())["_class_name"],
-        "parameters": {file.parent.name: _parameters(file) for file in weights},
+        "parameters": {file.parent.name: parameters(file) for file in weights},
         "call": dict(config.call),
         "prompts": PROMPTS[config.kind],
         "licence": "Apache-2.0",
@@ -77,7 +77,8 @@ def _forget_paths(folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _parameters(file: Path) -> int:
+def parameters(file: Path) -> int:
+    """How many numbers a safetensors file holds, from its header alone."""
     from safetensors import safe_open
 
     total = 0

@@ -1,8 +1,9 @@
-"""The bundled tiny models: real, trained and small, in ordinary diffusers folders.
+"""The bundled tiny models: real, trained and small, in ordinary diffusers and transformers folders.
 
-`load("tiny-video")` is `DiffusionPipeline.from_pretrained(path("tiny-video"))` with a clear error for a wrong name;
-moving on to a real model changes only the model name. Each folder carries a `hasten.json` (default call, licence,
-data, training, sha256 of the weights) and the training's loss curve in `loss.json`.
+`load("tiny-video")` is `DiffusionPipeline.from_pretrained(path("tiny-video"))` with a clear error for a wrong name,
+`text("tiny-lm")` is `AutoModelForCausalLM` and `AutoTokenizer`; moving on to a real model changes only the name. Each
+folder carries a `hasten.json` (default call, licence, data, training, sha256 of the weights) and the training's loss
+curve in `loss.json`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The diffusers folder of a bundled model."""
+    """The folder of a bundled model."""
     known = names()
     if name not in known:
         raise ModelError(
@@ -43,8 +44,10 @@ def card(name: str) -> dict[str, Any]:
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
-    """The diffusers pipeline of a bundled model, from package data alone (no network)."""
+    """The diffusers pipeline of a bundled model, from package data alone (no network); see `text` for text models."""
     folder = path(name)
+    if card(name)["kind"] == "text":
+        raise ModelError(f"{name!r} is a text model, not a diffusers pipeline: use tiny_models.text({name!r}).")
     import diffusers
 
     library: Any = diffusers
@@ -55,6 +58,31 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **chosen)
     return pipe if device is None else pipe.to(device)
+
+
+def text(
+    name_or_path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a bundled text model, or of a folder that `hasten train pretrain` wrote; no network.
+
+    The model is a `LlamaForCausalLM` in evaluation mode, float32 unless `dtype` says otherwise. The 4-D attention mask
+    that it was trained under is named in `config.hasten_diffusion`; called without a mask it is causal.
+    """
+    known = [name for name in names() if card(name)["kind"] == "text"]
+    folder = Path(name_or_path)
+    if not (folder / "config.json").is_file():
+        if name_or_path not in known:
+            raise ModelError(
+                f"There is no bundled text model {str(name_or_path)!r}, and no such folder with a config.json."
+                f" Available: {', '.join(known) or 'none'}.{nearest(str(name_or_path), known)}"
+            )
+        folder = path(str(name_or_path))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet("transformers.utils.import_utils"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval().to(device or "cpu"), tokenizer
 
 
 def call_defaults(name_or_pipe: Any) -> dict[str, Any]:

@@ -210,6 +210,9 @@ def test_hub_model_without_network(hasten: Any) -> None:
         ["train", "pretrain", "--config", "smoke-video", "--out", "x", "--data", "nowhere"],
         ["train", "pretrain", "--config", "smoke-video", "--out", "x", "--set", "denoiser.stps=1"],
         ["train", "pretrain", "--config", "smoke-video", "--out", "x", "--resume"],
+        ["train", "pretrain", "--config", "smoke-text", "--out", "x", "--data", "nowhere"],
+        ["train", "pretrain", "--config", "smoke-text", "--out", "x", "--set", "training.stps=1"],
+        ["train", "pretrain", "--config", "smoke-text", "--out", "x", "--set", "kind=txt"],
         ["nonsense"],
     ],
 )

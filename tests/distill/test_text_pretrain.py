@@ -1,0 +1,401 @@
+"""Text models: batches, masks and losses do what they claim; training resumes bit-identically; results are ordinary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from hasten.distill.pretrain_config import load_config
+from hasten.distill.text_bundle import bundle_text
+from hasten.distill.text_config import CodeConfig, TasksConfig, load_any, load_text_config
+from hasten.distill.text_data import code_batch, tasks_batch
+from hasten.distill.text_objective import TextObjective, masked, predict, seen, seen_doubled
+from hasten.distill.text_pretrain import build_model, pretrain_text
+from hasten.distill.text_tokenizer import load_tokenizer
+from hasten.distill.tiny_attention import MaskedBmmAttention
+from hasten.errors import ModelError, ResumeError, UsageError
+from hasten.pipelines import tiny_models
+
+TEXTS = ("tiny-dllm", "tiny-dllm-block", "tiny-dllm-shifted", "tiny-lm", "tiny-draft", "tiny-lists")
+KINDS = {
+    "full": {},
+    "shifted": {"model.shifted": True},
+    "block": {"model.attention": "block", "model.block": 8},
+    "causal": {"model.attention": "causal"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    for i in range(40):
+        (folder / f"m{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 4)
+    return folder
+
+
+def config(kind: str = "full", **more: Any) -> Any:
+    return load_text_config("smoke-text", {**KINDS[kind], **more})
+
+
+def noisy(c: Any, tokenizer: Any) -> Any:
+    """A model whose output depends strongly on all that it sees."""
+    torch.manual_seed(3)
+    model = build_model(c, tokenizer).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+# -- configuration ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [*TEXTS, "smoke-text"])
+def test_bundled_configurations_are_valid(name: str) -> None:
+    assert load_text_config(name).name == name
+
+
+def test_sizes_are_as_told(tokenizer: Any) -> None:
+    counts = {}
+    for name in TEXTS:
+        with torch.device("meta"):
+            model = build_model(load_text_config(name), tokenizer)
+        counts[name] = sum(p.numel() for p in model.parameters())
+    assert 5.0e6 <= counts["tiny-dllm"] <= 5.5e6 and 5.0e6 <= counts["tiny-lm"] <= 5.5e6
+    assert 2 * sum(counts.values()) < 27 * 2**20, "two bytes each: what the package carries"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model.widht": 3}, r"unknown key 'model\.widht'.*'width'"),
+        ({"model.width": 33}, "multiple of 2 x heads"),
+        ({"model.block": 8}, "block goes with attention: block"),
+        ({"model.attention": "block"}, "block goes with attention: block"),
+        ({"model.attention": "causal", "model.shifted": True}, "shifted goes with attention: full"),
+        ({"tasks.shortest": 23}, "24 <= shortest <= longest"),
+        ({"tasks": None, "code": None}, "nothing to learn from"),
+        ({"code.length": 65}, r"model\.positions must be 65 at least"),
+        ({"kind": "txt"}, "Did you mean 'text'"),
+        ({"training.lr": -1}, r"training\.lr.*got -1"),
+    ],
+)
+def test_bad_settings_are_explained(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load_any("smoke-text", settings)
+
+
+def test_kinds_are_not_confused() -> None:
+    assert load_any("smoke-image") == load_config("smoke-image")
+    with pytest.raises(UsageError, match="expected kind: text"):
+        load_text_config("smoke-image")
+
+
+# -- batches ----------------------------------------------------------------------------------------------------
+def test_task_batches_are_questions_answers_and_ends(tokenizer: Any) -> None:
+    c = TasksConfig(batch=40, shortest=26, longest=31)
+    batch, again = (tasks_batch(tokenizer, c, 5) for _ in range(2))
+    assert torch.equal(batch.ids, again.ids) and 26 <= batch.ids.shape[1] <= 31
+    assert len({tasks_batch(tokenizer, c, s).ids.shape[1] for s in range(20)}) == 6
+    eos = tokenizer.eos_token_id
+    for ids, answer, weight in zip(batch.ids, batch.answer, batch.weight, strict=True):
+        text = tokenizer.decode(ids)
+        question = text[: text.index("=") + 1]
+        begin = len(tokenizer(question).input_ids)
+        assert answer.tolist() == [i >= begin for i in range(len(ids))]
+        first = ids.tolist().index(eos)
+        assert bool((ids[first:] == eos).all())
+        assert bool((weight[begin : first + 1] == 1).all()) and bool((weight[:begin] == 0).all())
+        torch.testing.assert_close(weight[first + 1 :], torch.full_like(weight[first + 1 :], c.tail))
+
+
+def test_code_batches_are_windows_and_every_other_has_a_beginning() -> None:
+    row = torch.arange(100, dtype=torch.int16)
+    batch = code_batch(row, CodeConfig(batch=64, length=30), 9)
+    assert bool((batch.ids.diff(dim=1) == 1).all()) and batch.ids.min() >= 0 and batch.ids.max() <= 99
+    given = (~batch.answer).sum(1)
+    assert bool((given[::2] == 0).all()) and bool((given[1::2] >= 1).all()) and given.max() < 30
+    assert len(batch.ids[:, 0].unique()) > 20
+    with pytest.raises(UsageError, match="have only 10 tokens"):
+        code_batch(row[:10], CodeConfig(batch=1, length=30), 0)
+
+
+@pytest.mark.parametrize("kind", ["full", "block"])
+def test_the_share_of_masks_is_spread_evenly(kind: str) -> None:
+    c = config(kind).model
+    answer = torch.ones(64, 40, dtype=torch.bool)
+    answer[:, :7] = False
+    asked = masked(c, answer, torch.Generator().manual_seed(1))
+    assert not bool(asked[:, :7].any())
+    share = asked[:, 7:].float().mean(1)
+    assert 0.45 < float(share.mean()) < 0.55
+    groups = asked[:, 8:].view(64, 4, 8) if kind == "block" else asked[:, None, 8:]
+    low = (groups.float().mean(2) < 0.25).float().mean()
+    assert 0.1 < float(low) < 0.4, "some rows or blocks have few masks"
+    assert float((groups.float().mean(2) > 0.75).float().mean()) > 0.1, "and some nearly all"
+    if kind == "block":
+        inside = groups.float().mean(2).std(1).mean()
+        assert float(inside) > 0.2, "blocks of one text have shares of their own"
+
+
+# -- attention and predictions ----------------------------------------------------------------------------------
+def test_masked_training_attention_equals_the_fused_one() -> None:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, 10, 16, requires_grad=True) for _ in range(3)]
+    sight = torch.rand(10, 10) < 0.5
+    sight.fill_diagonal_(True)
+    weight = torch.randn(2, 3, 10, 16)
+    exact = sdpa(*parts, attn_mask=sight)
+    wanted = torch.autograd.grad((exact * weight).sum(), parts)
+    with MaskedBmmAttention(sight):
+        ours = sdpa(*parts, attn_mask=sight)
+        low = sdpa(*parts[:2], parts[2].bfloat16(), attn_mask=sight)
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), parts), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert low.dtype == torch.bfloat16, "under autocast the values' type decides"
+    with MaskedBmmAttention(None):
+        torch.testing.assert_close(sdpa(*parts), sdpa(*parts), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_predictions_are_the_models_own_logits(kind: str, tokenizer: Any) -> None:
+    c = config(kind)
+    model = noisy(c, tokenizer)
+    ids = torch.randint(3, 2048, (3, 13))
+    asked = torch.rand(3, 13) < 0.4
+    asked[:, 0] = False
+    sight = seen(c.model, 13)
+    with torch.no_grad():
+        ours = predict(model, c.model, ids, asked)
+        plain = model(input_ids=ids, attention_mask=sight[None, None]).logits
+        if kind in ("shifted", "causal"):
+            plain = plain.roll(1, 1)
+    torch.testing.assert_close(ours, plain[asked], atol=1e-4, rtol=1e-4)
+    if kind == "causal":
+        with torch.no_grad():
+            usual = model(input_ids=ids).logits.roll(1, 1)
+        torch.testing.assert_close(usual[asked], ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [13, 16])
+def test_block_training_sees_what_block_decoding_sees(length: int, tokenizer: Any) -> None:
+    """Block by block: clean before, masks inside; later blocks must not matter."""
+    c = config("block")
+    model = noisy(c, tokenizer)
+    clean = torch.randint(3, 2048, (2, length))
+    asked = torch.rand(2, length) < 0.5
+    asked[:, length - 1] = True
+    masks = clean.masked_fill(asked, tokenizer.mask_token_id)
+    with torch.no_grad():
+        ours = predict(model, c.model, masks, asked, clean)
+        rows = torch.zeros(2, length, 2048)
+        for begin in range(0, length, 8):
+            part = torch.cat([clean[:, :begin], masks[:, begin : begin + 8]], 1)
+            sight = seen(c.model, part.shape[1])[None, None]
+            rows[:, begin : begin + 8] = model(input_ids=part, attention_mask=sight).logits[:, begin:]
+    torch.testing.assert_close(ours, rows[asked], atol=1e-4, rtol=1e-4)
+
+
+def test_no_block_sees_its_own_answer() -> None:
+    sight = seen_doubled(4, 10)
+    group = torch.arange(10) // 4
+    assert not bool((sight[:10, 10:] & (group[:, None] <= group[None, :])).any())
+    assert not bool(sight[10:, :10].any()), "clean text sees no masks"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_loss_is_the_mean_over_what_was_asked(kind: str, tokenizer: Any) -> None:
+    c = config(kind)
+    model = noisy(c, tokenizer)
+    objective = TextObjective(c, tokenizer, None, "cpu")
+    batch = tasks_batch(tokenizer, c.tasks, 3)
+    with torch.no_grad():
+        loss = float(objective.part(model, batch, 3))
+    answer = batch.answer.clone()
+    if kind == "causal":
+        asked, ids = answer, batch.ids
+    else:
+        asked = masked(c.model, answer, torch.Generator().manual_seed(3))
+        ids = batch.ids.masked_fill(asked, tokenizer.mask_token_id)
+    with torch.no_grad():
+        logits = predict(model, c.model, ids, asked, batch.ids if kind == "block" else None)
+    each = F.cross_entropy(logits, batch.ids[asked], reduction="none")
+    weight = batch.weight[asked]
+    assert math.isclose(loss, float((each * weight).sum() / weight.sum()), rel_tol=1e-5)
+
+
+# -- the whole recipe -------------------------------------------------------------------------------------------
+def train(out: Path, sources: Path, kind: str = "full", **settings: Any) -> Path:
+    return pretrain_text(config(kind), out=out, data=str(sources), progress=False, **settings)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def trained(request: Any, sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out: Path = tmp_path_factory.mktemp(request.param)
+    assert train(out, sources, request.param) == out / "model"
+    return request.param, out
+
+
+def test_result_loads_with_transformers_alone(trained: tuple[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind, out = trained
+    model = AutoModelForCausalLM.from_pretrained(out / "model", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(out / "model", local_files_only=True)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    says = model.config.hasten_diffusion
+    assert says["kind"] == ("full" if kind == "shifted" else kind) and says["shifted"] == (kind == "shifted")
+    assert says.get("block") == (8 if kind == "block" else None)
+    assert model.config.mask_token_id == tokenizer.mask_token_id == 2
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 1
+    stored = load_file(out / "model" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    ours, same = tiny_models.text(out / "model")
+    assert torch.equal(ours.lm_head.weight, model.lm_head.weight)
+    assert same("a b").input_ids == tokenizer("a b").input_ids
+
+
+def test_log_tells_the_parts(trained: tuple[str, Path]) -> None:
+    rows = [json.loads(line) for line in (trained[1] / "log-text.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(math.isclose(row["loss"], (row["tasks"] + row["code"]) / 2, abs_tol=1e-3) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_interrupted_training_continues_bit_identically(
+    trained: tuple[str, Path], sources: Path, tmp_path: Path
+) -> None:
+    kind, whole = trained
+    assert train(tmp_path, sources, kind, stop_after=3) == tmp_path / "latest"
+    with (tmp_path / "log-text.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # what a kill in the next steps leaves behind
+    train(tmp_path, sources, kind, resume=True)
+    assert_same(whole, tmp_path)
+
+
+def assert_same(one: Path, two: Path) -> None:
+    for name in ("checkpoints/text/model", "checkpoints/text/optimizer", "model/model"):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (one, two))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    logs = [(folder / "log-text.jsonl").read_text().splitlines() for folder in (one, two)]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
+    assert losses[0] == losses[1]
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from hasten.distill.text_config import load_text_config
+from hasten.distill.text_pretrain import pretrain_text
+
+torch.set_num_threads(1)
+out, data, how = sys.argv[1:]
+config = load_text_config("smoke-text", {"training.steps": 400})
+pretrain_text(config, out=Path(out), data=data, resume=how == "resume", checkpoint_seconds=0.0, progress=False)
+"""
+
+
+def test_a_killed_training_continues_bit_identically(sources: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    def start(out: Path, how: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(sources), how])
+
+    process = start(parts, "start")
+    until = time.monotonic() + 120
+    while not (parts / "latest" / "config.json").is_file() and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed = json.loads((parts / "checkpoints" / "text" / "state.json").read_text())["step"]
+    assert 0 < killed < 400, "killed too late to show anything"
+    settings = {"training.steps": 400}
+    for out, resume in ((whole, False), (parts, True)):
+        c = load_text_config("smoke-text", settings)
+        pretrain_text(c, out=out, data=str(sources), resume=resume, progress=False)
+    assert_same(whole, parts)
+
+
+def test_resume_refuses_another_configuration_but_not_more_steps(sources: Path, tmp_path: Path) -> None:
+    train(tmp_path, sources, stop_after=2)
+    with pytest.raises(UsageError, match="already holds a training"):
+        train(tmp_path, sources)
+    with pytest.raises(ResumeError, match=r"only training\.steps may change, but tasks\.batch was 4, now 5"):
+        pretrain_text(config(**{"tasks.batch": 5}), out=tmp_path, data=str(sources), resume=True, progress=False)
+    longer = config(**{"training.steps": 8})
+    pretrain_text(longer, out=tmp_path, data=str(sources), resume=True, progress=False)
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["step"] == 8
+    with pytest.raises(ResumeError, match="no such folder"):
+        train(tmp_path / "elsewhere", sources, resume=True)
+    with pytest.raises(UsageError, match="There is no data folder"):
+        pretrain_text(config(), out=tmp_path / "x", data=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_not_learned_from_is_not_read(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    pretrain_text(config(**{"code": None, "training.steps": 1}), out=tmp_path / "out", data=str(empty), progress=False)
+    row = json.loads((tmp_path / "out" / "log-text.jsonl").read_text())
+    assert "code" not in row and not (tmp_path / "out" / "code.safetensors").exists()
+
+
+def test_bundle_writes_card_and_curve(trained: tuple[str, Path], tmp_path: Path) -> None:
+    kind, out = trained
+    card = bundle_text(config(kind), out, tmp_path / "smoke-text")
+    assert card["kind"] == "text" and card["steps"] == {"text": 6} and card["class"] == "LlamaForCausalLM"
+    assert set(card["sha256"]) == {"model.safetensors"} and card["data"]["code"]["tokens"]["train"] > 0
+    assert not [f for f in (tmp_path / "smoke-text").glob("*.json") if str(out) in f.read_text()]
+    assert json.loads((tmp_path / "smoke-text" / "loss.json").read_text())["text"]
+    assert not (tmp_path / "smoke-text" / "training.json").exists()
+    with pytest.raises(UsageError, match="No model in"):
+        bundle_text(config(kind), out, tmp_path / "x", source="nowhere")
+
+
+# -- bundled ----------------------------------------------------------------------------------------------------
+def test_an_unknown_text_model_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no bundled text model"):
+        tiny_models.text("tiny-dlm")
+    with pytest.raises(ModelError, match="no bundled text model"):
+        tiny_models.text(tmp_path)
+    with pytest.raises(ModelError, match="no bundled text model"):
+        tiny_models.text("tiny-image")
+
+
+def test_a_text_model_is_no_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: tuple[str, Path]
+) -> None:
+    kind, out = trained
+    bundle_text(config(kind), out, tmp_path / "smoke-text")
+    monkeypatch.setattr(tiny_models, "_BUNDLED", tmp_path)
+    with pytest.raises(ModelError, match="text model, not a diffusers pipeline"):
+        tiny_models.load("smoke-text")
+    model, _ = tiny_models.text("smoke-text", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training and all(tiny_models.verify("smoke-text").values())
+
