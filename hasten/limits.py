@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.errors import LimitError
@@ -13,7 +14,8 @@ class Limits:
     """Upper bounds of one generation request; `check` raises `LimitError` with the first one broken.
 
     max_prompt: characters. max_side: pixels. max_volume: height x width x frames. max_steps: solver steps.
-    max_batch: prompts in one call. max_cache_bytes: bytes that caches may hold, None for no cap.
+    max_batch: prompts in one call. max_tokens: of one text, its prompt and what is generated. max_cache_bytes: bytes that
+    caches may hold, None for no cap.
     """
 
     max_prompt: int = 4_000
@@ -21,6 +23,7 @@ class Limits:
     max_volume: int = 3_840 * 2_160 * 129
     max_steps: int = 1_000
     max_batch: int = 1_024
+    max_tokens: int = 131_072
     max_cache_bytes: int | None = None
 
     def check(
@@ -49,6 +52,20 @@ class Limits:
                 )
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise LimitError(f"guidance_scale must be a finite number, got {guidance_scale}. Try 3.0.")
+
+    def check_tokens(self, prompts: Sequence[int], new: Sequence[int]) -> None:
+        """Raise `LimitError` unless there is a text, not too many of them, and none is too long. Numbers of tokens, of
+        each prompt and of what is to be generated behind it."""
+        if not prompts:
+            raise LimitError("No prompt was given. Pass at least one.")
+        if len(prompts) > self.max_batch:
+            raise LimitError(f"{len(prompts)} prompts in one call; at most {self.max_batch} are allowed.")
+        for number, (prompt, more) in enumerate(zip(prompts, new, strict=True), 1):
+            if prompt + more > self.max_tokens:
+                raise LimitError(
+                    f"Text {number} would have {prompt:,} + {more:,} tokens; at most {self.max_tokens:,} are allowed."
+                    " Shorten the prompt, or generate less."
+                )
 
     def _check_prompts(self, prompts: list[str]) -> None:
         if not prompts:
