@@ -46,7 +46,7 @@ class Row:
     outer_low, outer_high: the block of the model or of the caches that the active one lies in. left, masks: slots that are
     not written yet, in the block and in all. begun: of the block when it began. step, since: evaluations so far, in all
     and in this block. drafts: how many drafts of it are worth an evaluation, with the text as it stands. open: there is
-    still work to do.
+    still work to do. told: what else the host asked to read along (`Canvas.look`).
     """
 
     start: int
@@ -62,6 +62,7 @@ class Row:
     since: int
     drafts: int
     open: bool
+    told: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -188,23 +189,27 @@ class Canvas:
         self.begun = torch.where(rows, (self.masked & self.inside(self.span[:, 0], self.span[:, 1])).sum(1), self.begun)
         self.since = torch.where(rows, 0, self.since)
 
-    def look(self) -> list[Row]:
-        """Where each text stands, as host numbers. The one thing per step that waits for the device."""
-        return _rows(self._table().tolist())
+    def look(self, told: Tensor | None = None) -> list[Row]:
+        """Where each text stands, as host numbers. The one thing per step that waits for the device.
 
-    def read(self) -> tuple[list[Row], Tensor, Tensor]:
+        told: more numbers, int64 [B, n], that are to come along as `Row.told`.
+        """
+        return _rows(self._table(told).tolist())
+
+    def read(self, told: Tensor | None = None) -> tuple[list[Row], Tensor, Tensor]:
         """`look`, and in the same copy ids int64 [B, L] and status uint8 [B, L] on the host: for who reads along."""
-        table = self._table()
+        table = self._table(told)
         words = torch.cat([table, self.ids, self.status.long()], 1).cpu()
         rows, ids, status = words.split([table.shape[1], self.slots, self.slots], 1)
         return _rows(rows.tolist()), ids, status.to(torch.uint8)
 
-    def _table(self) -> Tensor:
-        """The fields of `Row` as int64 [B, 13]."""
+    def _table(self, told: Tensor | None) -> Tensor:
+        """The fields of `Row` as int64 [B, 13 + n]."""
         left, masks = self.eligible.sum(1), self.masked.sum(1)
         table = [self.start, self.end, *self.span.unbind(1), *self.outer.unbind(1), left, masks, self.begun]
-        return torch.stack([*table, self.step, self.since, self.drafts, self.open.long()], 1)
+        stack = torch.stack([*table, self.step, self.since, self.drafts, self.open.long()], 1)
+        return stack if told is None else torch.cat([stack, told], 1)
 
 
 def _rows(table: list[list[int]]) -> list[Row]:
-    return [Row(*row[:-1], open=bool(row[-1])) for row in table]
+    return [Row(*row[:12], open=bool(row[12]), told=tuple(row[13:])) for row in table]

@@ -110,7 +110,8 @@ class TextLoop:
         with self.host.attached():
             number = 0
             while True:
-                rows = canvas.look() if on_look is None else self._shown(on_look)
+                told = self.kv.tell(canvas)
+                rows = canvas.look(told) if on_look is None else self._shown(on_look, told)
                 if not any(row.open for row in rows):
                     return canvas
                 self.tally.rows.append(rows)
@@ -119,10 +120,10 @@ class TextLoop:
                     return canvas
                 number += 1
 
-    def _shown(self, on_look: OnLook) -> list[Row]:
+    def _shown(self, on_look: OnLook, told: Tensor | None) -> list[Row]:
         """Look, let `on_look` read along, and end the texts that it says are over."""
         canvas = self.canvas
-        rows, ids, status = canvas.read()
+        rows, ids, status = canvas.read(told)
         over = on_look(rows, ids, status)
         if over:
             ends = [over.get(number, row.end) for number, row in enumerate(rows)]
@@ -140,6 +141,10 @@ class TextLoop:
             for part in self._split(call, rows):
                 self._evaluate(part, rows, before)
         self.blocks.settle(canvas, self.scores)
+        if self.kv.ahead:
+            planned = self.rule.planned(canvas, self.kv.ahead + 1)
+            assert planned is not None
+            self.kv.rank(self.scores.rank, planned, canvas)
         if self.guide is not None:
             proposed = torch.where(canvas.masked & self.scores.seen, self.scores.token, canvas.ids)
             self.scores.guide = self.guide(proposed, canvas)
@@ -174,7 +179,7 @@ class TextLoop:
         logits = Logits(self.evaluate(now, self.store), now.target, members)
         known = measure(logits, self.score, self.draw, self.forbidden, canvas, self.scores)
         self.rule.observe(known, canvas)
-        self._count(members, now.slots)
+        self._count(members, now)
         self.kv.seen(call, canvas)
 
     def _verify(self, call: Rows, wanted: Wanted, members: Tensor, before: Scores) -> None:
@@ -203,8 +208,9 @@ class TextLoop:
         accepted = flat[mine] & taken[:, None]
         canvas.write(accepted, before.token, before.confidence)
         self.scores.merge(scores.take(mine), taken)
-        self._count(members, now.slots)
-        self.kv.seen(call, canvas)
+        self._count(members, now)
+        self.kv.seen(replace(call, keep="scratch"), canvas)  # drafts leave nothing in the store
+        self.kv.changed(accepted, torch.zeros_like(accepted), canvas)
 
     def _wanted(self, call: Rows, rows: list[Row]) -> Wanted:
         """Whose logits this call is asked for."""
@@ -218,11 +224,11 @@ class TextLoop:
             most += max(row.high - row.low for row in mine)
         return Wanted(slots, most)
 
-    def _count(self, members: Tensor, slots: Tensor) -> None:
-        tokens = (slots < self.canvas.slots).sum(1)
+    def _count(self, members: Tensor, now: Pass) -> None:
+        tokens = (now.slots < self.canvas.slots).sum(1)
         self.tally.evaluations[members] += 1
         self.tally.tokens[members] += tokens
-        self.tally.layers[members] += tokens * self.facts.layers
+        self.tally.layers[members] += tokens * self.facts.layers if now.work is None else now.work
 
     # --- decisions ----------------------------------------------------------------------------------
 

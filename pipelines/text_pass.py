@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.caching.kv import Rows
-from hasten.caching.store import KVStore, Pass
+from hasten.caching.store import KVStore, Pass, numbered
 from hasten.canvas import Canvas, TextFacts
 
 
@@ -26,15 +26,15 @@ class Wanted:
 
 def plain(rows: Rows, canvas: Canvas, wanted: Wanted, facts: TextFacts, store: KVStore) -> Pass:
     """The call that computes `rows` of the canvas."""
-    members = torch.tensor(rows.members, device=canvas.ids.device)
-    want, width = wanted.slots[members], rows.width
-    tokens = rows.tokens & canvas.used[members]
-    if facts.shifted:  # what is written into slot i comes out of slot i - 1
-        tokens, width = tokens | F.pad(want, (0, 1))[:, 1:], width + rows.runs
-    slots = chosen(tokens, min(width, canvas.slots), canvas.slots)
+    members, run = _members(rows, canvas)
+    want = wanted.slots[members]
+    slots = _slots(rows, canvas, members, want, facts)
     ids = F.pad(canvas.ids[members], (0, 1), value=facts.pad_id).gather(1, slots)
     read, target = _read(slots, want, wanted.most, facts)
-    return Pass(members, slots, ids, rows.keep, _visible(slots, members, rows.keep, canvas, facts, store), read, target)
+    free = facts.block is None and (rows.whole or rows.full and store.full.issuperset(rows.members) and rows.keep == "store")
+    visible = None if free else _visible(slots, members, rows.keep, canvas, facts, store)
+    work = torch.zeros(len(rows.members), dtype=torch.float64, device=slots.device) if rows.depth is not None else None
+    return Pass(members, slots, ids, rows.keep, visible, read, target, rows.whole, run, rows.depth, work)
 
 
 def drafts(rows: Rows, texts: Tensor, canvas: Canvas, wanted: Wanted, facts: TextFacts, store: KVStore) -> Pass:
@@ -43,12 +43,9 @@ def drafts(rows: Rows, texts: Tensor, canvas: Canvas, wanted: Wanted, facts: Tex
     The drafts of a text stand one behind the other in one call and share what the store holds; none sees another. Logits
     come out draft by draft: read and target are [m, K * R].
     """
-    members = torch.tensor(rows.members, device=canvas.ids.device)
-    want, width, number = wanted.slots[members], rows.width, texts.shape[1]
-    tokens = rows.tokens & canvas.used[members]
-    if facts.shifted:
-        tokens, width = tokens | F.pad(want, (0, 1))[:, 1:], width + rows.runs
-    slots = chosen(tokens, min(width, canvas.slots), canvas.slots)
+    members, run = _members(rows, canvas)
+    want, number = wanted.slots[members], texts.shape[1]
+    slots = _slots(rows, canvas, members, want, facts)
     ids = F.pad(texts[members], (0, 1), value=facts.pad_id).gather(2, slots[:, None].expand(-1, number, -1)).flatten(1)
     read, target = _read(slots, want, wanted.most, facts)
     own = torch.arange(number, device=slots.device)[:, None] * slots.shape[1]
@@ -58,17 +55,42 @@ def drafts(rows: Rows, texts: Tensor, canvas: Canvas, wanted: Wanted, facts: Tex
     same = (draft[:, None] == draft[None, :])[None]
     among = same & _rule(every, every, facts) & (every < canvas.slots)[:, None] | _self(every)
     if rows.keep == "none":
-        return Pass(members, every, ids, "none", among, many, target.repeat(1, number))
-    held = _held(slots, members, canvas, store) & ~F.pad(tokens, (0, 1))
+        return Pass(members, every, ids, "none", among, many, target.repeat(1, number), run=run)
+    new = torch.zeros_like(store.present[members]).scatter(1, slots, True)
+    held = _held(slots, members, canvas, store) & ~new
     place = torch.arange(canvas.slots + 1, device=slots.device)[None].expand(len(members), -1)
     past = held[:, None] & _rule(every, place, facts)
-    return Pass(members, every, ids, "scratch", torch.cat([past, among], 2), many, target.repeat(1, number))
+    seen = torch.cat([past.expand(-1, every.shape[1], -1), among.expand(len(members), -1, -1)], 2)
+    return Pass(members, every, ids, "scratch", seen, many, target.repeat(1, number), run=run)
 
 
-def chosen(tokens: Tensor, width: int, bins: int) -> Tensor:
-    """The slots `tokens` (bool [m, L]) as numbers int64 [m, width] in ascending order, filled up with `bins`."""
-    order = tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return torch.where(tokens.gather(1, order), order, bins)
+def _members(rows: Rows, canvas: Canvas) -> tuple[Tensor, slice | None]:
+    """The texts int64 [m]; and as a slice, where they follow one another."""
+    first, count = rows.members[0], len(rows.members)
+    run = slice(first, first + count) if rows.members == list(range(first, first + count)) else None
+    return torch.tensor(rows.members, device=canvas.ids.device), run
+
+
+def _slots(rows: Rows, canvas: Canvas, members: Tensor, want: Tensor, facts: TextFacts) -> Tensor:
+    """The slots to compute, int64 [m, N] in ascending order, L where none.
+
+    What is written into slot i of a model with shifted logits comes out of slot i - 1, which is computed, too.
+    """
+    bins, width = canvas.slots, rows.width
+    if rows.whole:
+        return canvas.place.expand(len(rows.members), -1)
+    if rows.stretch is None:
+        tokens = rows.tokens & canvas.used[members]
+        if facts.shifted and rows.runs:
+            tokens, width = tokens | F.pad(want & tokens, (0, 1))[:, 1:], width + rows.runs
+        return numbered(tokens, min(width, bins), bins)
+    first, last = rows.stretch
+    low, last = first, torch.minimum(last, canvas.end[members])
+    if facts.shifted:
+        asked = want.gather(1, first.clamp(max=bins - 1)[:, None])[:, 0]
+        low, width = (first - asked.long()).clamp(min=0), width + 1
+    slots = low[:, None] + torch.arange(min(width, bins), device=low.device)
+    return torch.where(slots < last[:, None], slots, bins)
 
 
 def _read(slots: Tensor, want: Tensor, most: int, facts: TextFacts) -> tuple[Tensor, Tensor]:
@@ -76,7 +98,7 @@ def _read(slots: Tensor, want: Tensor, most: int, facts: TextFacts) -> tuple[Ten
     bins = want.shape[1]
     about = torch.where(slots < bins, slots + int(facts.shifted), bins).clamp(max=bins)
     asked = F.pad(want, (0, 1)).gather(1, about)
-    read = chosen(asked, min(most, slots.shape[1]), slots.shape[1])
+    read = numbered(asked, min(most, slots.shape[1]), slots.shape[1])
     return read, F.pad(about, (0, 1), value=bins).gather(1, read)
 
 

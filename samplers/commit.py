@@ -50,6 +50,11 @@ class CommitState:
         """Slots to write, bool [B, L]; those that are not `scores.among(canvas)` are ignored."""
         raise NotImplementedError(f"{type(self).__name__} has no select().")
 
+    def planned(self, canvas: Canvas, evaluations: int) -> Tensor | None:
+        """How many slots this evaluation and the next ones of the block will write, int64 [B], for caches that fix them
+        beforehand; None: that is not known before the scores are."""
+        return None
+
 
 class Unmask(Commit):
     """Write the slots that `rule` takes, in the order and with the tokens of `score`."""
@@ -100,10 +105,13 @@ class _QuotaState(CommitState):
         self.rule = rule
 
     def select(self, scores: Scores, canvas: Canvas) -> Tensor:
+        return best(scores.rank, scores.among(canvas), self.planned(canvas, 1))
+
+    def planned(self, canvas: Canvas, evaluations: int) -> Tensor:
         begun = canvas.begun.clamp(min=1)
         steps = begun if self.rule.steps is None else _share(self.rule.steps, canvas)
-        count = begun // steps + (canvas.since < begun % steps)
-        return best(scores.rank, scores.among(canvas), count)
+        longer = (begun % steps - canvas.since).clamp(0, evaluations)  # of these evaluations, those with one slot more
+        return begun // steps * evaluations + longer
 
 
 class Falling(CommitRule):
@@ -129,11 +137,15 @@ class _FallingState(CommitState):
         self.rule = rule
 
     def select(self, scores: Scores, canvas: Canvas) -> Tensor:
-        among = scores.among(canvas)
-        steps, left = _share(self.rule.steps, canvas), among.sum(1)
-        t, s = (1 - (1 - self.rule.last) * (canvas.since + after) / steps.double() for after in (0, 1))
-        count = torch.where(canvas.since < steps - 1, (left * (1 - s / t)).floor().long(), left)
-        return best(scores.rank, among, count)
+        return best(scores.rank, scores.among(canvas), self.planned(canvas, 1))
+
+    def planned(self, canvas: Canvas, evaluations: int) -> Tensor:
+        steps, masks = _share(self.rule.steps, canvas), canvas.eligible.sum(1)
+        left = masks
+        for since in (canvas.since + after for after in range(evaluations)):
+            t, s = (1 - (1 - self.rule.last) * at / steps.double() for at in (since, since + 1))
+            left = left - torch.where(since < steps - 1, (left * (1 - s / t)).floor().long(), left)
+        return masks - left
 
 
 class Threshold(CommitRule):
