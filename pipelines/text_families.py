@@ -31,6 +31,10 @@ def choose(
     for family in FAMILIES:
         if family.claims(model):
             return family.of(model, tokenizer, Told(mask_token_id, block, shifted))
+    if getattr(model.config, "model_type", None) == "diffusion_gemma":
+        raise ModelError(
+            "DiffusionGemma has no mask token: it is written from noise, by hasten.pipelines.text_gemma.GemmaLoop."
+        )
     named = ", ".join(getattr(model.config, "architectures", None) or [type(model).__name__])
     known = ", ".join(family.family for family in FAMILIES if family is not Bundled)
     raise ModelError(

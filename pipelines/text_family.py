@@ -83,7 +83,7 @@ class Family(TextHost):
         if tokenizer is not None:
             sizes = Sizes(sizes.layers, sizes.heads, sizes.logits, min(sizes.tokens, len(tokenizer)), sizes.context)
         mask = mask_token(model, tokenizer, told, cls.mask_token_of(config), sizes.logits)
-        ends = end_tokens(model, tokenizer)
+        ends = end_tokens(config, getattr(model, "generation_config", None), tokenizer)
         pad = first(getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), *ends, 0)
         return TextFacts(
             layers=sizes.layers, vocab=sizes.logits, mask_id=mask, eos_ids=ends, pad_id=pad,
@@ -157,10 +157,10 @@ def mask_token(model: Any, tokenizer: Any, told: Told, released: int | None, log
     return int(token)
 
 
-def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text: the config's, the generation config's and the tokenizer's."""
+def end_tokens(*places: Any) -> tuple[int, ...]:
+    """Tokens that end a text, by any of these (configs, generation configs, tokenizers)."""
     found: list[int] = []
-    for place in (model.config, getattr(model, "generation_config", None), tokenizer):
+    for place in places:
         given = getattr(place, "eos_token_id", None)
         found += [given] if isinstance(given, int) else list(given or ())
     return tuple(dict.fromkeys(found))

@@ -57,8 +57,8 @@ class Probe:
 
     @property
     def sentences(self) -> list[str]:
-        """What the user should read."""
-        return [finding.sentence for finding in self.findings if finding.holds is False]
+        """What the user should read. That embeddings are not taken matters to those who need them, and only then."""
+        return [found.sentence for found in self.findings if found.holds is False and found.check != "embeddings"]
 
 
 class Whole(TextHost):
@@ -155,7 +155,11 @@ class _Probe:
 
     def followed(self) -> Finding:
         """Do our keys, masks and positions give the model's own logits?"""
-        wrong = self.error(self.whole(self.ids[:1], "none"), self.host.own(self.ids[:1]))
+        try:
+            ours = self.whole(self.ids[:1], "none")
+        except ModelError as error:
+            return Finding("followed", False, f"{error} As it is, its own call is used, one whole text at a time, without caches.")
+        wrong = self.error(ours, self.host.own(self.ids[:1]))
         sentence = (
             f"The attention of {self.name} could be followed, but gives other logits than its own call (relative error"
             f" {wrong:.2g}); its own call is used, one whole text at a time, without caches."

@@ -27,7 +27,7 @@ class DreamConfig(PreTrainedConfig):
     model_type = "Dream"
 
     def __init__(self, patched: bool = False, **kwargs: Any) -> None:
-        super().__init__(**configured(self, kwargs, architectures=["DreamModel"], use_cache=False))
+        super().__init__(**configured(self, kwargs, architectures=["DreamModel"]))
         self.patched = patched
 
 

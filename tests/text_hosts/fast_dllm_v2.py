@@ -29,7 +29,7 @@ class Fast_dLLM_QwenConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {
-            "architectures": ["Fast_dLLM_QwenForCausalLM"], "use_cache": True, "bd_size": BLOCK, "mask_token_id": None
+            "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": BLOCK, "mask_token_id": None
         }  # fmt: skip
         super().__init__(**configured(self, kwargs, **own))
 

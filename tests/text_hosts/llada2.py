@@ -31,12 +31,13 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {
-            "mask_token_id": None, "architectures": ["LLaDA2MoeModelLM"], "use_cache": True, "use_qkv_bias": False, "use_bias": False,
+            "mask_token_id": None, "architectures": ["LLaDA2MoeModelLM"], "use_qkv_bias": False, "use_bias": False,
             "use_qk_norm": True, "partial_rotary_factor": 0.5, "sliding_window": None, "num_experts": 8,
             "num_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
             "routed_scaling_factor": 2.5, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
         }  # fmt: skip
         super().__init__(**configured(self, kwargs, **own))
+        self.use_cache = True
 
 
 class LLaDA2MoeAttention(nn.Module):

@@ -27,7 +27,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {
-            "mask_token_id": None, "architectures": ["LLaDAMoEModelLM"], "use_cache": False, "attention_bias": False, "qk_layernorm": True,
+            "mask_token_id": None, "architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "qk_layernorm": True,
             "dense_intermediate_size": 48, "expert_intermediate_size": 16, "shared_expert_intermediate_size": 16,
             "num_experts": 8, "num_experts_per_tok": 2, "moe_layer_freq": [0, 1], "norm_topk_prob": False,
             "moe_router_enable_expert_bias": True, "moe_router_score_function": "softmax",

@@ -30,8 +30,9 @@ class SDARConfig(PreTrainedConfig):
     model_type = "sdar"
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {"architectures": ["SDARForCausalLM"], "use_cache": True, "attention_bias": False, "block_size": BLOCK}
+        own = {"architectures": ["SDARForCausalLM"], "attention_bias": False, "block_size": BLOCK}
         super().__init__(**configured(self, kwargs, **own))
+        self.use_cache = True
 
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:

@@ -1,0 +1,130 @@
+"""DiffusionGemma's own way: the same numbers as transformers' loop, texts that do not depend on their neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSampler
+
+from hasten.errors import ModelError, RefusedError, UsageError
+from hasten.noise import gumbel
+from hasten.pipelines.text_families import choose
+from hasten.pipelines.text_gemma import Denoising, GemmaLoop, takes
+from hasten.recipe import Recipe
+from hasten.samplers.commit import Threshold, Unmask
+from hasten.samplers.revise import RevisePolicy
+from tests.text_hosts import FAMILIES
+from tests.text_hosts.diffusion_gemma import CANVAS
+
+SEEDS = torch.tensor([11, 12, 13])
+
+
+def prompts(*lengths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, 88, (length,), generator=generator) for length in lengths]
+
+
+def loop(**kwargs: Any) -> GemmaLoop:
+    return GemmaLoop(FAMILIES["diffusion-gemma"](1).model, **kwargs)
+
+
+class OurNoise:
+    """transformers' draws, replaced by ours: its canvases and tokens as `GemmaLoop` would draw them."""
+
+    def __init__(self, ours: GemmaLoop, seed: Tensor) -> None:
+        self.ours, self.seed, self.canvas, self.step, self.fresh = ours, seed, -1, 0, True
+
+    @property
+    def clock(self) -> int:
+        return self.canvas * (self.ours.how.steps + 1) + self.step
+
+    def initialize(self, sampler: Any, batch_size: int, device: Any) -> Tensor:
+        if self.fresh:  # no token has been drawn since the last: a canvas begins
+            self.canvas, self.step = self.canvas + 1, 0
+        self.fresh = True
+        return self.ours._noise(self.seed, self.clock)
+
+    def multinomial(self, probs: Tensor, num_samples: int) -> Tensor:
+        self.step, self.fresh = self.step + 1, False
+        slot = torch.arange(CANVAS)
+        noise = gumbel(self.seed[:, None], torch.full_like(slot, self.clock), slot, probs.shape[-1]).flatten(0, 1)
+        return (probs.log() + noise).argmax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("bound", [0.1, 3.0])
+def test_the_loop_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, bound: float) -> None:
+    from hasten.samplers.commit_sure import EntropyBound
+
+    how = Denoising(steps=5, stable=1, confident=4.45)
+    ours = loop(recipe=Recipe(commit=Unmask(rule=EntropyBound(bound=bound))), denoising=how)
+    given, seed = prompts(9, 9), SEEDS[:2]
+    found = ours.run(given, [20, 20], seed)
+    noise = OurNoise(ours, seed)
+    monkeypatch.setattr(EntropyBoundSampler, "initialize_canvas", lambda *a, **k: noise.initialize(*a, **k))
+    monkeypatch.setattr(torch, "multinomial", noise.multinomial)
+    theirs = ours.model.generate(
+        torch.stack(given), max_new_tokens=20, max_denoising_steps=5, t_min=how.cold, t_max=how.hot,
+        stability_threshold=1, confidence_threshold=4.45, sampler_config={"entropy_bound": bound},
+    )  # fmt: skip
+    for row, text in enumerate(found.texts):
+        assert 9 < len(text) <= 29
+        assert torch.equal(text, theirs.sequences[row, : len(text)])
+
+
+def test_texts_are_those_they_would_be_alone() -> None:
+    ours = loop(denoising=Denoising(steps=4))
+    given, new = prompts(3, 21, 10), [17, 5, 8]
+    together = ours.run(given, new, SEEDS)
+    for row in range(3):
+        alone = ours.run(given[row : row + 1], new[row : row + 1], SEEDS[row : row + 1])
+        assert torch.equal(alone.texts[0], together.texts[row])
+        assert int(alone.evaluations[0]) == int(together.evaluations[row])
+
+
+def test_lengths_and_ends() -> None:
+    ours = loop(denoising=Denoising(steps=2))
+    found = ours.run(prompts(4, 6), [0, 11], SEEDS[:2])
+    assert len(found.texts[0]) == 4 and int(found.evaluations[0]) == 0
+    written = found.texts[1][6:]
+    ends = torch.isin(written, torch.tensor(ours.eos)).nonzero().flatten()
+    assert len(written) == 11 or ends.tolist() == [len(written) - 1]
+    assert torch.equal(found.texts[1][:6], prompts(4, 6)[1])
+
+
+def test_when_a_canvas_is_over() -> None:
+    early = loop(denoising=Denoising(steps=6, stable=0, confident=100.0)).run(prompts(5), [CANVAS], SEEDS[:1])
+    never = loop(denoising=Denoising(steps=6, stable=0, confident=100.0, forever=True)).run(prompts(5), [CANVAS], SEEDS[:1])
+    assert (int(early.evaluations[0]), int(never.evaluations[0])) == (1, 6)
+    assert int(never.tokens[0]) == 6 * CANVAS
+
+
+def test_any_commit_rule_accepts() -> None:
+    few = loop(recipe=Recipe(commit=Unmask(rule=Threshold(above=1.0))), denoising=Denoising(steps=4))
+    all_ = loop(recipe=Recipe(commit=Unmask(rule=Threshold(above=0.0))), denoising=Denoising(steps=4))
+    texts = [each.run(prompts(6), [CANVAS], SEEDS[:1]).texts[0] for each in (few, all_)]
+    assert not torch.equal(*texts)
+
+
+def test_what_cannot_be_asked_for() -> None:
+    assert takes(loop().model) and not takes(FAMILIES["llada"](1).model)
+    with pytest.raises(ModelError, match="GemmaLoop"):
+        choose(loop().model)
+    for wrong, message in (
+        (([], []), "at least one token"),
+        (([torch.zeros(0, dtype=torch.long)], [4]), "at least one token"),
+        ((prompts(4), [-1]), "negative"),
+        ((prompts(100), [25]), "the context is 128"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            loop().run(*wrong, SEEDS[:1])
+    with pytest.raises(UsageError, match="at least 1 step"):
+        Denoising(steps=0)
+    with pytest.raises(RefusedError, match="takes revise from no recipe"):
+        loop(recipe=Recipe(revise=RevisePolicy()))
+    ours = loop()
+    ours.model.train()
+    with pytest.raises(ModelError, match="training mode"):
+        ours.run(prompts(4), [4], SEEDS[:1])
