@@ -23,6 +23,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes.recipes,
     "results": runs.results,
     "models": runs.models,
+    "text-models": runs.text_models,
     "conformance": runs.conformance,
     "bars": caches.bars,
     "cache": caches.cache,

@@ -16,6 +16,8 @@ from doc_tables.results import (
     percent,
     row_name,
     table,
+    tenths_of_percent,
+    thousandths,
 )
 
 
@@ -50,6 +52,20 @@ MODEL_COLUMNS: Columns = {
 }
 
 
+TEXT_COLUMNS: Columns = {
+    "parameters": ("million parameters", lambda value: f"{value / 1e6:.1f}"),
+    "n": ("questions per task", str),
+    "exact_match": ("exact match", tenths_of_percent),
+    "exact_match_deterministic_worst": ("worst task with one answer", tenths_of_percent),
+    "exact_match_shuffle": ("`shuffle`", tenths_of_percent),
+    "exact_match_insert": ("`insert` anywhere", tenths_of_percent),
+    "nll_deterministic": ("nats, one answer", thousandths),
+    "nll_above_shuffle": ("`shuffle`: nats above ln n!", thousandths),
+    "nll_above_insert": ("`insert`: above ln(n+1)", thousandths),
+    "code_nats": ("nats per token of unseen code", thousandths),
+}
+
+
 def models() -> str:
     """What the judge reads in plain runs of the bundled models, from every `tiny_models.json`."""
     rows = []
@@ -58,6 +74,17 @@ def models() -> str:
             cells = [known(row, key, MODEL_COLUMNS) for key in MODEL_COLUMNS]
             rows.append([f"`{row['model']}`", file.parent.name, *cells])
     headings = ["model", "measured on", *(heading for heading, _ in MODEL_COLUMNS.values())]
+    return table(headings, rows, left=2)
+
+
+def text_models() -> str:
+    """Exact match of the bundled text models, from every `tiny_text.json`."""
+    rows = []
+    for file, found in documents("tiny_text"):
+        for row in found["rows"]:
+            cells = [known(row, key, TEXT_COLUMNS) for key in TEXT_COLUMNS]
+            rows.append([f"`{row['model']}`", file.parent.name, *cells])
+    headings = ["model", "measured on", *(heading for heading, _ in TEXT_COLUMNS.values())]
     return table(headings, rows, left=2)
 
 

@@ -36,7 +36,7 @@ def model_of(kind: str, tokenizer: Any) -> Any:
 
 
 class Scripted:
-    """Knows the text; is sure of a place in the order of `sure` (highest first). Outputs stand where its kind has them."""
+    """Knows the text, and is sure of places in the order of `sure` (highest first)."""
 
     def __init__(self, text: Tensor, sure: Tensor, kind: str, model: Any) -> None:
         self.text, self.sure, self.shift = text, sure, kind in ("shifted", "causal")
