@@ -61,6 +61,13 @@ class TokenKV(KVPolicy):
     exact: ClassVar[bool] = False
     layered: ClassVar[bool] = False
 
+    @property
+    def steady(self) -> bool:
+        """In a block, after its first evaluation, what is computed and what that reads depends neither on how many
+        evaluations there were nor on what was written meanwhile; and nothing of it is read later. Then drafts can be
+        verified with it: they stand for evaluations that are left out."""
+        return False
+
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
         """State of one generation. Raises `RefusedError` on a model for which it cannot be right."""
         raise NotImplementedError(f"{type(self).__name__} has no start().")
@@ -108,6 +115,10 @@ class Recompute(TokenKV):
     kind: ClassVar[str] = "recompute"
     exact: ClassVar[bool] = True
 
+    @property
+    def steady(self) -> bool:
+        return True
+
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
         return _RecomputeState()
 
@@ -126,6 +137,10 @@ class Prefix(TokenKV):
     kind: ClassVar[str] = "prefix"
     every: int | None = Field(None, ge=1)
 
+    @property
+    def steady(self) -> bool:
+        return self.every is None
+
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
         return WindowState(facts, every=self.every, after=None)
 
@@ -138,6 +153,10 @@ class Dual(TokenKV):
 
     kind: ClassVar[str] = "dual"
     every: int | None = Field(None, ge=1)
+
+    @property
+    def steady(self) -> bool:
+        return self.every is None
 
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
         return WindowState(facts, every=self.every)
@@ -155,6 +174,10 @@ class Vicinity(TokenKV):
     after: int = Field(16, ge=0)
     warmup: int = Field(4, ge=0)
     every: int | None = Field(None, ge=1)
+
+    @property
+    def steady(self) -> bool:
+        return self.every is None and self.warmup == 0
 
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
         return WindowState(facts, before=self.before, after=self.after, warmup=self.warmup, every=self.every)

@@ -24,9 +24,10 @@ class Pass:
 
     members int64 [m]: which texts. slots int64 [m, N]: where each token stands, L where there is none. ids int64 [m, N].
     keep: "store": the new keys and values take their places in the store, and everything in it is read; "scratch": they
-    stand behind it for this call alone, so that drafts and shadows share their slots; "none": only the new ones are read.
-    visible bool [m, N, K]: which keys a token reads, K = L + 1 for "store", L + 1 + N for "scratch", N for "none"; None:
-    all L slots, or all N tokens for "none".
+    stand behind it for this call alone, so that drafts share their slots; "none": only the new ones are read.
+    shadows: how many of the last tokens stand behind the store in any case: masks in the place of written slots.
+    visible bool [m, N, K]: which keys a token reads, K = L + 1 for "store", and one more for each shadow, L + 1 + N for
+    "scratch", N for "none"; None: all L slots, or all N tokens for "none".
     read int64 [m, R]: whose logits are wanted, as numbers of tokens, N where none; target int64 [m, R]: the slots that
     these logits are about, L where none.
     whole: the tokens are all the slots in order, so that nothing has to be gathered. run: the members as a slice, where
@@ -45,6 +46,12 @@ class Pass:
     run: slice | None = None
     depth: Depth | None = None
     work: Tensor | None = None
+    shadows: int = 0
+
+    @property
+    def kept(self) -> int:
+        """How many of the tokens, the first ones, take their places in a store."""
+        return self.slots.shape[1] - self.shadows
 
     def part(self, index: Tensor, none: int) -> Pass:
         """The same call for some of its tokens: index int64 [m, n], N for none. none: the number of slots, L."""
@@ -74,7 +81,7 @@ class KVStore:
     def note(self, done: Pass) -> None:
         """These tokens' keys and values are in the store from now on."""
         if done.keep == "store":
-            self.present[done.members[:, None], done.slots] = True
+            self.present[done.members[:, None], done.slots[:, : done.kept]] = True
             self.present[:, self.slots] = False
             if done.whole and done.run is not None:
                 self.full.update(range(done.run.start, done.run.stop))
@@ -99,18 +106,19 @@ class KVStore:
         if now.keep == "store":
             self.refresh(layer, k, v, now)
         read = [self._of(store, now) for store in (self.keys[layer], self.values[layer])]
-        if now.keep == "scratch":
-            read = [torch.cat([store, new.transpose(1, 2)], 1) for store, new in zip(read, (k, v), strict=True)]
+        if now.keep == "scratch" or now.shadows:
+            behind = slice(now.kept if now.keep == "store" else 0, None)
+            read = [torch.cat([store, new[:, :, behind].transpose(1, 2)], 1) for store, new in zip(read, (k, v), strict=True)]
         return read[0].transpose(1, 2), read[1].transpose(1, 2)
 
     def refresh(self, layer: int, k: Tensor, v: Tensor, now: Pass) -> None:
         """Write the rows of the slots `now.slots` over what stood there."""
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            rows = new.transpose(1, 2)
+            rows = new[:, :, : now.kept].transpose(1, 2)
             if now.whole and now.run is not None:
                 store[now.run, : self.slots] = rows
             else:
-                store[now.members[:, None], now.slots] = rows.to(store.dtype)
+                store[now.members[:, None], now.slots[:, : now.kept]] = rows.to(store.dtype)
 
     def _of(self, store: Tensor, now: Pass) -> Tensor:
         """What the members read: a view where they follow one another."""
