@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
     from transformers import PreTrainedModel
 
+    from hasten.pipelines.text_diffusion import TextDiffusionPipeline, TextDiffusionSession
     from hasten.pipelines.text_session import TextSession
     from hasten.report import Report
 
@@ -41,6 +42,10 @@ def accelerate(
     host: DiffusionPipeline | ModularPipeline, recipe: str | Path | Recipe | Budget, *,
     scheduler: Any = None, limits: Limits | None = None, group: Any = None,
 ) -> Session: ...  # fmt: skip
+@overload
+def accelerate(
+    host: TextDiffusionPipeline, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
+) -> TextDiffusionSession: ...
 @overload
 def accelerate(
     host: PreTrainedModel, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
@@ -57,12 +62,13 @@ def accelerate(
     scheduler: Any = None,
     limits: Limits | None = None,
     group: Any = None,
-) -> Session | TextSession:
+) -> Session | TextSession | TextDiffusionSession:
     """Make `host` generate faster while the returned session is open.
 
-    host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); or a causal language model
-    of transformers. recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`; on a language model it
-    has no axis but `attention`. limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
+    host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline`; or
+    a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`;
+    on a causal language model it has no axis but `attention`, on text diffusion those of `hasten.pipelines.text_job`.
+    limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
     parallelism is found by itself. Only this instance is touched, and closing the session (leaving `with`, an exception,
     `close()`) restores it: the next output is bit-identical to one from before.
@@ -71,7 +77,17 @@ def accelerate(
     `UsageError` when an axis of the recipe has no seam on this host, `RefusedError` when a method cannot be right on it.
     """
     found = find_recipe(recipe)
+    if _is_named(host, "TextDiffusionPipeline"):
+        from hasten.pipelines.text_diffusion import TextDiffusionSession
+
+        return TextDiffusionSession(host, found, limits)
     if scheduler is None and _is_of_transformers(host):
+        if found.commit is not None or found.kv is not None:
+            raise UsageError(
+                f"Recipe {found.name!r} is for texts that are written in any order, which takes a loop of its own. Use"
+                f" hasten.TextDiffusionPipeline(model, tokenizer, recipe) on a {type(host).__name__} that is a masked"
+                " language model."
+            )
         if group is not None:
             raise UsageError(
                 "group= is for diffusion models, whose ranks have to skip the same work. On a language model each rank reads for"
@@ -81,6 +97,11 @@ def accelerate(
 
         return attach(getattr(host, "_orig_mod", host), found, limits)
     return Session(host, found, scheduler, limits or Limits(), group)
+
+
+def _is_named(host: Any, name: str) -> bool:
+    """Is `host` of the class `name`, or one made from it? Asked by name, so that nothing is imported for it."""
+    return any(kind.__name__ == name for kind in type(host).__mro__)
 
 
 def _is_of_transformers(host: Any) -> bool:

@@ -109,8 +109,8 @@ def _what_instead(folder: Path) -> str:
     classes = config.get("architectures") if isinstance(config, dict) else None
     if isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes):
         return (
-            f"It holds a language model ({classes[0]}), for which there is no command yet; in Python:"
-            " hasten.accelerate(AutoModelForCausalLM.from_pretrained(folder), RECIPE)."
+            f"It holds a language model ({classes[0]}). `hasten generate` writes with masked language models; a causal one is"
+            " for Python: hasten.accelerate(AutoModelForCausalLM.from_pretrained(folder), RECIPE)."
         )
     return f"It looks like one component of a pipeline; name the folder above: {folder.absolute().parent}."
 

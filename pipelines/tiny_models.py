@@ -44,10 +44,11 @@ def card(name: str) -> dict[str, Any]:
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
-    """The diffusers pipeline of a bundled model, from package data alone (no network); see `text` for text models."""
+    """The pipeline of a bundled model, from package data alone (no network): a diffusers pipeline, or a
+    `TextDiffusionPipeline`. A causal language model has none; `text` opens it."""
     folder = path(name)
     if card(name)["kind"] == "text":
-        raise ModelError(f"{name!r} is a text model, not a diffusers pipeline: use tiny_models.text({name!r}).")
+        return _text_diffusion(name, dtype, device)
     import diffusers
 
     library: Any = diffusers
@@ -58,6 +59,15 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **chosen)
     return pipe if device is None else pipe.to(device)
+
+
+def _text_diffusion(name: str, dtype: torch.dtype | None, device: str | torch.device | None) -> Any:
+    model, tokenizer = text(name, dtype, device)
+    if model.config.hasten_diffusion["kind"] == "causal":
+        raise ModelError(f"{name!r} is a causal language model and needs no pipeline: use tiny_models.text({name!r}).")
+    from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+
+    return TextDiffusionPipeline(model, tokenizer, probe=False)  # tests ask the bundled ones
 
 
 def text(
