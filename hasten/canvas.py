@@ -181,11 +181,15 @@ class Canvas:
         self.end, self.span = end, torch.minimum(self.span, end[:, None])
         self.outer = torch.minimum(self.outer, end[:, None])
 
-    def enter(self, rows: Tensor, span: Tensor, outer: Tensor | None = None) -> None:
-        """Make `span`, a part of `outer` (int64 [B, 2] each; None: all of it), the active block of the texts `rows`
-        (bool [B])."""
+    def move(self, rows: Tensor, span: Tensor, outer: Tensor | None = None) -> None:
+        """The active block of the texts `rows` (bool [B]) is now `span`, a part of `outer` (int64 [B, 2] each; None: all
+        of it); it goes on."""
         self.span = torch.where(rows[:, None], span, self.span)
         self.outer = torch.where(rows[:, None], span if outer is None else outer, self.outer)
+
+    def enter(self, rows: Tensor, span: Tensor, outer: Tensor | None = None) -> None:
+        """As `move`, but the block is a new one."""
+        self.move(rows, span, outer)
         self.begun = torch.where(rows, (self.masked & self.inside(self.span[:, 0], self.span[:, 1])).sum(1), self.begun)
         self.since = torch.where(rows, 0, self.since)
 

@@ -4,6 +4,11 @@ What every method must keep is kept here, once: each open text writes at least o
 touched, mask tokens are never written, revisions cannot undo a step or go on for ever, and a text's tokens do not depend
 on who else is in the batch (each has noise, blocks and caches of its own). The host waits for the device once per step.
 
+It ends: every step of an open text writes an open slot of its block or, when a reviser holds a full block, changes one. A
+text with n slots to write is over within n steps without a reviser, and within (budget + 1) n with one (`Reviser` has
+the proof); blocks only go on to slots that are still open. Drafts make steps fewer, and blocks that move are a part of
+the same count.
+
 Shapes: B texts, L slots.
 """
 
@@ -18,13 +23,13 @@ from torch import Tensor
 from hasten.caching.kv import Recompute, Rows, TokenKV
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import DONE, Canvas, Row
-from hasten.errors import RecipeError, UsageError
-from hasten.pipelines import text_pass
+from hasten.errors import RefusedError, UsageError
+from hasten.pipelines import text_drafts, text_pass
 from hasten.pipelines.text_host import TextHost
 from hasten.pipelines.text_pass import Wanted
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Quota, Unmask
-from hasten.samplers.revise import RevisePolicy
+from hasten.samplers.revise import RevisePolicy, Reviser
 from hasten.samplers.scores import Draw, Logits, Scores, best, measure
 from hasten.samplers.text_blocks import Fixed, InBlocks
 from hasten.samplers.verify import Verifier
@@ -65,8 +70,8 @@ class TextLoop:
     ) -> None:  # fmt: skip
         """evaluate: in place of `host.run`, for what is done to logits before anything decides on them.
 
-        Raises `UsageError` where the commit rule wants a guide and there is none, and `RecipeError` where drafts are to
-        be verified with a rule or score that remembers earlier evaluations.
+        Raises `UsageError` where the commit rule wants a guide and there is none, and `RecipeError` where drafts cannot
+        be verified with the other parts.
         """
         self.host, self.canvas, self.draw, self.facts = host, canvas, draw, host.facts
         self.evaluate = evaluate or host.run
@@ -78,20 +83,17 @@ class TextLoop:
         self.rule, self.score, self.guide = commit.rule.start(), commit.score.start(), guide
         if guide is None and any(rule.guided for rule in commit.rules):
             raise UsageError(f"The commit rule {commit.rule.kind!r} asks a guiding model, and there is none. Pass guide=.")
-        if recipe.verify is not None and commit.remembers:
-            raise RecipeError(
-                f"{recipe.verify.kind!r} checks drafts, which stand for steps that were not taken; {commit.rule.kind!r} with"
-                f" {commit.score.kind!r} decides by steps that were. Take a rule without memory, or leave verify out."
-            )
         self.blocks = blocks.rule.start(self.facts)
         self.end = blocks.end.start(self.facts) if blocks.end is not None else None
         self.kv = kv.start(self.facts, self.store)
         assert recipe.revise is None or isinstance(recipe.revise, RevisePolicy)
         assert recipe.verify is None or isinstance(recipe.verify, Verifier)
-        self.revise = recipe.revise.start(self.facts) if recipe.revise is not None else None
-        self.verify = recipe.verify.start(self.facts) if recipe.verify is not None else None
-        self.budget = recipe.revise.budget if recipe.revise is not None else 0
-        self.revised = torch.zeros_like(canvas.committed)
+        self.revise = Reviser(recipe.revise, self.facts, canvas) if recipe.revise is not None else None
+        self.shadows = recipe.revise is not None and recipe.revise.shadows
+        self.verify: text_drafts.Drafts | None = None
+        if recipe.verify is not None:
+            text_drafts.refuse(recipe.verify, commit, blocks, kv, recipe.revise, self.facts)
+            self.verify = text_drafts.Drafts(recipe.verify, commit, self.draw, canvas, self.facts)
         self.sees_rest = any(
             part is not None and part.sees == "rest" for part in (*commit.rules, commit.score, blocks.end)
         )  # fmt: skip
@@ -148,10 +150,11 @@ class TextLoop:
         if self.guide is not None:
             proposed = torch.where(canvas.masked & self.scores.seen, self.scores.token, canvas.ids)
             self.scores.guide = self.guide(proposed, canvas)
-        chosen = self._choose()
+        least = self.revise.least(self.scores, canvas) if self.revise is not None else None
+        chosen = self._at_least(least, self.rule.select(self.scores, canvas), self.scores, canvas)
         canvas.write(chosen, self.scores.token, self.scores.confidence)
         self.score.note(chosen, self.scores, canvas)
-        erased = self._revise(chosen)
+        erased = torch.zeros_like(chosen) if self.revise is None else self.revise.revise(self.scores, chosen, canvas)
         self.kv.changed(chosen, erased, canvas)
         canvas.step = canvas.step + was
         canvas.since = canvas.since + was
@@ -160,105 +163,74 @@ class TextLoop:
     # --- evaluation ---------------------------------------------------------------------------------
 
     def _split(self, call: Rows, rows: list[Row]) -> list[Rows]:
-        """With a verifier: texts at the first step of a block are evaluated as they are, the others as drafts."""
+        """With a verifier: texts that have drafts to check, and those that have none."""
         if self.verify is None:
             return [call]
-        fresh = [rows[member].since == 0 for member in call.members]
-        if all(fresh) or not any(fresh):
+        several = [self.verify.number(rows[member]) > 1 for member in call.members]
+        if all(several) or not any(several):
             return [call]
-        return [call.only([i for i, first in enumerate(fresh) if first is kind]) for kind in (True, False)]
+        return [call.only([i for i, more in enumerate(several) if more is kind]) for kind in (False, True)]
 
     def _evaluate(self, call: Rows, rows: list[Row], before: Scores) -> None:
         canvas = self.canvas
-        wanted = self._wanted(call, rows)
-        members = torch.tensor(call.members, device=canvas.ids.device)
-        if self.verify is not None and rows[call.members[0]].since > 0:
-            self._verify(call, wanted, members, before)
+        wanted, shadows = self._wanted(call, rows)
+        if self.verify is not None and self.verify.number(rows[call.members[0]]) > 1:
+            numbers = [self.verify.number(rows[member]) for member in call.members]
+            masked = canvas.masked
+            self.verify.check(self, call, numbers, wanted, before)
+            self.kv.seen(replace(call, keep="scratch"), canvas)  # drafts leave nothing in the store
+            self.kv.changed(masked & ~canvas.masked, torch.zeros_like(masked), canvas)
             return
-        now = text_pass.plain(call, canvas, wanted, self.facts, self.store)
+        members = torch.tensor(call.members, device=canvas.ids.device)
+        now = text_pass.plain(call, canvas, wanted, self.facts, self.store, shadows)
         logits = Logits(self.evaluate(now, self.store), now.target, members)
         known = measure(logits, self.score, self.draw, self.forbidden, canvas, self.scores)
         self.rule.observe(known, canvas)
-        self._count(members, now)
+        self.count(members, now)
         self.kv.seen(call, canvas)
 
-    def _verify(self, call: Rows, wanted: Wanted, members: Tensor, before: Scores) -> None:
-        """Evaluate drafts of these texts, and make the right one of each the text."""
-        canvas, verify = self.canvas, self.verify
-        assert verify is not None
-        drafts = verify.drafts(before, canvas)
-        number = drafts.shape[1]
-        many = canvas.take(torch.arange(len(canvas.ids), device=members.device).repeat_interleave(number))
-        flat = drafts.flatten(0, 1)
-        many.write(flat, before.token.repeat_interleave(number, 0), before.confidence.repeat_interleave(number, 0))
-        texts = many.ids.view(len(canvas.ids), number, -1)
-        now = text_pass.drafts(call, texts, canvas, wanted, self.facts, self.store)
-        values = self.evaluate(now, self.store)
-        each = values.view(len(members) * number, -1, values.shape[-1])
-        copies = (members[:, None] * number + torch.arange(number, device=members.device)).flatten()
-        scores = Scores.blank(many)
-        draw = Draw(self.draw.seed.repeat_interleave(number), self.draw.temperature, self.draw.top_k, self.draw.top_p)
-        measure(
-            Logits(each, now.target.view(len(copies), -1), copies), self.score, draw, self.forbidden, many, scores
-        )
-        then = self._at_least_one(self.rule.select(scores, many), scores, many).view_as(drafts)
-        right = verify.accept(drafts, texts, scores, then, canvas)
-        mine = torch.arange(len(canvas.ids), device=members.device) * number + right
-        taken = torch.zeros_like(canvas.open).index_fill(0, members, True)
-        accepted = flat[mine] & taken[:, None]
-        canvas.write(accepted, before.token, before.confidence)
-        self.scores.merge(scores.take(mine), taken)
-        self._count(members, now)
-        self.kv.seen(replace(call, keep="scratch"), canvas)  # drafts leave nothing in the store
-        self.kv.changed(accepted, torch.zeros_like(accepted), canvas)
-
-    def _wanted(self, call: Rows, rows: list[Row]) -> Wanted:
-        """Whose logits this call is asked for."""
+    def _wanted(self, call: Rows, rows: list[Row]) -> tuple[Wanted, Wanted | None]:
+        """Whose logits this call is asked for, and written slots whose logits are asked for as if they were open."""
         canvas = self.canvas
         mine = [rows[member] for member in call.members]
-        rest = self.sees_rest or self.sees_rest_first and any(row.since == 0 for row in mine)
-        slots = (canvas.masked & canvas.open[:, None]) if rest else canvas.eligible
-        most = max(row.masks if rest else row.left for row in mine)
-        if self.sees_written:
-            slots = slots | canvas.active & (canvas.status == DONE)
-            most += max(row.high - row.low for row in mine)
-        return Wanted(slots, most)
+        slots, most = canvas.eligible, max(row.left for row in mine)
+        if self.sees_rest or self.sees_rest_first:
+            all_of = canvas.open if self.sees_rest else canvas.open & (canvas.since == 0)
+            slots = slots | canvas.masked & all_of[:, None]
+            most = max(row.masks if self.sees_rest or row.since == 0 else row.left for row in mine)
+        if not self.sees_written:
+            return Wanted(slots, most), None
+        written = canvas.active & (canvas.status == DONE)
+        several = max(row.high - row.low - row.left for row in mine)
+        if not self.shadows:
+            return Wanted(slots | written, most + several), None
+        if call.depth is not None:
+            raise RefusedError(
+                "Shadows of written slots need all layers, and this cache computes other tokens in other layers. Take the"
+                " cache 'dual', 'prefix' or 'recompute', or another reviser."
+            )
+        return Wanted(slots, most), Wanted(written, several) if several else None
 
-    def _count(self, members: Tensor, now: Pass) -> None:
+    def count(self, members: Tensor, now: Pass) -> None:
+        """Add a call to what the generation cost. members int64 [m]: the texts, each once."""
         tokens = (now.slots < self.canvas.slots).sum(1)
+        work = (tokens * self.facts.layers).double() if now.work is None else now.work
         self.tally.evaluations[members] += 1
-        self.tally.tokens[members] += tokens
-        self.tally.layers[members] += tokens * self.facts.layers if now.work is None else now.work
+        self.tally.tokens.index_add_(0, now.members, tokens)
+        self.tally.layers.index_add_(0, now.members, work)
 
     # --- decisions ----------------------------------------------------------------------------------
 
-    def _choose(self) -> Tensor:
-        return self._at_least_one(self.rule.select(self.scores, self.canvas), self.scores, self.canvas)
+    def choose(self, scores: Scores, canvas: Canvas) -> Tensor:
+        """What the commit rule writes, bool [B, L]: at least one slot of every text that has one."""
+        return self._at_least(None, self.rule.select(scores, canvas), scores, canvas)
 
-    def _at_least_one(self, chosen: Tensor, scores: Scores, canvas: Canvas) -> Tensor:
+    def _at_least(self, least: Tensor | None, chosen: Tensor, scores: Scores, canvas: Canvas) -> Tensor:
+        """`chosen`, and the next best up to `least` (int64 [B]; None: one)."""
         among = scores.among(canvas)
         chosen = chosen & among
-        return chosen | best(scores.rank, among, (~chosen.any(1)).long())
-
-    def _revise(self, chosen: Tensor) -> Tensor:
-        """Take slots back; returns those whose token is no longer what it was, bool [B, L]."""
-        canvas, scores = self.canvas, self.scores
-        changed = torch.zeros_like(chosen)
-        if self.revise is None:
-            return changed
-        asked = self.revise.revise(scores, chosen, canvas)
-        may = (canvas.status == DONE) & canvas.active & ~chosen & (self.revised < self.budget)
-        if asked.replace is not None and asked.token is not None:
-            swap = asked.replace & may & (asked.token != canvas.ids)
-            canvas.write(swap, asked.token, scores.confidence)
-            changed |= swap
-        if asked.erase is not None and self.facts.mask_id is not None:
-            most = (chosen.sum(1) - 1).clamp(min=0)
-            gone = best(-scores.present.nan_to_num(1.0), asked.erase & may & ~changed, most)
-            canvas.erase(gone, self.facts.mask_id)
-            changed |= gone
-        self.revised = self.revised + changed
-        return changed
+        missing = (~chosen.any(1)).long() if least is None else (least.clamp(min=1) - chosen.sum(1)).clamp(min=0)
+        return chosen | best(scores.rank, among & ~chosen, missing)
 
     def _finish(self, was: Tensor) -> None:
         """Cut texts that are over, and let the others go on to their next block."""
@@ -266,11 +238,17 @@ class TextLoop:
         end = self.end.ends(canvas, self.scores) if self.end is not None else None
         if end is not None:
             canvas.cut(end, self.facts.pad_id)
+        moved = self.blocks.slide(canvas)
+        if moved is not None:
+            canvas.move(was & canvas.masked.any(1), moved, self.blocks.outer(canvas, moved))
         self._advance(was)
 
     def _advance(self, was: Tensor) -> None:
         canvas = self.canvas
         holds = self.revise.holds(canvas) if self.revise is not None else None
-        stays = canvas.eligible.any(1) if holds is None else canvas.eligible.any(1) | holds
-        canvas.enter(was & ~stays & canvas.masked.any(1), self.blocks.next(canvas))
-        canvas.open = was & (stays | canvas.masked.any(1))
+        stays, more = canvas.eligible.any(1), canvas.masked.any(1)
+        if holds is not None:
+            stays = stays | holds
+        span = self.blocks.next(canvas)
+        canvas.enter(was & ~stays & more, span, self.blocks.outer(canvas, span))
+        canvas.open = was & (stays | more)

@@ -37,6 +37,7 @@ class Guided:
             visible=now.visible if now.visible is None else now.visible.expand(len(now.slots), -1, -1).repeat(2, 1, 1),
             read=now.read.repeat(2, 1),
             target=now.target.repeat(2, 1),
+            run=None,
         )
         seen, blind = self.evaluate(both, self.store).float().chunk(2)
         store.note(now)

@@ -27,12 +27,14 @@ class CommitRule(Part):
     """Which slots are sure enough? A family; `start()` gives the state for one generation.
 
     sees: whose logits it wants. written: it wants those of slots that are written already, too. remembers: it uses
-    more than the present evaluation, so that drafts cannot be verified with it. guided: it wants `scores.guide`.
+    more than the present evaluation, so that drafts cannot be verified with it. timed: it asks for the number of the
+    step. guided: it wants `scores.guide`.
     """
 
     sees: ClassVar[Sees] = "block"
     written: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
     guided: ClassVar[bool] = False
 
     def start(self) -> CommitState:
@@ -73,6 +75,11 @@ class Unmask(Commit):
         """A rule or score of it uses more than the present evaluation."""
         return any(part.remembers for part in _within(self) if isinstance(part, CommitRule | Score))
 
+    @property
+    def timed(self) -> bool:
+        """A rule or score of it asks for the number of the step."""
+        return any(part.timed for part in _within(self) if isinstance(part, CommitRule | Score))
+
     def with_steps(self, steps: int) -> Unmask:
         """The same in `steps` evaluations. Raises `UsageError` where they cannot be chosen, or are fewer than 1."""
         if steps < 1:
@@ -94,6 +101,7 @@ class Quota(CommitRule):
     """
 
     kind: ClassVar[str] = "quota"
+    timed: ClassVar[bool] = True
     steps: int | None = Field(None, ge=1)
 
     def start(self) -> CommitState:
@@ -125,6 +133,7 @@ class Falling(CommitRule):
     """
 
     kind: ClassVar[str] = "falling"
+    timed: ClassVar[bool] = True
     steps: int = Field(512, ge=1)
     last: float = Field(1e-3, gt=0, lt=1)
 

@@ -167,6 +167,7 @@ class AboveMean(CommitRule):
     """
 
     kind: ClassVar[str] = "above-mean"
+    remembers: ClassVar[bool] = True
     slack: float = Field(0.02, ge=0)
 
     def start(self) -> CommitState:

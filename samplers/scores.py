@@ -97,11 +97,12 @@ class Score(Part):
     """Which slot is the surest? A family; `start()` gives the state for one generation.
 
     remembers: it uses more than the present evaluation, so that drafts cannot be verified with it (a draft stands for
-    steps that were never taken, and of which nothing is remembered).
+    steps that were never taken, and of which nothing is remembered). timed: it asks for the number of the step.
     """
 
     sees: ClassVar[Sees] = "block"
     remembers: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
 
     def start(self) -> ScoreState:
         """State of one generation."""
@@ -183,6 +184,7 @@ class Softened(Score):
     """
 
     kind: ClassVar[str] = "softened"
+    timed: ClassVar[bool] = True
     score: Score = Confidence()
     temperature: float = Field(0.1, gt=0)
 
