@@ -1,0 +1,154 @@
+"""Commit rules that were trained to tell which tokens are final already (Learn2PD, arXiv 2509.25188).
+
+`hasten.distill.text_filter` trains one in less than a minute from a model's own generations. A filter is a
+safetensors file of a few KiB: two linear layers, and in its metadata which of the two forms it has and above which
+probability a slot may be written.
+
+Shapes: B texts, L slots, F inputs per slot, W slots of a block, n rows of inputs, I inputs and O outputs of a row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hasten.canvas import Canvas
+from hasten.errors import UsageError
+from hasten.samplers.commit import CommitRule, CommitState
+from hasten.samplers.scores import Scores
+
+Form = Literal["slots", "block"]
+
+INPUTS, REACH = 5, 2
+"""What `features` gives per slot, and how many slots to each side a filter of the form "slots" looks at."""
+
+
+class FilterNet(nn.Module):
+    """Inputs [n, I] -> logits [n, O] that a slot's token is final: linear, ReLU, linear.
+
+    form "slots": a row is a slot with its neighbours, O = 1. form "block": a row is a block of W slots, I = O = W.
+    """
+
+    def __init__(self, form: Form, hidden: int = 32, width: int = 32) -> None:
+        super().__init__()
+        self.form, self.width = form, width
+        inputs, outputs = ((2 * REACH + 1) * INPUTS, 1) if form == "slots" else (width, width)
+        self.first, self.second = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.second(self.first(inputs).relu())
+        return logits
+
+
+class Learned(CommitRule):
+    """Slots that a trained filter takes for final with probability >= `above`.
+
+    It sees of each slot and its two neighbours on either side: confidence, p1 - p2, entropy, whether the slot is
+    open, and where it stands in the block; so that one filter serves blocks of any size. above None: the probability
+    that was calibrated in training for a target rate of false commits. Learn2PD's own filter is `LearnedBlock`.
+    """
+
+    kind: ClassVar[str] = "learned"
+    weights: str
+    above: float | None = Field(None, ge=0, le=1)
+
+    def start(self) -> CommitState:
+        """Raises `UsageError` where `weights` is no filter of this form."""
+        net, above = load(self.weights, "slots")
+        return _LearnedState(net, above if self.above is None else self.above)
+
+
+class _LearnedState(CommitState):
+    def __init__(self, net: FilterNet, above: float) -> None:
+        self.net, self.above = net, above
+
+    def select(self, scores: Scores, canvas: Canvas) -> Tensor:
+        with torch.no_grad():
+            chance = self.net.to(canvas.ids.device)(neighbours(features(scores, canvas)))[..., 0].sigmoid()
+        return scores.among(canvas) & (chance >= self.above)
+
+
+class LearnedBlock(CommitRule):
+    """Slots that Learn2PD's filter takes for final: it sees the confidences of the whole block, and nothing else.
+
+    As in the paper the block has a fixed number of slots, written ones have the confidence that this evaluation gives
+    their best token, and nothing says which they are; slots behind the end of a shorter block are 0. The paper adds a
+    quota (`Either`); 0.9 is its threshold.
+    """
+
+    kind: ClassVar[str] = "learned-block"
+    written: ClassVar[bool] = True
+    weights: str
+    above: float | None = Field(None, ge=0, le=1)
+
+    def start(self) -> CommitState:
+        """Raises `UsageError` where `weights` is no filter of this form."""
+        net, above = load(self.weights, "block")
+        return _LearnedBlockState(net, above if self.above is None else self.above)
+
+
+class _LearnedBlockState(_LearnedState):
+    def select(self, scores: Scores, canvas: Canvas) -> Tensor:
+        among, width = scores.among(canvas), self.net.width
+        with torch.no_grad():
+            chance = self.net.to(canvas.ids.device)(confidences(scores, canvas, width)).sigmoid()
+        place = canvas.place - canvas.span[:, :1]
+        mine = chance.gather(1, place.clamp(0, width - 1))
+        return among & (place < width) & (mine >= self.above)
+
+
+def features(scores: Scores, canvas: Canvas) -> Tensor:
+    """Inputs [B, L, F] of a filter: of open slots c, p1 - p2, 1 - exp(-H) and 1; of all slots of the block, where
+    they stand in it, (0, 1]; else 0."""
+    among, low, high = scores.among(canvas), canvas.span[:, :1], canvas.span[:, 1:]
+    place = (canvas.place - low + 1) / (high - low).clamp(min=1)
+    sure = torch.stack([scores.confidence, scores.confidence - scores.second, -(-scores.entropy).expm1()], -1)
+    sure = torch.where(among[..., None], sure, 0.0)
+    return torch.cat([sure, among[..., None], torch.where(canvas.active, place, 0.0)[..., None]], -1)
+
+
+def neighbours(given: Tensor) -> Tensor:
+    """Each slot's features [B, L, F] with those of `REACH` slots to both sides, [B, L, (2 REACH + 1) F]; 0 beyond the
+    text."""
+    around = F.pad(given, (0, 0, REACH, REACH)).unfold(1, 2 * REACH + 1, 1)
+    return around.flatten(2)
+
+
+def confidences(scores: Scores, canvas: Canvas, width: int) -> Tensor:
+    """Confidences of the first `width` slots of each active block, [B, W]; 0 where there is no such slot."""
+    place = canvas.span[:, :1] + torch.arange(width, device=canvas.ids.device)
+    inside = place < canvas.span[:, 1:]
+    known = torch.where(scores.seen, scores.confidence, 0.0)
+    return torch.where(inside, known.gather(1, place.clamp(max=canvas.slots - 1)), 0.0)
+
+
+def load(weights: str | Path, form: Form) -> tuple[FilterNet, float]:
+    """A filter, and the probability above which it may write. Raises `UsageError` where the file is none of this
+    form."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(weights), "pt") as file:
+            told, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"Cannot read the filter {weights}: {error}. Train one with hasten.distill.text_filter.fit(...)."
+        ) from None
+    if told.get("filter") != form:
+        raise UsageError(
+            f"{weights} is a filter of the form {told.get('filter', 'none')!r}, and {form!r} is needed."
+            " Filters 'slots' go with the rule 'learned', 'block' with 'learned-block'."
+        )
+    try:
+        hidden, inputs = stored["first.weight"].shape
+        net = FilterNet(form, hidden, inputs)
+        net.load_state_dict(stored)
+        return net.eval().requires_grad_(False), float(told["above"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{weights} is damaged: {str(error).splitlines()[0]}. Train it again.") from None
