@@ -43,7 +43,6 @@ class MDLM(Family):
         return int(config.vocab_size) - 1
 
     def forward(self, ids: Tensor, positions: Tensor, now: Pass) -> Any:
-        self.positions = positions
         assert self.tap.store is not None
         return self.called(ids, now.slots < self.tap.store.slots)
 
@@ -67,7 +66,6 @@ class MDLM(Family):
 
     def _tables(self, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [m, N, 3, 1, D] for packed queries, keys and values; values are not turned."""
-        assert self.positions is not None
         angle = self.positions[..., None].type_as(inv_freq) * inv_freq
         angle = torch.cat((angle, angle), dim=-1)
         turned = [torch.stack((part, part, rest), 2)[..., None, :] for part, rest in (

@@ -36,7 +36,6 @@ class LLaDA(Family):
         )  # fmt: skip
 
     def forward(self, ids: Tensor, positions: Tensor, now: Pass) -> Any:
-        self.positions = positions
         return self.model(input_ids=ids, use_cache=False)
 
     def head(self) -> nn.Module | None:
@@ -55,8 +54,9 @@ class LLaDA(Family):
     def _placed(self, tables: Any) -> Any:
         def at_positions(seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
             """Sines and cosines [m, 1, N, D] of the tokens that are computed, instead of the first `seq_len`."""
-            whole = tables(self.facts.context, device)
-            return tuple(table[0, 0][self.positions][:, None] for table in whole)  # type: ignore[return-value]
+            sin, cos = tables(self.facts.context, device)
+            positions = self.positions
+            return sin[0, 0][positions][:, None], cos[0, 0][positions][:, None]
 
         return at_positions
 

@@ -27,7 +27,6 @@ class Dream(Family):
     shifts: ClassVar[bool] = True
 
     def forward(self, ids: Tensor, positions: Tensor, now: Pass) -> Any:
-        self.positions = positions
         return self.model(input_ids=ids, attention_mask="full", position_ids=positions, use_cache=False)
 
     def shadow(self, attachment: Attachment) -> None:

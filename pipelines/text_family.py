@@ -62,7 +62,6 @@ class Family(TextHost):
     def __init__(self, model: nn.Module, facts: TextFacts) -> None:
         super().__init__(model, facts)
         self.tap.heads = self.sizes(model.config).heads
-        self.positions: Tensor | None = None
 
     @classmethod
     def claims(cls, model: Any) -> bool:
@@ -119,6 +118,13 @@ class Family(TextHost):
         if not isinstance(block, int) or block < 1:
             raise ModelError(f"The config of this {cls.family} does not say how long its blocks are. Pass block=.")
         return block
+
+    @property
+    def positions(self) -> Tensor:
+        """Where the tokens of the call under way stand, int64 [m, N]; for models that do not take positions."""
+        now, store = self.tap.now, self.tap.store
+        assert now is not None and store is not None
+        return torch.where(now.slots < store.slots, now.slots, 0)
 
     def interfaced(self) -> bool:
         return super().interfaced() if self.in_interface is None else self.in_interface
