@@ -22,8 +22,8 @@ from hasten.sparse_attn.text.reader import Everything, Reader, ReaderState
 def halve(q: Tensor, representatives: Tensor, low: Tensor, high: Tensor, top: int, most: int) -> tuple[Tensor, Tensor]:
     """The `top` blocks of largest q.k among those from low to high, found by halving ranges of blocks.
 
-    q: float32 [P, Q, M, D], M queries that stand for each query block. representatives: float32 [P, C, D], one key per
-    block. low, high: int64 [1 or P, Q], the range searched. most: largest range (high - low), as a number.
+    q: float32 [P, Q, M, D], M queries that stand for each query block. representatives: float32 [1 or P, C, D], one key
+    per block. low, high: int64 [1 or P, Q], the range searched. most: largest range (high - low), as a number.
     Returns blocks int64 [P, Q, top] and their scores float32 (-inf: the range held fewer).
 
     2 * top equal ranges; the `top` of them whose middle block scores highest (the sum over M of the exponentials, so
@@ -32,6 +32,7 @@ def halve(q: Tensor, representatives: Tensor, low: Tensor, high: Tensor, top: in
     """
     planes, rows = q.shape[0], q.shape[1]
     low, high = low.expand(planes, rows), high.expand(planes, rows)
+    representatives = representatives.expand(planes, -1, -1)  # one plane where all query heads share one head of keys
     cuts = torch.arange(2 * top + 1, device=q.device)
     edges = low[..., None] + (high - low)[..., None] * cuts // (2 * top)
     start, end = edges[..., :-1], edges[..., 1:]

@@ -49,6 +49,15 @@ def test_sparse_prompts_read_less_and_never_the_future(name: str) -> None:
     assert row.sparse >= 1 and 0 < row.density < 0.95 and torch.isfinite(ours).all()
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_one_head_of_keys_for_all_queries(name: str) -> None:
+    """One sample, one key head: what all query heads share is one plane, which must not be taken for a broadcast."""
+    model, tokens = build("llama", num_key_value_heads=1), ids(1, 61)
+    with attach(model, CausalAttention(prompt=PROMPTS[name], min_tokens=0)) as session:
+        assert torch.isfinite(model(tokens).logits).all()
+    assert session.rows[1, "prompt"].sparse == 1 and not session.reasons
+
+
 def test_delta_reads_nothing_of_the_future() -> None:
     """The first layer's keys of the past do not depend on the future, and neither do runs cut by the past alone."""
     part = PROMPTS["delta"].start(0)
