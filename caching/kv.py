@@ -210,27 +210,28 @@ class WindowState(TokenKVState):
 def stretches(
     canvas: Canvas, rows: Sequence[Row], spans: dict[int, tuple[int, int]], keep: Keep = "store"
 ) -> list[Rows]:
-    """The calls that compute, of each text, the slots [first, last). Texts with less than half of another's slots do
-    not share a call with it, so that they are not padded to its width."""
-    order = sorted(spans, key=lambda text: spans[text][0] - spans[text][1])
+    """The calls that compute, of each text, the slots [first, last)."""
+    widths = {text: last - first for text, (first, last) in spans.items()}
+    return [_stretch(canvas, rows, members, spans, keep) for members in alike(widths)]
+
+
+def alike(widths: dict[int, int]) -> list[list[int]]:
+    """Texts that share a call: none with less than half of another's slots, to whose number it would be padded."""
     groups: list[list[int]] = []
-    for text in order:
-        first, last = spans[text]
-        widest = spans[groups[-1][0]] if groups else (0, 0)
-        if groups and 2 * (last - first) >= widest[1] - widest[0]:
+    for text in sorted(widths, key=lambda text: -widths[text]):
+        if groups and 2 * widths[text] >= widths[groups[-1][0]]:
             groups[-1].append(text)
         else:
             groups.append([text])
-    return [_stretch(canvas, rows, sorted(group), spans, keep) for group in groups]
+    return [sorted(group) for group in groups]
 
 
 def _stretch(
     canvas: Canvas, rows: Sequence[Row], members: list[int], spans: dict[int, tuple[int, int]], keep: Keep
-) -> Rows:  # fmt: skip
+) -> Rows:
     bounds = torch.tensor([spans[text] for text in members], device=canvas.ids.device)
     first, last = bounds.unbind(1)
-    place = canvas.place
-    tokens = (place >= first[:, None]) & (place < last[:, None])
+    tokens = (canvas.place >= first[:, None]) & (canvas.place < last[:, None])
     full = all(rows[text].end == canvas.slots for text in members)
     whole = full and all(spans[text] == (0, canvas.slots) for text in members)
     width = max(spans[text][1] - spans[text][0] for text in members)

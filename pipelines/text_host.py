@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import TextFacts
 from hasten.errors import ModelError
+from hasten.pipelines.text_layers import TextLayers
 from hasten.pipelines.text_tap import CatchSdpa, Tap, attach, has_interface
 from hasten.session import Attachment
 
@@ -35,6 +36,7 @@ class TextHost:
     def __init__(self, model: nn.Module, facts: TextFacts) -> None:
         self.model, self.facts = model, facts
         self.tap = Tap()
+        self._layers: TextLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +82,14 @@ class TextHost:
             stack.enter_context(mode)
             stack.enter_context(torch.no_grad())
             yield
+
+    @property
+    def layers(self) -> TextLayers:
+        """Its layers, one by one, for caches that compute other tokens in each. Raises `RefusedError` without a list of
+        them."""
+        if self._layers is None:
+            self._layers = TextLayers(self)
+        return self._layers
 
     def run(self, now: Pass, store: KVStore) -> Tensor:
         """Logits of the wanted tokens, [m, R, V]; keys and values go into `store` as `now.keep` says.

@@ -15,6 +15,7 @@ Shapes: B texts, L slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from hasten.caching.kv import Recompute, Rows, TokenKV
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import DONE, Canvas, Row
-from hasten.errors import RefusedError, UsageError
+from hasten.errors import RecipeError, RefusedError, UsageError
 from hasten.pipelines import text_drafts, text_pass
 from hasten.pipelines.text_host import TextHost
 from hasten.pipelines.text_pass import Wanted
@@ -85,7 +86,17 @@ class TextLoop:
             raise UsageError(f"The commit rule {commit.rule.kind!r} asks a guiding model, and there is none. Pass guide=.")
         self.blocks = blocks.rule.start(self.facts)
         self.end = blocks.end.start(self.facts) if blocks.end is not None else None
-        self.kv = kv.start(self.facts, self.store)
+        self.kv, self.layered = kv.start(self.facts, self.store), kv.layered
+        if self.kv.ahead and self.rule.planned(canvas, 1) is None:
+            raise RecipeError(
+                f"kv {kv.kind!r} fixes the slots of several evaluations at once, and the commit rule {commit.rule.kind!r} does"
+                " not know beforehand how many it writes. Take a rule with a quota, or another cache."
+            )
+        if kv.layered and recipe.revise is not None and recipe.revise.shadows:
+            raise RecipeError(
+                f"kv {kv.kind!r} computes other tokens in each layer, and {recipe.revise.kind!r} adds masks to every call that"
+                " it keeps nothing of. Take another cache or another reviser."
+            )
         assert recipe.revise is None or isinstance(recipe.revise, RevisePolicy)
         assert recipe.verify is None or isinstance(recipe.verify, Verifier)
         self.revise = Reviser(recipe.revise, self.facts, canvas) if recipe.revise is not None else None
@@ -109,7 +120,7 @@ class TextLoop:
         """Write until every text is over, or `on_step` returns True."""
         canvas = self.canvas
         self._advance(canvas.open.clone())
-        with self.host.attached():
+        with self.host.attached(), self.host.layers.attached() if self.layered else nullcontext():
             number = 0
             while True:
                 told = self.kv.tell(canvas)

@@ -67,6 +67,8 @@ class Tap:
         )
         if self.watch is not None:
             self.watch(layer, q, keys, values, self.now)
+        if self.now.depth is not None:
+            self.now.depth.watch(layer, q, keys, self.now, q.shape[-1] ** -0.5 if scale is None else scale)
         return o
 
 
