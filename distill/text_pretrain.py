@@ -87,11 +87,11 @@ def _train(
         c.steps,
         c.warmup,
         c.cooldown,
-        c.clip,
-        c.ema,
-        c.precision,
-        export,
-        lambda: objective.last,
+        clip=c.clip,
+        ema=c.ema,
+        precision=c.precision,
+        export=export,
+        notes=lambda: objective.last,
     )
     weights = loop.run(task, resume, stop_after)
     if stop_after is not None and stop_after < c.steps:

@@ -388,14 +388,17 @@ def test_an_unknown_text_model_is_explained(tmp_path: Path) -> None:
         tiny_models.text("tiny-image")
 
 
-def test_a_text_model_is_no_pipeline(
+def test_a_bundled_text_model_is_opened_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: tuple[str, Path]
 ) -> None:
     kind, out = trained
     bundle_text(config(kind), out, tmp_path / "smoke-text")
     monkeypatch.setattr(tiny_models, "_BUNDLED", tmp_path)
-    with pytest.raises(ModelError, match="text model, not a diffusers pipeline"):
-        tiny_models.load("smoke-text")
+    if kind == "causal":
+        with pytest.raises(ModelError, match="needs no pipeline"):
+            tiny_models.load("smoke-text")
+    else:
+        assert type(tiny_models.load("smoke-text")).__name__ == "TextDiffusionPipeline"
     model, _ = tiny_models.text("smoke-text", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and not model.training and all(tiny_models.verify("smoke-text").values())
 
