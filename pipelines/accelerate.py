@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hasten.pipelines.text_diffusion import TextDiffusionPipeline, TextDiffusionSession
+    from hasten.pipelines.text_llada2 import LLaDA2Session
     from hasten.pipelines.text_session import TextSession
     from hasten.report import Report
 
@@ -62,7 +63,7 @@ def accelerate(
     scheduler: Any = None,
     limits: Limits | None = None,
     group: Any = None,
-) -> Session | TextSession | TextDiffusionSession:
+) -> Session | TextSession | TextDiffusionSession | LLaDA2Session:
     """Make `host` generate faster while the returned session is open.
 
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline`; or
@@ -81,6 +82,10 @@ def accelerate(
         from hasten.pipelines.text_diffusion import TextDiffusionSession
 
         return TextDiffusionSession(host, found, limits)
+    if _is_named(host, "LLaDA2Pipeline"):
+        from hasten.pipelines.text_llada2 import LLaDA2Session
+
+        return LLaDA2Session(host, found, limits)
     if scheduler is None and _is_of_transformers(host):
         if found.commit is not None or found.kv is not None:
             raise UsageError(

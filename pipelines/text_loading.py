@@ -63,6 +63,28 @@ def kind_of(name_or_path: str | Path) -> Literal["bundled", "folder", "hub"]:
     return "hub"
 
 
+def writes_text(name_or_path: str, revision: str | None = None) -> bool:
+    """Is it a language model, as far as a look at its files tells? A hub id is asked whether it has a `model_index.json`."""
+    known = [name for name in tiny_models.names() if tiny_models.card(name).get("kind") == "text"]
+    path = Path(name_or_path).expanduser()
+    if name_or_path in known or path.is_dir():
+        return name_or_path in known or is_text_folder(path)
+    if path.exists() or name_or_path.count("/") != 1:
+        return False
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name_or_path, "model_index.json", revision=revision)
+    except LocalEntryNotFoundError:
+        return False
+    except EntryNotFoundError:
+        return True
+    except Exception:  # noqa: BLE001 - whoever opens it next says what is wrong
+        return False
+    return False
+
+
 def is_text_folder(folder: Path) -> bool:
     """Does it look like a transformers model, and not like a component of a diffusers pipeline?"""
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.cli.generate_text import TextTask
 from hasten.cli.options import Call, Device, Dtype, Fps, Lora, ModelArgument, Offload, Revision
 from hasten.cli.output import JsonOption, Output, versions
 from hasten.cli.places import Places, writable
@@ -54,8 +55,11 @@ def generate(
     ] = None,
     call: Call = None,
     recipe: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="How to go faster; see hasten recipes.")
-    ] = "balanced",
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="How to go faster; see hasten recipes. [default: balanced; none for texts]"
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,9 +67,14 @@ def generate(
         ),
     ] = None,
     output: Annotated[
-        Path,
-        typer.Option(metavar="PATH", help="A .mp4, .gif or .png file, or a folder.", rich_help_panel=FILES),
-    ] = Path("hasten-output"),
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="A .mp4, .gif or .png file, or a folder; .txt or .jsonl for texts."
+            " [default: hasten-output; texts: the terminal]",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     fps: Fps = 16,
     report: Annotated[
         Path | None,
@@ -83,7 +92,7 @@ def generate(
     revision: Revision = None,
     json: JsonOption = None,
 ) -> None:
-    """Generate videos or images from prompts, accelerated by a recipe.
+    """Generate videos, images or texts from prompts, accelerated by a recipe.
 
     With `accelerate launch -m hasten generate --prompts FILE ...` the prompts are split over processes.
     """
@@ -94,10 +103,21 @@ def generate(
         from hasten.pipelines.generate import Request
         from hasten.pipelines.loading import check_name, open_pipeline
         from hasten.pipelines.recipes import recipe as find_recipe
+        from hasten.pipelines.text_loading import writes_text
 
         wanted = collect(prompt or [], prompts, seed)
-        places = Places.of(output, len(wanted))
-        chosen = find_recipe(recipe).replace(assignments(set_ or [], "--set"))
+        if writes_text(model, revision):
+            unfit = {"negative-prompt": negative_prompt, "height": height, "width": width, "frames": frames, "lora": lora}
+            more = {"steps": steps, "cfg_scale": guidance}
+            arguments = assignments(call or [], "--call") | {key: value for key, value in more.items() if value is not None}
+            text = TextTask(
+                model, recipe, assignments(set_ or [], "--set"), wanted, arguments, output, report, device, dtype, revision,
+                unfit | {"offload": None if offload == "none" else offload},
+            )  # fmt: skip
+            _generate_text(text, out)
+            return
+        places = Places.of(output or Path("hasten-output"), len(wanted))
+        chosen = find_recipe(recipe or "balanced").replace(assignments(set_ or [], "--set"))
         check_name(model)
         ranks = Ranks.start(device)
         request = Request(
@@ -126,6 +146,24 @@ def generate(
         if ranks.first:
             out.finish(rows)
         ranks.close()
+
+
+def _generate_text(task: TextTask, out: Output) -> None:
+    """The same for texts, which need no pipeline of diffusers."""
+    from hasten.cli.ranks import Ranks
+
+    task.check()
+    ranks = Ranks.start(task.device)
+    folders = [path.absolute().parent for path in (task.output,) if path is not None]
+    with writable(*folders, *report_folder(task.report)):
+        here = replace(task, device=ranks.device(task.device))
+        mine = here.run(ranks.share(task.prompts), out, quiet=not ranks.first)
+        rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
+        if ranks.first:
+            task.save(rows)
+    if ranks.first:
+        out.finish(rows)
+    ranks.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,174 @@
+"""hasten's commit rules and revisers inside diffusers' `LLaDA2Pipeline`.
+
+    pipe = LLaDA2Pipeline(model=model, scheduler=RecipeScheduler("credit"), tokenizer=tokenizer)
+
+Shapes: B texts, L slots of a block, V tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import BlockRefinementScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSchedulerOutput
+from torch import Tensor
+
+from hasten.canvas import DONE, MASK, PROMPT, Canvas, TextFacts
+from hasten.errors import RefusedError, UsageError
+from hasten.noise import seeds
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.recipe import Recipe, from_yaml
+from hasten.samplers.commit import Unmask
+from hasten.samplers.revise import RevisePolicy, Reviser
+from hasten.samplers.scores import Draw, Logits, Scores, best, measure
+
+
+class RecipeScheduler(BlockRefinementScheduler):  # type: ignore[misc]
+    """A scheduler whose `step` writes what a recipe's commit rule takes and its reviser changes.
+
+    recipe: a name, or a recipe as YAML; `of` takes a `Recipe`. It may have the axes commit and revise; blocks, caches and
+    drafts are the pipeline's affair (`hasten.accelerate(pipe, recipe)` adds an exact cache). block_length: where the call
+    names none.
+
+    Differs from diffusers' scheduler: mask tokens are never written; a block ends with the evaluation that fills it (the
+    pipeline would evaluate every full block once more) unless the reviser holds it; confidence is that of softmax without
+    temperature; each text has noise of its own. `num_inference_steps` paces rules that have a quota; threshold,
+    editing_threshold and minimal_topk of the call are diffusers' own rule and do nothing here: the recipe has its own.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, recipe: str = "", block_length: int = 32, num_inference_steps: int = 32) -> None:
+        super().__init__(block_length=block_length, num_inference_steps=num_inference_steps)
+        self.commit, self.revise = _parts(_named(recipe))
+        self._block: _Block | None = None
+        self._seed: Tensor | None = None
+        self._evaluations = 0
+
+    @classmethod
+    def of(cls, recipe: str | Path | Recipe, block_length: int = 32) -> Self:
+        """The scheduler for a recipe, whichever way it is named."""
+        return cls(find_recipe(recipe).to_yaml(), block_length)
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, block_length: int | None = None) -> None:
+        """A new run of the pipeline begins."""
+        super().set_timesteps(num_inference_steps, device, block_length)
+        self._block, self._seed, self._evaluations = None, None, 0
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, *, mask_token_id: int | None = None,
+        temperature: float = 0.0, top_p: float | None = None, top_k: int | None = None, sampling_method: str = "auto",
+        threshold: float | None = None, editing_threshold: float | None = None, minimal_topk: int | None = None,
+        prompt_mask: Tensor | None = None, generator: torch.Generator | None = None, return_dict: bool = True,
+    ) -> BlockRefinementSchedulerOutput | tuple[Tensor, ...]:  # fmt: skip
+        """One evaluation's worth of writing, as in `BlockRefinementScheduler.step`. model_output [B, L, V], sample int64
+        [B, L], prompt_mask bool [L]. Raises `RefusedError` for a model without mask tokens."""
+        if mask_token_id is None:
+            raise RefusedError(
+                "RecipeScheduler writes into masks, and this model has no mask token. Keep diffusers' own scheduler for models"
+                " of uniform noise."
+            )
+        if self._seed is None or len(self._seed) != len(sample):
+            self._seed = seeds(generator, len(sample)).to(sample.device)
+        if self._block is None or int(timestep) == 0 or self._block.canvas.ids.shape != sample.shape:
+            facts = TextFacts(layers=0, vocab=model_output.shape[-1], mask_id=mask_token_id)
+            self._block = _Block(self._paced(), self.revise, facts, sample, prompt_mask, self._evaluations)
+        heat = 0.0 if sampling_method == "greedy" else temperature
+        self._evaluations += 1
+        given = self._block.step(model_output, sample, Draw(self._seed, heat, top_k or None, top_p))
+        if not return_dict:
+            return given
+        return BlockRefinementSchedulerOutput(*given)
+
+    def check_block_should_continue(
+        self, step_idx: int, masks_remaining: bool, editing_enabled: bool, editing_transfer_index: Tensor, post_steps: int,
+        max_post_steps: int, finished: Tensor,
+    ) -> bool:  # fmt: skip
+        """Is anything of the block left to do? The arguments tell what stood there before the last step; the block itself
+        knows what stands there now."""
+        return self._block is not None and bool((self._block.goes_on() & ~finished).any())
+
+    def _paced(self) -> Unmask:
+        try:
+            return self.commit.with_steps(self.num_inference_steps)
+        except UsageError:  # the rule finds out itself how many it needs
+            return self.commit
+
+
+class _Block:
+    """The active block of all texts, as a canvas of its own: slot 0 is its first token."""
+
+    def __init__(
+        self, commit: Unmask, revise: RevisePolicy | None, facts: TextFacts, sample: Tensor, prompt: Tensor | None, since: int
+    ) -> None:
+        texts, slots = sample.shape
+        given = int(prompt.sum()) if prompt is not None else 0
+        nothing = torch.zeros(given, dtype=torch.int64)
+        self.canvas = canvas = Canvas.of([nothing] * texts, [slots - given] * texts, facts, sample.device)
+        self.facts, self.rule, self.score = facts, commit.rule.start(), commit.score.start()
+        self._show(sample)
+        canvas.enter(canvas.open, torch.stack([canvas.start, canvas.end], 1))
+        canvas.step = canvas.step + since  # noise goes by the step; blocks must not share theirs
+        self.revise = Reviser(revise, facts, canvas) if revise is not None else None
+        self.forbidden = torch.tensor([facts.mask_id], dtype=torch.int64, device=sample.device)
+
+    def _show(self, sample: Tensor) -> None:
+        """Take over what stands in the pipeline's block: it freezes texts that are over."""
+        canvas = self.canvas
+        canvas.ids = sample
+        written = torch.where(sample == self.facts.mask_id, MASK, DONE)
+        canvas.status = torch.where(canvas.status == PROMPT, PROMPT, written).to(torch.uint8)
+
+    def step(self, logits: Tensor, sample: Tensor, draw: Draw) -> tuple[Tensor, ...]:
+        """prev_sample, transfer_index, editing_transfer_index, sampled_tokens, sampled_probs, the logits."""
+        canvas = self.canvas
+        self._show(sample)
+        scores = Scores.blank(canvas)
+        slots = canvas.place.expand(len(sample), -1)
+        members = torch.arange(len(sample), device=sample.device)
+        known = measure(Logits(logits, slots, members), self.score, draw, self.forbidden, canvas, scores)
+        self.rule.observe(known, canvas)
+        among = scores.among(canvas)
+        chosen = self.rule.select(scores, canvas) & among
+        chosen = chosen | best(scores.rank, among, (~chosen.any(1)).long())
+        canvas.write(chosen, scores.token, scores.confidence)
+        self.score.note(chosen, scores, canvas)
+        changed = torch.zeros_like(chosen) if self.revise is None else self.revise.revise(scores, chosen, canvas)
+        canvas.step, canvas.since = canvas.step + 1, canvas.since + 1
+        return canvas.ids, chosen, changed, scores.token, scores.confidence, logits
+
+    def goes_on(self) -> Tensor:
+        """Texts in which something is open, or held for another look; bool [B]."""
+        left = self.canvas.masked.any(1)
+        holds = self.revise.holds(self.canvas) if self.revise is not None else None
+        return left if holds is None else left | holds
+
+
+def _named(recipe: str) -> Recipe:
+    """A name, or YAML. Nothing is diffusers' own default: a quota."""
+    if not recipe:
+        return Recipe()
+    return from_yaml(recipe) if "\n" in recipe else find_recipe(recipe)
+
+
+def _parts(recipe: Recipe) -> tuple[Unmask, RevisePolicy | None]:
+    """The commit rule and the reviser. Raises `UsageError` for what only a loop of hasten's own can do."""
+    from hasten.samplers.commit import Quota
+
+    name = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
+    others = [axis for axis in recipe.axes if axis not in ("commit", "revise")]
+    commit, revise = recipe.commit or Unmask(rule=Quota()), recipe.revise
+    if others or not isinstance(commit, Unmask):
+        raise UsageError(
+            f"{name} sets {', '.join(others) or 'another kind of commit'}, which a scheduler cannot do. Use"
+            " hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, recipe), or hasten.accelerate(pipe, recipe) for a cache."
+        )
+    if any(rule.guided for rule in commit.rules):
+        raise UsageError(f"{name} asks a guiding model, which a scheduler does not have. Use hasten.TextDiffusionPipeline.")
+    if any(part.sees == "rest" for part in (*commit.rules, commit.score)):
+        raise UsageError(f"{name} looks behind the active block, and a scheduler gets its logits only. Use another recipe.")
+    if revise is not None and (not isinstance(revise, RevisePolicy) or revise.shadows):
+        raise UsageError(f"{name} revises with evaluations of its own, which a scheduler cannot ask for. Use another recipe.")
+    return commit, revise
