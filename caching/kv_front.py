@@ -62,7 +62,7 @@ class Freeze(TokenKV):
         return _FreezeState(facts.block or 1)
 
 
-class SubBlocks(TokenKV):
+class Nested(TokenKV):
     """Blocks within blocks (Fast-dLLM v2, arXiv 2509.26328): `Freeze` across the outer ones, `Dual` across the inner ones.
 
     The first step of an inner block computes the outer one (and the outer one before, when it is new); the others compute
@@ -71,14 +71,14 @@ class SubBlocks(TokenKV):
     surroundings when its first slot is open; here, whenever it is new.
     """
 
-    kind: ClassVar[str] = "sub-blocks"
+    kind: ClassVar[str] = "nested"
 
     @property
     def steady(self) -> bool:
         return True
 
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
-        return _SubBlocksState(facts.block or 1)
+        return _NestedState(facts.block or 1)
 
 
 class _FrontState(TokenKVState):
@@ -119,7 +119,7 @@ class _FreezeState(_FrontState):
         return self._advance(text, row.low), row.end
 
 
-class _SubBlocksState(_FrontState):
+class _NestedState(_FrontState):
     def _stretch(self, text: int, row: Row) -> tuple[int, int]:
         if row.since > 0:
             return row.low, row.high

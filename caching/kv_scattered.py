@@ -86,7 +86,7 @@ class ScatteredState(TokenKVState):
         tokens = self.tokens
         assert tokens is not None
         opened = [text for text, row in enumerate(rows) if row.open]
-        whole = [text for text in opened if self.again(text, rows[text])]
+        whole = [text for text in opened if self.again(text, rows[text]) or rows[text].told[0] == 0]
         calls = stretches(canvas, rows, {text: (0, rows[text].end) for text in whole})
         for members in alike({text: rows[text].told[0] for text in opened if text not in whole}):
             width = max(rows[text].told[0] for text in members)
