@@ -24,7 +24,7 @@ from torch import Tensor
 from hasten.caching.kv import Recompute, Rows, TokenKV
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import DONE, Canvas, Row
-from hasten.errors import RecipeError, RefusedError, UsageError
+from hasten.errors import RecipeError, UsageError
 from hasten.pipelines import text_drafts, text_pass
 from hasten.pipelines.text_host import TextHost
 from hasten.pipelines.text_pass import Wanted
@@ -215,11 +215,6 @@ class TextLoop:
         several = max(row.high - row.low - row.left for row in mine)
         if not self.shadows:
             return Wanted(slots | written, most + several), None
-        if call.depth is not None:
-            raise RefusedError(
-                "Shadows of written slots need all layers, and this cache computes other tokens in other layers. Take the"
-                " cache 'dual', 'prefix' or 'recompute', or another reviser."
-            )
         return Wanted(slots, most), Wanted(written, several) if several else None
 
     def count(self, members: Tensor, now: Pass) -> None:
