@@ -32,12 +32,11 @@ def record(trace: Trace, run: int, states: Iterable[Held]) -> None:
 
 
 def _entry(run: int, held: Held, fact: Fact, values: dict[int, float]) -> Attended:
-    # Without anything that stands in for the rest there is no estimate of how much was read.
-    estimated = held.state.policy.compensate is not None and fact.rho is not None
+    told = held.state.policy.tells_recall and fact.rho is not None
     return Attended(
         run, fact.step, fact.branch, held.site, held.state.layer, fact.action, held.tokens,
         1.0 if fact.density is None else values[id(fact.density)],
-        values[id(fact.rho)] if estimated else None, fact.reused,
+        values[id(fact.rho)] if told else None, fact.reused,
     )  # fmt: skip
 
 

@@ -183,9 +183,7 @@ class Site:
         fact = state.facts[-1]
         if fact.density is None:
             return None
-        # Without a stand-in for the rest, and without probes, nothing tells how much of the mass was read.
-        known = prompt.compensate is not None or any(pattern.select.probes for pattern in prompt.patterns)
-        return Done(o, fact.density * float(math.prod(q.shape[:3]) * k.shape[2]), fact.rho if known else None)
+        return Done(o, fact.density * float(math.prod(q.shape[:3]) * k.shape[2]), fact.rho if prompt.tells_recall else None)
 
     def _cache(self, call: Call) -> Done | None:
         policy, rule, cache = self.session.policy, call.rule, call.cache

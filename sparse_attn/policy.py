@@ -68,6 +68,12 @@ class SparseAttention(Attention):
             raise RecipeError("attention.patterns is empty; name at least one pattern (layout, score, select).")
         return self
 
+    @property
+    def tells_recall(self) -> bool:
+        """Is `Fact.rho` about anything? It is estimated where something stands in for the rest, and measured where a
+        selector goes by it; elsewhere nobody knows."""
+        return self.compensate is not None or any(pattern.select.probes for pattern in self.patterns)
+
     def is_dense(self, step: Step, layer: int) -> bool:
         """Does this step stay dense at this layer, whatever the tensors are? layer: number of the attention site."""
         first, last = round(self.warm * step.total), step.total - round(self.tail * step.total)

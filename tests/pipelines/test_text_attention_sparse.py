@@ -97,6 +97,15 @@ def test_readers_read_less_of_the_cache(name: str, side: str) -> None:
         assert row.sparse == 5 and 0 < row.density < 0.7
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_readers_of_one_head_of_keys(name: str) -> None:
+    model = build("llama", num_key_value_heads=1)
+    with attach(model, CausalAttention(cache=READERS[name], min_tokens=0)) as session:
+        model.generate(ids(1, 61), max_new_tokens=6, do_sample=False)
+    row = session.rows[2, "cache"]
+    assert row.sparse == 5 and 0 < row.density < 0.7 and not session.reasons
+
+
 def test_states_belong_to_caches() -> None:
     """Two sequences that take turns do not see each other's prompt."""
     model, policy = build("llama"), CausalAttention(cache=Lookup(share=0.3, cluster=4), min_tokens=0)
