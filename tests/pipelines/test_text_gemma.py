@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSampler
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+)
 
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.noise import gumbel
@@ -67,7 +70,7 @@ def test_the_loop_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, bound
     monkeypatch.setattr(torch, "multinomial", noise.multinomial)
     theirs = ours.model.generate(
         torch.stack(given), max_new_tokens=20, max_denoising_steps=5, t_min=how.cold, t_max=how.hot,
-        stability_threshold=1, confidence_threshold=4.45, sampler_config={"entropy_bound": bound},
+        stability_threshold=1, confidence_threshold=4.45, sampler_config=EntropyBoundSamplerConfig(entropy_bound=bound),
     )  # fmt: skip
     for row, text in enumerate(found.texts):
         assert 9 < len(text) <= 29
