@@ -173,6 +173,12 @@ def fitting(recipe: Recipe, host: TextHost, tokenizer: Any = None) -> Recipe:
             f"{name} keeps keys and values ({recipe.kv.kind}), and those of {type(host.model).__name__} change with every step,"
             " or cannot be followed. Take a recipe without a cache."
         )
+    apart = "verify" if recipe.verify is not None else "revise" if getattr(recipe.revise, "shadows", False) else ""
+    if apart and not host.caches:
+        raise RefusedError(
+            f"{name} has {apart} by copies of slots beside the text, and {type(host.model).__name__} can only be evaluated on"
+            f" whole texts. Take a recipe without {apart}."
+        )
     blocks = recipe.blocks
     if isinstance(blocks, InBlocks) and isinstance(blocks.rule, AtDelimiter) and not blocks.rule.ids and tokenizer is not None:
         rule = blocks.rule.told(lambda word: tokenizer.encode(word, add_special_tokens=False))

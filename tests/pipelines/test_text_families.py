@@ -147,6 +147,16 @@ def test_keys_are_kept_once_for_a_group_of_queries() -> None:
         assert {keys.shape[2] for keys in store.keys.values()} == {heads}, name
 
 
+@pytest.mark.parametrize("name", TAPPED)
+def test_layers_can_be_run_on_tokens_apart(name: str) -> None:
+    """Whether the rotary module is asked once per call or in each layer, and whatever stands beside the tokens."""
+    host = adapter(name)
+    before = dict(host.model.__dict__)
+    with host.attached(), host.layers.attached():
+        pass
+    assert host.model.__dict__.keys() == before.keys()
+
+
 def test_bd3lm_generates_beside_its_own_cache() -> None:
     model, facts = MASKED["bd3lm"](1)
     host = choose(model)

@@ -193,3 +193,14 @@ def test_what_cannot_be_followed_takes_no_caches() -> None:
     host = probe(choose(MASKED["mdlm-flash"](1).model)).host
     with pytest.raises(ModelError, match="without a cache and without drafts"):
         generated(host, [torch.arange(4), torch.arange(6)], [40, 40], Recipe(kv=Dual()))
+
+
+def test_models_without_caches_get_no_copies_of_slots() -> None:
+    from hasten.pipelines.text_job import fitting
+    from hasten.samplers.revise_erase import NarrowOut
+    from hasten.samplers.verify import FreeDave
+
+    host = probe(choose(MASKED["mdlm-flash"](1).model)).host
+    for recipe, axis in ((Recipe(verify=FreeDave()), "verify"), (Recipe(revise=NarrowOut()), "revise")):
+        with pytest.raises(RefusedError, match=f"has {axis} by copies of slots"):
+            fitting(recipe, host)
