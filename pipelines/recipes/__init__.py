@@ -18,11 +18,21 @@ from pydantic import ValidationError
 
 from hasten.budget import Budget
 from hasten.errors import RecipeError, nearest
-from hasten.pipelines.recipes import attention, attention_text, blocks, diffusion, modules, network, widths
+from hasten.pipelines.recipes import (
+    attention,
+    attention_text,
+    blocks,
+    diffusion,
+    modules,
+    network,
+    text,
+    text_caches,
+    widths,
+)
 from hasten.recipe import Recipe, read
 from hasten.sparse_attn.text.causal import CausalAttention
 
-MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text)
+MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches)
 
 
 @dataclass(frozen=True, slots=True)
