@@ -28,9 +28,10 @@ def choose(
         raise ModelError(f"{type(model).__name__} has no config. Pass a model that transformers loaded.")
     if model.training:
         raise UsageError(f"{type(model).__name__} is in training mode, which changes its output. Call model.eval() first.")
-    for family in FAMILIES:
-        if family.claims(model):
-            return family.of(model, tokenizer, Told(mask_token_id, block, shifted))
+    for claims in ("named", "typed"):
+        for family in FAMILIES:
+            if getattr(family, claims)(model):
+                return family.of(model, tokenizer, Told(mask_token_id, block, shifted))
     if getattr(model.config, "model_type", None) == "diffusion_gemma":
         raise ModelError(
             "DiffusionGemma has no mask token: it is written from noise, by hasten.pipelines.text_gemma.GemmaLoop."

@@ -66,7 +66,7 @@ class LLaDAMoE(Family):
 
     family: ClassVar[str] = "LLaDA-MoE"
     names: ClassVar[tuple[str, ...]] = ("LLaDAMoEModelLM",)
-    types: ClassVar[tuple[str, ...]] = ("llada_moe", "lladamoe")
+    types: ClassVar[tuple[str, ...]] = ("lladamoe",)
     mask_token: ClassVar[int | None] = 156895
 
 

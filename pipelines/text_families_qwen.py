@@ -110,7 +110,7 @@ class Bundled(Family):
     in_interface: ClassVar[bool | None] = None
 
     @classmethod
-    def claims(cls, model: Any) -> bool:
+    def named(cls, model: Any) -> bool:
         return getattr(model.config, "hasten_diffusion", None) is not None
 
     @classmethod

@@ -64,11 +64,14 @@ class Family(TextHost):
         self.tap.heads = self.sizes(model.config).heads
 
     @classmethod
-    def claims(cls, model: Any) -> bool:
-        """Is this model one of this family?"""
-        config = model.config
-        named = {type(model).__name__, *(getattr(config, "architectures", None) or ())}
-        return bool(named & set(cls.names)) or getattr(config, "model_type", None) in cls.types
+    def named(cls, model: Any) -> bool:
+        """Is this model one of this family, by its architecture or its class?"""
+        return bool({type(model).__name__, *(getattr(model.config, "architectures", None) or ())} & set(cls.names))
+
+    @classmethod
+    def typed(cls, model: Any) -> bool:
+        """Is it, by its config's model_type? Less sure: some families share one."""
+        return getattr(model.config, "model_type", None) in cls.types
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None, told: Told = Told()) -> Self:

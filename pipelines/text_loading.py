@@ -39,7 +39,8 @@ def _loaded(source: str, common: dict[str, Any], dtype: Any, device: Any) -> tup
         named = getattr(config, "auto_map", None) or {}
         classes = getattr(config, "architectures", None) or [""]
         causal = "AutoModelForCausalLM" in named or classes[0].endswith("ForCausalLM")
-        loader = library.AutoModelForCausalLM if causal else library.AutoModel
+        masked = not causal and "AutoModelForMaskedLM" in named  # MDLM and BD3-LM name no other
+        loader = library.AutoModelForCausalLM if causal else library.AutoModelForMaskedLM if masked else library.AutoModel
         model = loader.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **common)
         tokenizer = library.AutoTokenizer.from_pretrained(source, **common)
     return model.eval().to(device), tokenizer

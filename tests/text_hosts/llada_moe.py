@@ -23,7 +23,7 @@ from tests.text_hosts.layers import GatedMLP, RMSNorm, heads, rotate, shared
 
 
 class LLaDAMoEConfig(PreTrainedConfig):
-    model_type = "llada_moe"
+    model_type = "lladamoe"
 
     def __init__(self, **kwargs: Any) -> None:
         own = {
