@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli import bench, bench_attention, compare, demo, doctor, generate, profile, recipes, train
+from hasten.cli import bench, bench_attention, bench_dllm, compare, demo, doctor, generate, profile, recipes, train
 from hasten.errors import HastenError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +29,7 @@ app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
 bench.app.command("attention")(bench_attention.attention)
+bench.app.command("dllm")(bench_dllm.dllm)
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
 

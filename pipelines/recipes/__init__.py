@@ -27,12 +27,13 @@ from hasten.pipelines.recipes import (
     network,
     text,
     text_caches,
+    text_ours,
     widths,
 )
 from hasten.recipe import Recipe, read
 from hasten.sparse_attn.text.causal import CausalAttention
 
-MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches)
+MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches, text_ours)
 
 
 @dataclass(frozen=True, slots=True)
