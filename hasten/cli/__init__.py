@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli import bench, bench_attention, bench_dllm, compare, demo, doctor, generate, profile, recipes, train
+from hasten.cli import (
+    bench,
+    bench_attention,
+    bench_dllm,
+    compare,
+    demo,
+    doctor,
+    generate,
+    profile,
+    recipes,
+    train,
+)
 from hasten.errors import HastenError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
