@@ -120,7 +120,7 @@ class _Drift(Depth):
         self.tokens = F.pad(state.tokens[members], (0, 1))
         self.width = max(rows[text].told[0] for text in call.members)
         self.masks = F.pad(canvas.eligible[members], (0, 1))
-        self.most = max(rows[text].left for text in call.members)
+        self.most = max(1, *(rows[text].left for text in call.members))
         self.written = F.pad((canvas.used & ~canvas.masked)[members], (0, 1))
         self.few: Tensor | None = None
 

@@ -137,12 +137,20 @@ class TextLayers:
         """A call in which each layer gets its tokens in reverse must give what a plain one gives."""
         name = type(self.host.model).__name__
         try:
-            plain, apart = (self.host.run(*_trial(self.host, depth)) for depth in (None, _Reversed()))
+            plain = self.host.run(*_trial(self.host, None))
+            now, store = _trial(self.host, _Reversed())
+            apart = self.host.run(now, store)
         except Exception as error:  # any failure is a reason not to run layers on tokens apart
             raise RefusedError(
                 f"The layers of {name} cannot be run on some of the tokens ({type(error).__name__}: {error}). Take a cache"
                 " that computes the same tokens in all layers, such as 'dual'."
             ) from error
+        assert now.work is not None
+        if int(now.work[0]) != self.host.facts.layers * now.slots.shape[1]:
+            raise RefusedError(
+                f"{name} runs its layers past the list {self.name!r}, so they cannot be run one by one. Take a cache that"
+                " computes the same tokens in all layers, such as 'dual'."
+            )
         loss = float((plain - apart).abs().max() / plain.abs().max().clamp_min(1e-12))
         if not loss <= (TOLERANCE if plain.dtype == torch.float32 else TOLERANCE_HALF):
             raise RefusedError(
@@ -220,10 +228,15 @@ def _projected(norm: nn.Module | None, module: nn.Module, width: int) -> tuple[V
 
 
 def _cut(value: Any, index: Tensor, texts: int, count: int) -> Any:
-    """What belongs to the tokens `index` (int64 [m, n]): rows of tensors [m or 1, N, ...], and of what holds such."""
+    """What belongs to the tokens `index` (int64 [m, n]): rows of tensors [m or 1, N, ...], and of what holds such.
+
+    Of two dimensions, only integers are about tokens (positions): real numbers are a text's own (a noise level's embedding).
+    """
     if isinstance(value, tuple | list):
         return type(value)(_cut(inner, index, texts, count) for inner in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] not in (1, texts) or value.shape[1] != count:
+        return value
+    if value.dim() == 2 and value.is_floating_point():
         return value
     rows = value.expand(texts, *value.shape[1:])
     near = index.clamp(max=count - 1).view(*index.shape, *[1] * (value.dim() - 2))

@@ -84,7 +84,7 @@ class Trial:
         watch: Callable[[TextLoop], Any] | None = None,
     ) -> None:  # fmt: skip
         recipe = Recipe(
-            kv=kv, commit=Unmask(rule=rule or Quota(steps=max(2, max(new) // 2))), revise=revise,
+            kv=kv, commit=Unmask(rule=rule or Quota(steps=6)), revise=revise,
             blocks=InBlocks(rule=blocks or Fixed(size=4)),
         )  # fmt: skip
         canvas = Canvas.of(given, new, host.facts)
@@ -102,6 +102,8 @@ class Trial:
         self.seen.append(torch.where(scores.seen, scores.confidence, float("nan")))
 
     def _count(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, now: Pass) -> None:
+        if self.loop.host.tap.store is not self.loop.store:
+            return  # the model's layers are tried out
         assert q.shape[2] == now.slots.shape[1]
         self.work[now.members] += (now.slots < self.loop.canvas.slots).sum(1)
 
@@ -153,7 +155,7 @@ class Fresh:
         self.loop, self.read = loop, 0
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, now: Pass) -> None:
-        if layer > 0:
+        if layer > 0 or self.loop.host.tap.store is not self.loop.store:
             return
         canvas, model = self.loop.canvas, self.loop.host.model.model
         first = model.layers[0]
