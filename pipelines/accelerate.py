@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from hasten.report import Report
 
 
+AXES = ("sampler", "guidance", "reuse", "attention")
+"""Axes that have a seam on a denoiser and its loop."""
+
+
 @overload
 def accelerate(
     host: DiffusionPipeline | ModularPipeline, recipe: str | Path | Recipe | Budget, *,
@@ -130,8 +134,13 @@ class Session:
         self._warned: set[str] = set()
         self._began = 0.0
         models = denoisers(host)
-        if recipe.runtime is not None:
-            raise UsageError(f"Recipe {recipe.name!r} sets an axis that has no seam yet; drop runtime.")
+        others = [axis for axis in recipe.axes if axis not in AXES]
+        if others:
+            raise UsageError(
+                f"Recipe {recipe.name!r} sets {', '.join(others)}, which {'have' if len(others) > 1 else 'has'} no seam on a"
+                f" denoiser ({type(host).__name__}); there are seams for {', '.join(AXES)}. `hasten recipes` says what each"
+                " recipe acts on."
+            )
         if not isinstance(recipe.attention, SparseAttention | None):
             raise UsageError(
                 f"Recipe {recipe.name!r} has attention of kind {recipe.attention.kind!r}, which is for causal language models"

@@ -165,7 +165,7 @@ class TextSession:
         """A call is the model's own; each reason is said once."""
         if reason not in self.reasons:
             self.reasons.append(reason)
-            self.note(f"Attention of {type(self.host).__name__} is the model's own where {reason}.")
+            self.note(warn=bool(self.acts), sentence=f"Attention of {type(self.host).__name__} is the model's own where {reason}.")
 
     def refuse(self, phase: str, reason: str) -> None:
         """A phase is the model's own for the rest of the session, because its method failed."""

@@ -95,14 +95,17 @@ def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str
         out.table(
             where, {"model": "model", "hardware": "hardware", "speedup": "speed-up", "psnr_median": "PSNR dB"}
         )
-    elif acts_on(recipe) == "language models":
-        out.say(f'  measured: not yet; try hasten.accelerate(model, "{recipe.name or "FILE"}") in Python')
     else:
-        out.say(
-            "  measured: not yet; try hasten compare MODEL --prompt TEXT --recipe " + (recipe.name or "FILE")
-        )
+        out.say(f"  measured: not yet; try {_how_to_try(recipe, acts_on(recipe))}")
     out.say("\nAs YAML, for --recipe FILE:\n")
     out.say(recipe.to_yaml())
+
+
+def _how_to_try(recipe: Recipe, on: str) -> str:
+    name = recipe.name or "FILE"
+    if on == "language models":
+        return f'hasten.accelerate(model, "{name}") in Python'
+    return f"hasten {'generate' if on == 'text diffusion' else 'compare'} MODEL --prompt TEXT --recipe {name}"
 
 
 def _knobs(entry: Entry | None) -> str:

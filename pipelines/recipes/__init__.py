@@ -36,6 +36,10 @@ from hasten.sparse_attn.text.causal import CausalAttention
 MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches, text_ours)
 
 
+TEXT_DIFFUSION = frozenset({"kv", "commit", "revise", "blocks", "verify"})
+"""Axes that are about texts written in any order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the catalogue. summary: first line of the function's docstring. knobs: its parameters."""
@@ -79,9 +83,11 @@ def names() -> list[str]:
 
 
 def acts_on(recipe: Recipe) -> str:
-    """The kind of model that `recipe` is made for, in words."""
+    """The kind of model that `recipe` is made for, in words. Text diffusion has masked language models."""
     if not recipe.axes:
         return "any model"
+    if not TEXT_DIFFUSION.isdisjoint(recipe.axes):
+        return "text diffusion"
     return "language models" if isinstance(recipe.attention, CausalAttention) else "diffusion models"
 
 

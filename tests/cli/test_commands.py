@@ -68,7 +68,8 @@ def test_recipes_lists_all_and_shows_one(hasten: Any, tmp_path: Path) -> None:
 def test_recipes_say_what_they_act_on(hasten: Any) -> None:
     acts = {row["recipe"]: row["acts_on"] for row in hasten("recipes", "--json", "-").json["rows"]}
     assert (acts["minference"], acts["semantic"], acts["easycache"]) == ("language models", "diffusion models", "diffusion models")
-    assert acts["plain"] == "any model"
+    assert acts["plain"] == "any model" and acts["dual-cache"] == "text diffusion"
+    assert "hasten generate" in hasten("recipes", "llada").out
     shown = hasten("recipes", "hip").out
     assert "acts on: language models" in shown and "attention: causal, prompt sparse, cache" in shown
     assert 'hasten.accelerate(model, "hip")' in shown and "hasten compare" not in shown

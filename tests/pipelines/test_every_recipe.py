@@ -11,9 +11,8 @@ import torch
 
 import hasten
 from hasten.errors import UsageError
-from hasten.pipelines.recipes import catalogue
+from hasten.pipelines.recipes import acts_on, catalogue
 from hasten.sparse_attn.policy import SparseAttention
-from hasten.sparse_attn.text.causal import CausalAttention
 from tests.hosts import (
     FLUX_CALL,
     PIXART_CALL,
@@ -50,12 +49,12 @@ def run(pipe: Any, name: str) -> torch.Tensor:
 
 
 ACTING = [entry for entry in catalogue() if entry.recipe.axes]
-CAUSAL = [entry for entry in ACTING if isinstance(entry.recipe.attention, CausalAttention)]
+TEXT = [entry for entry in ACTING if acts_on(entry.recipe) in ("language models", "text diffusion")]
 SPARSE = [entry for entry in ACTING if isinstance(entry.recipe.attention, SparseAttention)]
 
 
 @pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in CAUSAL], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in TEXT], ids=lambda entry: entry.name)
 def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> None:
     pipe, plain = host(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -72,10 +71,10 @@ def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> N
     assert torch.equal(run(pipe, name), plain), "the plain result afterwards is bit-identical"
 
 
-@pytest.mark.parametrize("entry", CAUSAL, ids=lambda entry: entry.name)
-def test_recipes_of_language_models_are_refused_in_words(entry: Any) -> None:
+@pytest.mark.parametrize("entry", TEXT, ids=lambda entry: entry.name)
+def test_recipes_of_texts_are_refused_in_words(entry: Any) -> None:
     pipe, plain = host("wan")
-    with pytest.raises(UsageError, match="language models"):
+    with pytest.raises(UsageError, match="language models|no seam on a denoiser"):
         hasten.accelerate(pipe, entry.recipe)
     assert torch.equal(run(pipe, "wan"), plain)
 
