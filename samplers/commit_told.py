@@ -46,6 +46,7 @@ class Oracle(CommitRule):
     """
 
     kind: ClassVar[str] = "oracle"
+    remembers: ClassVar[bool] = True  # it counts the texts of the batch; drafts are more of them
     final: tuple[tuple[int, ...], ...]
 
     def start(self) -> CommitState:
