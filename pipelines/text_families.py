@@ -34,7 +34,8 @@ def choose(
                 return family.of(model, tokenizer, Told(mask_token_id, block, shifted))
     if getattr(model.config, "model_type", None) == "diffusion_gemma":
         raise ModelError(
-            "DiffusionGemma has no mask token: it is written from noise, by hasten.pipelines.text_gemma.GemmaLoop."
+            "DiffusionGemma has no mask token: it is written from noise. Use"
+            " hasten.pipelines.text_gemma_pipeline.DiffusionGemmaPipeline, which takes the same arguments."
         )
     named = ", ".join(getattr(model.config, "architectures", None) or [type(model).__name__])
     known = ", ".join(family.family for family in FAMILIES if family is not Bundled)

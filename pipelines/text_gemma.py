@@ -10,7 +10,7 @@ Shapes: B texts, C slots of a canvas, V tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,18 @@ class Denoising:
 @dataclass(frozen=True, slots=True)
 class Written:
     """texts: int64 [P_b + G_b] each, the prompt and what was written, up to the first end token with it. evaluations,
-    tokens int64 [B]: of the decoder for each text until it was over, and its slots computed in them."""
+    tokens int64 [B]: of the decoder for each text until it was over, and its slots computed in them. canvases int64
+    [B, n]: evaluations of each text up to the end of each canvas."""
 
     texts: list[Tensor]
     evaluations: Tensor
     tokens: Tensor
+    canvases: Tensor
+
+
+OnCanvas = Callable[[int, Tensor, Tensor, bool], None]
+"""Told after each evaluation: the canvas's number, its most probable tokens int64 [B, C], which texts are over with it (bool
+[B]), and whether the canvas is."""
 
 
 def takes(model: Any) -> bool:
@@ -98,7 +105,9 @@ class GemmaLoop:
         self.facts = TextFacts(text.num_hidden_layers, self.vocab, None, self.eos, self.pad, (), False, self.length)
 
     @torch.no_grad()
-    def run(self, prompts: Sequence[Tensor], new: Sequence[int], seed: Tensor) -> Written:
+    def run(
+        self, prompts: Sequence[Tensor], new: Sequence[int], seed: Tensor, on_canvas: OnCanvas | None = None
+    ) -> Written:
         """Write up to new[b] tokens behind prompts[b] (int64 [P_b]). seed int64 [B]. Waits once per evaluation.
 
         Raises `UsageError` for an empty prompt or batch, or lengths beyond the context, before anything is computed.
@@ -110,7 +119,8 @@ class GemmaLoop:
         for row, prompt in enumerate(prompts):
             ids[row, ids.shape[1] - len(prompt) :] = prompt.to(device)
         wanted = torch.tensor(list(new), device=device)
-        state = _State(seed.to(device), wanted, torch.zeros_like(lengths), wanted <= 0)
+        state = _State(seed.to(device), wanted, torch.zeros_like(lengths), wanted <= 0, on_canvas)
+        counts: list[Tensor] = []
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         here = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - lengths)[:, None]
         real, pieces = here >= 0, [ids]
@@ -121,6 +131,7 @@ class GemmaLoop:
             real = F.pad(real, (0, self.length), value=True)
             here = here[:, -1:] + 1 + torch.arange(self.length, device=device)
             pieces.append(self._canvas(cache, real, here, state, len(pieces) - 1))
+            counts.append(state.evaluations.clone())
             written = torch.cat(pieces[1:], 1)
             ends = self._ends(written)
             state.over = state.over | (ends < written.shape[1]) | (written.shape[1] >= state.wanted)
@@ -132,7 +143,8 @@ class GemmaLoop:
             torch.cat([prompt.to(device), found[row, :stop]])
             for row, (prompt, stop) in enumerate(zip(prompts, stops.tolist(), strict=True))
         ]
-        return Written(texts, state.evaluations, state.evaluations * self.length)
+        canvases = torch.stack(counts, 1) if counts else wanted.new_zeros(len(prompts), 0)
+        return Written(texts, state.evaluations, state.evaluations * self.length, canvases)
 
     def _canvas(self, cache: DynamicCache, real: Tensor, here: Tensor, state: _State, number: int) -> Tensor:
         """The next canvas, int64 [B, C]. Texts that are over keep what they have; it is cut off later."""
@@ -161,7 +173,10 @@ class GemmaLoop:
             echo = told if echo is None else torch.where(over[:, None, None], echo, told)
             over = over | self._settled(likely, before, scores)
             before = [*before, likely][-how.stable :] if how.stable else []
-            if bool(over.all()):
+            last = bool(over.all()) or step + 1 == how.steps
+            if state.on_canvas is not None:
+                state.on_canvas(number, likely, over, last)
+            if last:
                 break
         return likely
 
@@ -222,10 +237,11 @@ class GemmaLoop:
 
 @dataclass(slots=True)
 class _State:
-    """seed, wanted, evaluations int64 [B]; over bool [B]: texts that are finished."""
+    """seed, wanted, evaluations int64 [B]; over bool [B]: texts that are finished. on_canvas: who reads along."""
 
     seed: Tensor
     wanted: Tensor
     evaluations: Tensor
     over: Tensor
+    on_canvas: OnCanvas | None
 

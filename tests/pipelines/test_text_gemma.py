@@ -13,9 +13,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from hasten.errors import ModelError, RefusedError, UsageError
-from hasten.noise import gumbel
+from hasten.noise import gumbel, seeds
 from hasten.pipelines.text_families import choose
 from hasten.pipelines.text_gemma import Denoising, GemmaLoop, takes
+from hasten.pipelines.text_gemma_pipeline import DiffusionGemmaPipeline
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from hasten.samplers.revise import RevisePolicy
@@ -113,7 +114,7 @@ def test_any_commit_rule_accepts() -> None:
 
 def test_what_cannot_be_asked_for() -> None:
     assert takes(loop().model) and not takes(FAMILIES["llada"](1).model)
-    with pytest.raises(ModelError, match="GemmaLoop"):
+    with pytest.raises(ModelError, match="DiffusionGemmaPipeline"):
         choose(loop().model)
     for wrong, message in (
         (([], []), "at least one token"),
@@ -131,3 +132,65 @@ def test_what_cannot_be_asked_for() -> None:
     ours.model.train()
     with pytest.raises(ModelError, match="training mode"):
         ours.run(prompts(4), [4], SEEDS[:1])
+
+
+# --- the pipeline ----------------------------------------------------------------------------------
+
+
+class Kept:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.drafts = self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def put_draft(self, value: Tensor) -> None:
+        self.drafts += 1
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def pipeline(**kwargs: Any) -> DiffusionGemmaPipeline:
+    return DiffusionGemmaPipeline(FAMILIES["diffusion-gemma"](1).model, denoising=Denoising(steps=3), **kwargs)
+
+
+def test_pipeline_gives_what_the_loop_gives() -> None:
+    pipe, given = pipeline(), prompts(5, 9)
+    readers = [Kept(), Kept()]
+    out = pipe.generate(
+        [ids.tolist() for ids in given], max_new_tokens=13, generator=torch.Generator().manual_seed(4), streamer=readers
+    )
+    right = loop(denoising=pipe.denoising).run(given, [13, 13], seeds(torch.Generator().manual_seed(4), 2))
+    for row, (text, ids) in enumerate(zip(right.texts, given, strict=True)):
+        start = 9 - len(ids)
+        assert torch.equal(out.sequences[row, start : start + len(text)], text)
+        assert readers[row].tokens == text.tolist() and readers[row].ended == 1 and readers[row].drafts
+        count = len(text) - len(ids)
+        assert int(out.lengths[row]) == count
+        commits = out.commit_step[row]
+        assert (commits[:count] >= 0).all() and (commits[count:] == -1).all()
+        assert int(commits[count - 1]) + 1 == int(out.nfe[row]) == int(right.evaluations[row])
+    assert out.texts is None and "DiffusionGemma" in str(out.report)
+    assert out.token_layers.tolist() == [
+        2 * (count * CANVAS + len(ids) + CANVAS * (len(text) - len(ids) > CANVAS))
+        for count, ids, text in zip(out.nfe.tolist(), given, right.texts, strict=True)
+    ]
+
+
+def test_pipeline_says_what_it_does_not_take() -> None:
+    pipe = pipeline()
+    for wrong, message in (
+        ({"threshold": 0.9}, "threshold says nothing to DiffusionGemma"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"steps": 2, "max_denoising_steps": 3}, "both were given"),
+        ({"tempo": 1}, "no argument 'tempo'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            pipe.generate(prompts(4)[0][None], **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="TextDiffusionPipeline"):
+        DiffusionGemmaPipeline(FAMILIES["llada"](1).model)
+    assert pipe.generate(prompts(4)[0], max_denoising_steps=2, max_new_tokens=3, return_dict_in_generate=False).shape[0] == 1

@@ -1,0 +1,158 @@
+"""`DiffusionGemmaPipeline`: as `TextDiffusionPipeline`, for the model that starts from noise.
+
+Shapes: B texts, P tokens of the longest prompt, G of the longest text that was written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ModelError, UsageError
+from hasten.limits import Limits
+from hasten.noise import seeds
+from hasten.pipelines.host import hardware
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.text_arguments import canonical, whole
+from hasten.pipelines.text_gemma import Denoising, GemmaLoop, Written, takes
+from hasten.pipelines.text_output import TextOutput
+from hasten.pipelines.text_prompts import Prompts, check, collect
+from hasten.pipelines.text_stream import streamers
+from hasten.recipe import Recipe
+from hasten.report_diffusion import Generation, TextDiffusionReport
+
+NEW_TOKENS = 256
+"""Tokens to generate where nothing is said: transformers' default for this model."""
+
+
+class DiffusionGemmaPipeline:
+    """Generates text with a `DiffusionGemmaForBlockDiffusion`, in evaluation mode.
+
+    recipe: its `commit` says which slots are accepted at an evaluation; None takes those of least entropy, as
+    transformers does. denoising: numbers of evaluations and temperatures. Raises `ModelError` for another model,
+    `RefusedError` for a recipe that has more than `commit`.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, recipe: str | Path | Recipe | None = None, *,
+        denoising: Denoising | None = None, limits: Limits | None = None,
+    ) -> None:  # fmt: skip
+        if not takes(model):
+            raise ModelError(f"{type(model).__name__} is no DiffusionGemmaForBlockDiffusion. Use TextDiffusionPipeline.")
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits or Limits()
+        self.denoising = denoising or Denoising()
+        self.recipe = None if recipe is None else find_recipe(recipe)
+        self.facts = GemmaLoop(model, self.recipe).facts
+
+    def generate(
+        self, input_ids: Any = None, attention_mask: Any = None, *, prompts: str | Sequence[str] | None = None,
+        messages: Any = None, max_new_tokens: int | None = None, recipe: str | Path | Recipe | None = None,
+        steps: int | None = None, generator: Any = None, streamer: Any = None, return_dict_in_generate: bool = True,
+        **others: Any,
+    ) -> TextOutput:  # fmt: skip
+        """Generate a text behind each prompt; a `TextOutput`, or its `sequences` with return_dict_in_generate=False.
+
+        Texts of a batch do not know of each other. Arguments as `TextDiffusionPipeline.generate`; steps (or
+        max_denoising_steps): evaluations of a canvas at most; max_new_tokens: 256 by default. A streamer gets tokens when
+        their canvas is over, and each evaluation's most probable ones in `put_draft` if it has that. Raises `UsageError`
+        or `LimitError` before anything is computed.
+        """
+        own = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "prompts": prompts, "messages": messages,
+            "max_new_tokens": max_new_tokens, "recipe": recipe, "steps": steps, "generator": generator, "streamer": streamer,
+        }  # fmt: skip
+        given = canonical(others, own)
+        for name in sorted(given.keys() - own.keys()):
+            raise UsageError(
+                f"{name} says nothing to DiffusionGemma. Acceptance is the recipe's `commit`, temperatures and the end of a"
+                f" canvas are in `Denoising`; generate takes {', '.join(own)}."
+            )
+        new, steps = given.get("max_new_tokens", NEW_TOKENS), given.get("steps")
+        whole("max_new_tokens", new, 1, self.limits.max_tokens)
+        whole("steps", steps, 1, self.limits.max_steps)
+        asked = collect(
+            given.get("input_ids"), given.get("attention_mask"), given.get("prompts"), given.get("messages"),
+            self.tokenizer, self.facts,
+        )  # fmt: skip
+        each = [new] * len(asked.ids)
+        check(asked, each, self.facts, self.limits)
+        how = self.denoising if steps is None else replace(self.denoising, steps=steps)
+        loop = GemmaLoop(self.model, self.recipe if recipe is None else find_recipe(recipe), how)
+        reader = _Reader(streamers(given.get("streamer"), len(asked.ids)), asked, each, loop)
+        began = time.perf_counter()
+        found = loop.run(asked.ids, each, seeds(given.get("generator"), len(asked.ids)), reader)
+        output = self._output(found, asked, loop, time.perf_counter() - began)
+        return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
+
+    __call__ = generate
+
+    def _output(self, found: Written, asked: Prompts, loop: GemmaLoop, seconds: float) -> TextOutput:
+        written = [text[len(ids) :] for text, ids in zip(found.texts, asked.ids, strict=True)]
+        longest = max(len(text) for text in written)
+        sequences = torch.full((len(written), asked.width + longest), self.facts.pad_id, device=self.model.device)
+        commits = torch.full((len(written), longest), -1)
+        for row, (ids, text) in enumerate(zip(asked.ids, written, strict=True)):
+            sequences[row, asked.width - len(ids) : asked.width + len(text)] = found.texts[row]
+            canvas = torch.arange(len(text), device=found.canvases.device) // loop.length
+            commits[row, : len(text)] = (found.canvases[row][canvas] - 1).cpu()
+        lengths, nfe = torch.tensor([len(text) for text in written]), found.evaluations.cpu()
+        cost = self._cost(found, asked, lengths.tolist(), loop, seconds)
+        words = None
+        if self.tokenizer is not None:
+            words = [self.tokenizer.decode(text.tolist(), skip_special_tokens=True) for text in written]
+        report = TextDiffusionReport(
+            [cost], loop.recipe, type(self.model).__name__, "DiffusionGemma", "encoder", True, 0, [],
+            hardware(str(self.model.device)),
+        )  # fmt: skip
+        return TextOutput(
+            sequences, words, lengths, nfe, lengths / nfe.clamp(min=1), commits,
+            torch.tensor(cost.computed, dtype=torch.float64), False, (), report,
+        )  # fmt: skip
+
+    def _cost(self, found: Written, asked: Prompts, written: list[int], loop: GemmaLoop, seconds: float) -> Generation:
+        """Tokens times layers: the decoder's canvases, and the encoder's prompts and canvases but the last."""
+        layers, size = self.facts.layers, loop.length
+        computed, anew, sequential = [], [], []
+        for row, counts in enumerate(found.canvases.tolist()):
+            own = [after - before for before, after in zip([0, *counts], counts, strict=False)]
+            prompt, used = asked.lengths[row], sum(count > 0 for count in own)
+            computed.append(float(layers * (sum(own) * size + prompt + size * max(0, used - 1))))
+            anew.append(float(layers * sum(count * (prompt + (n + 1) * size) for n, count in enumerate(own))))
+            sequential.append(float(layers * written[row] * (prompt + used * size)))
+        evaluations = tuple(found.evaluations.tolist())
+        return Generation(
+            max(evaluations), tuple(asked.lengths), tuple(written), evaluations, tuple(computed), tuple(anew),
+            tuple(sequential), seconds,
+        )  # fmt: skip
+
+
+class _Reader:
+    """Hands canvases on to streamers, one for each text, or none."""
+
+    def __init__(self, given: list[Any], prompts: Prompts, new: Sequence[int], loop: GemmaLoop) -> None:
+        self.streamers, self.size, self.ends = given, loop.length, set(loop.eos)
+        self.left = list(new)
+        for streamer, ids in zip(given, prompts.ids, strict=False):
+            streamer.put(ids[None])
+
+    def __call__(self, number: int, likely: Tensor, over: Tensor, last: bool) -> None:
+        if not self.streamers:
+            return
+        for row, (streamer, tokens) in enumerate(zip(self.streamers, likely.cpu(), strict=True)):
+            if self.left[row] <= 0:
+                continue
+            if not last:
+                if hasattr(streamer, "put_draft"):
+                    streamer.put_draft(value=tokens[None, : self.left[row]])
+                continue
+            end = next((place + 1 for place, token in enumerate(tokens.tolist()) if token in self.ends), len(tokens) + 1)
+            streamer.put(tokens[: min(end, self.left[row], len(tokens))])
+            self.left[row] = 0 if end <= len(tokens) else self.left[row] - len(tokens)
+            if self.left[row] <= 0:
+                streamer.end()
