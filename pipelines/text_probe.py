@@ -132,7 +132,8 @@ class _Probe:
         block = family.facts.block or 7
         self.length = min(family.facts.context, block * max(3, 15 // block) - int(block > 2))
         generator = torch.Generator().manual_seed(0)
-        usual = [token for token in range(min(family.facts.vocab, 1 << 16)) if token not in set(family.facts.forbidden)]
+        never = set(family.facts.forbidden)
+        usual = [token for token in range(min(family.facts.vocab, 1 << 16)) if token not in never]
         drawn = torch.randint(len(usual), (2, self.length), generator=generator)
         ids = torch.tensor(usual)[drawn]
         if family.facts.mask_id is not None:
