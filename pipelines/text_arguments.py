@@ -39,7 +39,7 @@ ORDERS: dict[str, Score] = {
 }  # fmt: skip
 """`remasking` of LLaDA and `alg` of Dream."""
 
-PLAIN = Recipe(name="one-by-one", commit=Unmask(rule=Quota()), blocks=InBlocks(rule=Fixed()))
+PLAIN = Recipe(name="sequential", commit=Unmask(rule=Quota()), blocks=InBlocks(rule=Fixed()))
 """What a pipeline does without a recipe: the surest slot per evaluation, in blocks, everything computed anew."""
 
 

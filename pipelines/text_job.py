@@ -131,7 +131,7 @@ class Job:
         kv = self.recipe.kv
         assert kv is None or isinstance(kv, TokenKV)
         return TextDiffusionReport(
-            [cost], None if self.recipe == PLAIN else self.recipe, type(self.host.model).__name__, self.host.family,
+            [cost], None if self.recipe.axes == PLAIN.axes else self.recipe, type(self.host.model).__name__, self.host.family,
             kv.kind if kv is not None else Recompute.kind, kv is None or kv.exact, held, list(self.notes),
             hardware(str(self.host.device)),
         )  # fmt: skip

@@ -22,7 +22,7 @@ from hasten.limits import Limits
 from hasten.pipelines import text_families
 from hasten.pipelines.host import hardware
 from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_scheduler import RecipeScheduler
+from hasten.pipelines.text_scheduler import RecipeScheduler, cuts_alike
 from hasten.recipe import Recipe
 from hasten.report_diffusion import Generation, TextDiffusionReport
 from hasten.session import Attachment
@@ -34,8 +34,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 class LLaDA2Session:
     """A context manager; `report()` says what was saved.
 
-    The recipe may have the axes commit and revise, which replace the scheduler's, and kv of an exact kind, which keeps what
-    cannot change. Before anything is kept, one evaluation is compared with the model's own; where they differ the
+    The recipe may have the axes commit and revise, which replace the scheduler's, blocks of one size, and kv of an exact
+    kind, which keeps what cannot change. Before anything is kept, one evaluation is compared with the model's own; where they differ the
     model is left to itself, and the report says so.
     """
 
@@ -48,10 +48,10 @@ class LLaDA2Session:
                 " being written. In LLaDA2Pipeline's own loop only exact caches can be used; take"
                 " hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, recipe)."
             )
-        if recipe.blocks is not None or recipe.verify is not None:
+        if recipe.verify is not None or not cuts_alike(recipe):
             raise UsageError(
-                f"Recipe {recipe.name!r} sets blocks or verify, and in LLaDA2Pipeline blocks are a matter of its call"
-                " (block_length). Leave them out, or take hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, recipe)."
+                f"Recipe {recipe.name!r} verifies drafts, or has blocks or ends of its own; LLaDA2Pipeline cuts blocks of one"
+                " size (block_length of its call). Take hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, recipe)."
             )
         self.notes: list[str] = []
         self.runs: list[_Run] = []
@@ -95,7 +95,7 @@ class LLaDA2Session:
     def report(self) -> TextDiffusionReport:
         """What happened so far, ready to print, to save as JSON or as a page. Waits for the device."""
         model = self.host.model.own if isinstance(self.host.model, _Watched) else self.host.model
-        layers = self.cached.host.facts.layers if self.cached is not None else 1
+        layers = self.cached.host.facts.layers if self.cached is not None else getattr(model.config, "num_hidden_layers", 1)
         held = self.cached.store.bytes if self.cached is not None and self.cached.store is not None else 0
         runs = [run.told(layers) for run in self.runs if run.evaluations]
         used = self.recipe.kv is not None and self.cached is not None and self.cached.works is not False

@@ -21,17 +21,19 @@ from hasten.errors import RefusedError, UsageError
 from hasten.noise import seeds
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Recipe, from_yaml
-from hasten.samplers.commit import Unmask
+from hasten.samplers.commit import Quota, Unmask
 from hasten.samplers.revise import RevisePolicy, Reviser
 from hasten.samplers.scores import Draw, Logits, Scores, best, measure
+from hasten.samplers.text_blocks import Fixed, InBlocks
+from hasten.samplers.text_ends import AtEndToken
 
 
 class RecipeScheduler(BlockRefinementScheduler):  # type: ignore[misc]
     """A scheduler whose `step` writes what a recipe's commit rule takes and its reviser changes.
 
-    recipe: a name, or a recipe as YAML; `of` takes a `Recipe`. It may have the axes commit and revise; blocks, caches and
-    drafts are the pipeline's affair (`hasten.accelerate(pipe, recipe)` adds an exact cache). block_length: where the call
-    names none.
+    recipe: a name, or a recipe as YAML; `of` takes a `Recipe`. Its axes commit and revise act; blocks must be fixed ones,
+    because the pipeline cuts them (block_length: their size where the call names none; None: the recipe's, else 32).
+    Caches and drafts are not a scheduler's affair; `hasten.accelerate(pipe, recipe)` adds an exact cache.
 
     Differs from diffusers' scheduler: mask tokens are never written; a block ends with the evaluation that fills it (the
     pipeline would evaluate every full block once more) unless the reviser holds it; confidence is that of softmax without
@@ -40,15 +42,16 @@ class RecipeScheduler(BlockRefinementScheduler):  # type: ignore[misc]
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, recipe: str = "", block_length: int = 32, num_inference_steps: int = 32) -> None:
-        super().__init__(block_length=block_length, num_inference_steps=num_inference_steps)
-        self.commit, self.revise = _parts(_named(recipe))
+    def __init__(self, recipe: str = "", block_length: int | None = None, num_inference_steps: int = 32) -> None:
+        found = _named(recipe)
+        self.commit, self.revise = _parts(found)
+        super().__init__(block_length=block_length or _size(found), num_inference_steps=num_inference_steps)
         self._block: _Block | None = None
         self._seed: Tensor | None = None
         self._evaluations = 0
 
     @classmethod
-    def of(cls, recipe: str | Path | Recipe, block_length: int = 32) -> Self:
+    def of(cls, recipe: str | Path | Recipe, block_length: int | None = None) -> Self:
         """The scheduler for a recipe, whichever way it is named."""
         return cls(find_recipe(recipe).to_yaml(), block_length)
 
@@ -153,17 +156,33 @@ def _named(recipe: str) -> Recipe:
     return from_yaml(recipe) if "\n" in recipe else find_recipe(recipe)
 
 
+def _size(recipe: Recipe) -> int:
+    rule = recipe.blocks.rule if isinstance(recipe.blocks, InBlocks) else None
+    return rule.size if isinstance(rule, Fixed) else 32
+
+
+def cuts_alike(recipe: Recipe) -> bool:
+    """Are its blocks such as LLaDA2Pipeline cuts them: all of one size, and over at the end token?"""
+    blocks = recipe.blocks
+    if blocks is None:
+        return True
+    return isinstance(blocks, InBlocks) and isinstance(blocks.rule, Fixed) and isinstance(blocks.end, AtEndToken | None)
+
+
 def _parts(recipe: Recipe) -> tuple[Unmask, RevisePolicy | None]:
     """The commit rule and the reviser. Raises `UsageError` for what only a loop of hasten's own can do."""
-    from hasten.samplers.commit import Quota
-
     name = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
-    others = [axis for axis in recipe.axes if axis not in ("commit", "revise")]
+    others = [axis for axis in recipe.axes if axis not in ("commit", "revise", "blocks")]
     commit, revise = recipe.commit or Unmask(rule=Quota()), recipe.revise
     if others or not isinstance(commit, Unmask):
         raise UsageError(
             f"{name} sets {', '.join(others) or 'another kind of commit'}, which a scheduler cannot do. Use"
             " hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, recipe), or hasten.accelerate(pipe, recipe) for a cache."
+        )
+    if not cuts_alike(recipe):
+        raise UsageError(
+            f"{name} has blocks or ends of its own, and LLaDA2Pipeline cuts blocks of one size. Use"
+            " hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, recipe)."
         )
     if any(rule.guided for rule in commit.rules):
         raise UsageError(f"{name} asks a guiding model, which a scheduler does not have. Use hasten.TextDiffusionPipeline.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
+from hasten.errors import RefusedError
 from hasten.pipelines.text_loop import Evaluate
 
 
@@ -28,6 +29,11 @@ class Guided:
         self.store = KVStore(2 * self.texts, canvas.slots, canvas.ids.device)
 
     def __call__(self, now: Pass, store: KVStore) -> Tensor:
+        if now.depth is not None:
+            raise RefusedError(
+                "cfg_scale needs two evaluations of each text, and a cache that decides layer by layer keeps track of one. Take"
+                " another cache, or leave cfg_scale out."
+            )
         hidden = now.slots < self.start[now.members][:, None]
         both = replace(
             now,

@@ -100,7 +100,7 @@ class TextTask:
         return {
             "index": prompt.index,
             "model": self.model,
-            "recipe": self.recipe or "one-by-one",
+            "recipe": self.recipe or "sequential",
             "prompt": prompt.text,
             "seed": prompt.seed,
             "text": given.texts[number] if given.texts is not None else None,
@@ -120,6 +120,8 @@ class TextTask:
             f"{found.written:,} tokens in {found.evaluations:,} evaluations ({found.tokens_per_forward:.2f} each),"
             f" {found.of_sequential:.0%} of the work of one token per evaluation"
         )
+        if self.recipe is None:
+            out.note("Without a recipe nothing is saved: see hasten recipes, for example --recipe text-balanced.")
         for warning in found.warnings:
             out.warn(warning)
         if self.report is not None:

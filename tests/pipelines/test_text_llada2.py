@@ -21,7 +21,7 @@ from hasten.samplers.commit import Either, Quota, Threshold, Unmask
 from hasten.samplers.commit_told import Agreed
 from hasten.samplers.revise_edit import Edit
 from hasten.samplers.scores import Margin
-from hasten.samplers.text_blocks import Fixed, InBlocks
+from hasten.samplers.text_blocks import Fixed, InBlocks, Whole
 from tests.pipelines.text_pipes import EOS, MASK, PAD, model, tokenizer
 
 BLOCK, IDS = 4, torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
@@ -146,8 +146,8 @@ def test_what_cannot_act_is_refused() -> None:
     pipe = pipeline()
     with pytest.raises(RefusedError, match="only exact caches"):
         hasten.accelerate(pipe, Recipe(name="dual", kv=Dual()))
-    with pytest.raises(UsageError, match="block_length"):
-        hasten.accelerate(pipe, Recipe(name="blocks", blocks=InBlocks(rule=Fixed())))
+    with pytest.raises(UsageError, match="blocks of one size"):
+        hasten.accelerate(pipe, Recipe(name="blocks", blocks=InBlocks(rule=Whole())))
     assert not hasattr(pipe, "_hasten_shadows")
 
 
@@ -229,6 +229,8 @@ def test_it_is_saved_and_read(tmp_path: Any) -> None:
     again = RecipeScheduler.from_pretrained(tmp_path)
     assert again.commit == scheduler.commit
     assert again.config.block_length == BLOCK
+    assert RecipeScheduler.of(Recipe(blocks=InBlocks(rule=Fixed(size=7)))).config.block_length == 7
+    assert RecipeScheduler("credit").commit.score.kind == "credit"
     assert torch.equal(pipeline(scheduler=again)(**CALL).sequences, pipeline(scheduler=scheduler)(**CALL).sequences)
 
 
@@ -237,6 +239,7 @@ def test_it_is_saved_and_read(tmp_path: Any) -> None:
     [
         (KEEP | SURE, "sets kv, which a scheduler cannot do"),
         (Recipe(commit=Unmask(rule=Agreed())), "asks a guiding model"),
+        (Recipe(blocks=InBlocks(rule=Whole())), "blocks of one size"),
     ],
 )
 def test_a_recipe_that_is_more_than_a_scheduler(recipe: Recipe, said: str) -> None:
