@@ -23,13 +23,13 @@ class Delayed(TokenKV):
     2505.15781).
 
     The keys of a token are still those of a mask in the step that writes it, so it is computed once more in the next.
-    every: all again at every so many steps (the authors' 4 or 8). reach None: all masks of the text (dKV-Cache-Decode);
+    every: all again at every so many steps (the authors' 4 or 8), None: only at the first. reach None: all masks of the text (dKV-Cache-Decode);
     a number: of the masks only those of the active block, and what stands within so many slots of what was just written
     (dKV-Cache-Greedy; there around the slot that is written next, too, which is known only where the order is).
     """
 
     kind: ClassVar[str] = "delayed"
-    every: int = Field(8, ge=1)
+    every: int | None = Field(8, ge=1)
     reach: int | None = Field(None, ge=0)
 
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:
@@ -109,7 +109,8 @@ class _DelayedState(ScatteredState):
         self.policy = policy
 
     def again(self, text: int, row: Row) -> bool:
-        return row.step % self.policy.every == 0
+        every = self.policy.every
+        return row.step == 0 or every is not None and row.step % every == 0
 
     def choose(self, canvas: Canvas, stale: Tensor) -> Tensor:
         reach = self.policy.reach
