@@ -32,7 +32,7 @@ from hasten.recipe import Recipe
 from hasten.report_diffusion import TextDiffusionReport
 
 NEW_TOKENS = 128
-"""Tokens to generate where nothing is said: LLaDA's default."""
+"""Tokens to generate where nothing is said, if the model has positions for them: LLaDA's default."""
 
 
 class TextDiffusionPipeline:
@@ -116,7 +116,7 @@ class TextDiffusionPipeline:
 
         input_ids, attention_mask: int64 [B, P] padded on either side with a mask, or lists of any lengths; or prompts: one
         text or several; or messages: one conversation or several, in the tokenizer's chat template. max_new_tokens: for
-        all, or for each; 128 by default.
+        all, or for each; by default 128, or what the model's context leaves.
 
         recipe: for this call. The next change the parts of the recipe, and are refused where it has no such part: steps:
         evaluations for a text. block_length. threshold: confidence from which slots are written, 0 to 1; with steps, at
@@ -156,7 +156,8 @@ class TextDiffusionPipeline:
         prompts = collect(
             given.get("input_ids"), given.get("attention_mask"), given.get("prompts"), given.get("messages"), self.tokenizer, facts
         )
-        new = _lengths(given.get("max_new_tokens", NEW_TOKENS), len(prompts.ids), limits)
+        usual = [max(1, min(NEW_TOKENS, facts.context - length)) for length in prompts.lengths]
+        new = _lengths(given.get("max_new_tokens", usual), len(prompts.ids), limits)
         check(prompts, new, facts, limits)
         recipe = numbers.applied(self._recipe(given.get("recipe")), facts)
         if self.guide is not None:

@@ -87,6 +87,12 @@ def test_the_end_token_ends_a_text() -> None:
     assert output.sequences.shape[1] == 3 + output.lengths[0]
 
 
+def test_by_default_a_text_fills_the_context() -> None:
+    prompt = [[1] * 60, [2]]
+    recipe = Recipe(commit=Unmask(rule=Threshold(above=0.0)), blocks=InBlocks(rule=Fixed(size=64), end=None))
+    assert pipe().generate(prompt, recipe=recipe).lengths.tolist() == [4, 63]
+
+
 # --- prompts in every form ----------------------------------------------------------------------------
 
 
