@@ -317,7 +317,7 @@ from hasten.distill.text_pretrain import pretrain_text
 
 torch.set_num_threads(1)
 out, data, how = sys.argv[1:]
-config = load_text_config("smoke-text", {"training.steps": 400})
+config = load_text_config("smoke-text", {"training.steps": 60})
 pretrain_text(config, out=Path(out), data=data, resume=how == "resume", checkpoint_seconds=0.0, progress=False)
 """
 
@@ -334,8 +334,8 @@ def test_a_killed_training_continues_bit_identically(sources: Path, tmp_path: Pa
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     killed = json.loads((parts / "checkpoints" / "text" / "state.json").read_text())["step"]
-    assert 0 < killed < 400, "killed too late to show anything"
-    settings = {"training.steps": 400}
+    assert 0 < killed < 60, "killed too late to show anything"
+    settings = {"training.steps": 60}
     for out, resume in ((whole, False), (parts, True)):
         c = load_text_config("smoke-text", settings)
         pretrain_text(c, out=out, data=str(sources), resume=resume, progress=False)
