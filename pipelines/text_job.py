@@ -83,6 +83,11 @@ class Job:
         facts, numbers = self.host.facts, self.numbers
         base: Evaluate = self.host.run
         if numbers.cfg_scale:
+            if isinstance(self.recipe.kv, TokenKV) and self.recipe.kv.layered:
+                raise RefusedError(
+                    f"cfg_scale evaluates each text twice, and the cache {self.recipe.kv.kind!r} decides layer by layer about one"
+                    " evaluation. Take another cache, or leave cfg_scale out."
+                )
             assert facts.mask_id is not None
             base = Guided(base, canvas, facts.mask_id, numbers.cfg_scale)
         shaped = base

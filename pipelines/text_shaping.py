@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
-from hasten.errors import RefusedError
 from hasten.pipelines.text_loop import Evaluate
 
 
@@ -20,7 +19,8 @@ class Guided:
     """Classifier-free guidance: l = l_u + (w + 1) (l_c - l_u), where the second branch does not see the prompt.
 
     LLaDA (arXiv 2502.09992, `generate.py`): the prompt's tokens are masks in the branch u; w = `scale`, 0 is none. Both
-    branches of a text are two rows of one call and have caches of their own, so that every cache works with it.
+    branches of a text are two rows of one call and have keys and values of their own, so that caches work with it (but for
+    those that decide layer by layer, whose decisions are about one row).
     """
 
     def __init__(self, evaluate: Evaluate, canvas: Canvas, mask_id: int, scale: float) -> None:
@@ -29,11 +29,6 @@ class Guided:
         self.store = KVStore(2 * self.texts, canvas.slots, canvas.ids.device)
 
     def __call__(self, now: Pass, store: KVStore) -> Tensor:
-        if now.depth is not None:
-            raise RefusedError(
-                "cfg_scale needs two evaluations of each text, and a cache that decides layer by layer keeps track of one. Take"
-                " another cache, or leave cfg_scale out."
-            )
         hidden = now.slots < self.start[now.members][:, None]
         both = replace(
             now,

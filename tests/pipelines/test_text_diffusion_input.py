@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hasten.errors import LimitError, UsageError
+from hasten.errors import LimitError, RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.text_diffusion import TextDiffusionPipeline
 from hasten.recipe import Recipe
@@ -128,6 +128,13 @@ def test_end_tokens_must_be_known() -> None:
     endless.config.eos_token_id = endless.generation_config.eos_token_id = None
     with pytest.raises(UsageError, match="this model has none"):
         TextDiffusionPipeline(endless, probe=False).generate(IDS, eos_penalty=1.0)
+
+
+def test_guidance_with_a_cache_that_decides_layer_by_layer() -> None:
+    from hasten.caching.kv_values import ValueDrift
+
+    with pytest.raises(RefusedError, match="cfg_scale evaluates each text twice"):
+        subject().generate(IDS, cfg_scale=1.0, recipe=Recipe(kv=ValueDrift()))
 
 
 def test_a_model_in_training_is_refused() -> None:
