@@ -19,7 +19,7 @@ from hasten.caching.store import KVStore, Pass
 from hasten.canvas import TextFacts
 from hasten.errors import ModelError
 from hasten.pipelines.text_layers import TextLayers
-from hasten.pipelines.text_tap import CatchSdpa, Tap, attach, has_interface
+from hasten.pipelines.text_tap import CatchSdpa, Tap, attach, has_interface, sites
 from hasten.session import Attachment
 
 
@@ -37,6 +37,7 @@ class TextHost:
         self.model, self.facts = model, facts
         self.tap = Tap()
         self._layers: TextLayers | None = None
+        self._sites: list[nn.Module] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +70,8 @@ class TextHost:
         """The model answers from our store within; afterwards it is as it was."""
         with ExitStack() as stack:
             if self.interfaced():
-                attachment = attach(self.model, self.tap)  # type: ignore[arg-type]
+                self._sites = self._sites or sites(self.model)  # type: ignore[arg-type]
+                attachment = attach(self.model, self.tap, self._sites)  # type: ignore[arg-type]
                 mode: Any = nullcontext()
             else:
                 attachment, mode = Attachment(), CatchSdpa(self.tap)

@@ -107,33 +107,37 @@ def has_interface(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and bool(model._can_set_attn_implementation())
 
 
-def attach(model: PreTrainedModel, tap: Tap) -> Attachment:
+def sites(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of this model that have its config. Raises `ModelError` where no layer could be caught."""
+    modules = list(model.modules())
+    if not any(isinstance(getattr(module, "layer_idx", None), int) for module in modules):
+        raise ModelError(f"{type(model).__name__} has no attention layer with a number.")
+    return [module for module in modules if isinstance(module.__dict__.get("config"), PreTrainedConfig)]
+
+
+def attach(model: PreTrainedModel, tap: Tap, modules: list[nn.Module] | None = None) -> Attachment:
     """Answer the self-attention of this model from `tap` until the attachment is restored.
 
     Its modules get a copy of their config that names our function and holds the tap; the model that it came from, and
-    others of the same config, notice nothing. Raises `ModelError` where no layer would be caught, `UsageError` where
-    the model is attached already.
+    others of the same config, notice nothing. modules: `sites` of the model, where somebody remembers them, because a
+    model with many experts has tens of thousands of others. Raises `ModelError` where no layer would be caught,
+    `UsageError` where the model is attached already.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
-            if config._attn_implementation == NAME:
-                raise UsageError(f"This {type(model).__name__} is generating already. Wait, or use another copy of it.")
-            if id(config) not in memo:
-                copy.deepcopy(config, memo)
-    if not any(isinstance(getattr(module, "layer_idx", None), int) for module in model.modules()):
-        raise ModelError(f"{type(model).__name__} has no attention layer with a number.")
+    modules = sites(model) if modules is None else modules
+    for module in modules:
+        if module.config._attn_implementation == NAME:  # type: ignore[union-attr]
+            raise UsageError(f"This {type(model).__name__} is generating already. Wait, or use another copy of it.")
+        if id(module.config) not in memo:
+            copy.deepcopy(module.config, memo)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     attachment = Attachment()
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
-            ours = memo[id(config)]
-            ours._attn_implementation_internal = NAME
-            ours.hasten_tap = tap
-            attachment.replace(module, "config", ours)
+    for module in modules:
+        ours = memo[id(module.config)]
+        ours._attn_implementation_internal = NAME
+        ours.hasten_tap = tap
+        attachment.replace(module, "config", ours)
     return attachment
 
 
