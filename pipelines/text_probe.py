@@ -107,7 +107,8 @@ def probe(family: Family, tokenizer: Any = None) -> Probe:
     followed = asked.tried("followed", asked.followed)
     found = [followed]
     if followed.holds is not False:
-        found += [asked.tried("windows", asked.windows), asked.tried("batches", asked.batches)]
+        found += [asked.tried("windows", asked.windows)] if family.caches else []
+        found += [asked.tried("batches", asked.batches)]
     blocks = asked.tried("blocks", asked.blocks)
     if blocks.holds is False:
         raise RefusedError(blocks.sentence)
@@ -115,7 +116,7 @@ def probe(family: Family, tokenizer: Any = None) -> Probe:
     host: TextHost = family
     if holds["followed"] is False or holds["batches"] is False:
         host = Whole(family)
-    elif holds["windows"] is False:
+    elif holds.get("windows") is False:
         family.caches = False
     found += [blocks, asked.shift(tokenizer)]
     if isinstance(host, Family):

@@ -17,7 +17,7 @@ from hasten.pipelines.text_probe import SENTENCE, Whole, probe
 from hasten.recipe import Recipe
 from hasten.samplers.scores import Draw
 from hasten.session import Attachment
-from tests.text_hosts import MASKED, bundled
+from tests.text_hosts import MASKED, bundled, mdlm
 from tests.text_hosts.facts import MASK
 
 
@@ -36,6 +36,13 @@ def test_every_family_is_what_it_is_taken_for(name: str) -> None:
     assert holds["followed"] is holds["windows"] is holds["batches"] is True
     assert found.embeddings is facts.embeds
     assert not found.sentences
+
+
+def test_a_model_that_looks_at_the_noise_is_asked_about_whole_texts_only() -> None:
+    host = choose(mdlm.filled(mdlm.MDLM(mdlm.MDLMConfig(time_conditioning=True)), 1))
+    found = probe(host)
+    assert found.host is host and not host.caches and not found.sentences
+    assert {finding.check for finding in found.findings} == {"followed", "batches", "blocks", "shift", "embeddings"}
 
 
 def test_positions_that_are_lost_take_the_caches_away() -> None:
