@@ -136,9 +136,8 @@ def _slots(rows: Rows, canvas: Canvas, members: Tensor, want: Tensor, facts: Tex
         return numbered(tokens, min(width, bins), bins)
     first, last = rows.stretch
     low, last = first, torch.minimum(last, canvas.end[members])
-    if facts.shifted:
-        asked = want.gather(1, first.clamp(max=bins - 1)[:, None])[:, 0]
-        low, width = (first - asked.long()).clamp(min=0), width + 1
+    if facts.shifted:  # always, not only while slot `first` is open: what is read must not depend on when it was written
+        low, width = (first - 1).clamp(min=0), width + 1
     slots = low[:, None] + torch.arange(min(width, bins), device=low.device)
     return torch.where(slots < last[:, None], slots, bins)
 
