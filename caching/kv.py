@@ -1,7 +1,7 @@
 """Which tokens of a text are computed again at a step, and whose keys and values are taken from earlier.
 
 Windows are here; other ideas have files of their own: `kv_front.py` (what lies behind is never computed again),
-`kv_scattered.py` (slots that do not stand together), `kv_values.py` and `kv_attention.py` (other tokens in other layers).
+`kv_scattered.py` (slots that do not stand together), `kv_suffix.py` (few of what follows), `kv_values.py` and `kv_attention.py` (other tokens in other layers).
 
 Shapes: B texts, L slots, m of the texts in one call.
 """

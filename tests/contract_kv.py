@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hasten.caching.kv_attention
 import hasten.caching.kv_front
 import hasten.caching.kv_scattered
+import hasten.caching.kv_suffix
 import hasten.caching.kv_values  # noqa: F401  imports every policy
 from hasten.caching.kv import Recompute, TokenKV
 from hasten.caching.store import Pass
@@ -39,6 +40,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "vicinity": {"before": 2, "after": 3, "warmup": 2},
     "delayed": {"every": 4},
     "groups": {"full": 2, "local": 2},
+    "sparse-suffix": {"window": 6, "decay": 2.0},
     "value-drift": {"prompt_every": 5, "every": 3},
     "attention-drift": {"below": 0.995},
 }
