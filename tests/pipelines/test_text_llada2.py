@@ -41,7 +41,7 @@ class BlockLlama(LlamaForCausalLM):
             number = torch.arange(input_ids.shape[1]) // BLOCK
             sees = (number[:, None] >= number) & attention_mask.bool()[:, None, None]
             attention_mask = sees | torch.eye(input_ids.shape[1], dtype=torch.bool)
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **(more | {"use_cache": False}))
 
 
 class FullLlama(LlamaForCausalLM):
@@ -50,7 +50,7 @@ class FullLlama(LlamaForCausalLM):
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **more: Any) -> Any:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None].expand(-1, 1, input_ids.shape[1], -1)
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **(more | {"use_cache": False}))
 
 
 def pipeline(cls: Any = BlockLlama, scheduler: Any = None) -> LLaDA2Pipeline:
