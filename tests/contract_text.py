@@ -21,7 +21,6 @@ from torch import Tensor
 import hasten.samplers.commit_history
 import hasten.samplers.commit_sure
 import hasten.samplers.commit_wide
-import hasten.samplers.commit_wide
 import hasten.samplers.scores_history  # noqa: F401  imports every rule and score
 from hasten.canvas import Canvas
 from hasten.noise import gumbel, uniform
