@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class Canvas:
         """`look`, and in the same copy ids int64 [B, L] and status uint8 [B, L] on the host: for who reads along."""
         table = self._table(told)
         words = torch.cat([table, self.ids, self.status.long()], 1).cpu()
-        rows, ids, status = words.split([table.shape[1], self.slots, self.slots], 1)
+        rows, ids, status = torch.split(words, [table.shape[1], self.slots, self.slots], 1)
         return _rows(rows.tolist()), ids, status.to(torch.uint8)
 
     def _table(self, told: Tensor | None) -> Tensor:
@@ -215,5 +215,5 @@ class Canvas:
         return stack if told is None else torch.cat([stack, told], 1)
 
 
-def _rows(table: list[list[int]]) -> list[Row]:
-    return [Row(*row[:12], open=bool(row[12]), told=tuple(row[13:])) for row in table]
+def _rows(table: list[list[Any]]) -> list[Row]:
+    return [Row(*[*row[:12], bool(row[12]), tuple(row[13:])]) for row in table]

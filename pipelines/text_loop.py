@@ -92,12 +92,12 @@ class TextLoop:
                 f"kv {kv.kind!r} fixes the slots of several evaluations at once, and the commit rule {commit.rule.kind!r} does"
                 " not know beforehand how many it writes. Take a rule with a quota, or another cache."
             )
+        assert recipe.revise is None or isinstance(recipe.revise, RevisePolicy)
         if kv.layered and recipe.revise is not None and recipe.revise.shadows:
             raise RecipeError(
                 f"kv {kv.kind!r} computes other tokens in each layer, and {recipe.revise.kind!r} adds masks to every call that"
                 " it keeps nothing of. Take another cache or another reviser."
             )
-        assert recipe.revise is None or isinstance(recipe.revise, RevisePolicy)
         assert recipe.verify is None or isinstance(recipe.verify, Verifier)
         self.revise = Reviser(recipe.revise, self.facts, canvas) if recipe.revise is not None else None
         self.shadows = recipe.revise is not None and recipe.revise.shadows

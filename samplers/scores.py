@@ -58,7 +58,7 @@ class Scores:
         inf = float("inf")
         low = [torch.full(shape, value, device=device) for value in (-1.0, 0.0, inf, float("nan"), -inf)]
         token, seen = torch.zeros_like(canvas.ids), torch.zeros(shape, dtype=torch.bool, device=device)
-        return cls(token, *low, seen, torch.full_like(token, -1))
+        return cls(*[token, *low, seen, torch.full_like(token, -1)])
 
     def put(self, logits: Logits, **given: Tensor) -> None:
         """Write fields, given as [m, R], to their slots. Slots numbered L (no slot) are left out."""
