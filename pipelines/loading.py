@@ -54,7 +54,7 @@ def open_pipeline(
     if lora is not None:
         check_lora(Path(lora))
     if quiet:
-        _silence()
+        silence()
     pipe = _load(name_or_path, revision, precision)
     if lora is not None:
         _add_lora(pipe, Path(lora))
@@ -68,7 +68,8 @@ def open_pipeline(
     return pipe
 
 
-def _silence() -> None:
+def silence() -> None:
+    """Keep the libraries' bars and hints off the terminal."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

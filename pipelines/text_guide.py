@@ -68,7 +68,7 @@ def _same_words(size: Any, facts: TextFacts, tokenizer: Any, own: Any) -> None:
     if not known or tokenizer is own:
         return
     mine, theirs = own.get_vocab(), tokenizer.get_vocab()
-    for word, number in mine.items():
+    for word, number in sorted(mine.items(), key=lambda item: item[1]):
         if number not in facts.forbidden and theirs.get(word) != number:
             raise UsageError(
                 f"The token {word!r} is number {number} to the guided model and {theirs.get(word)} to the guide. Take a guide"

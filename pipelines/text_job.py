@@ -163,6 +163,21 @@ class Job:
 
 def fitting(recipe: Recipe, host: TextHost, tokenizer: Any = None) -> Recipe:
     """The recipe, if it can act on this model; delimiters in it get their ids. Raises `UsageError` or `RefusedError`."""
+    acts_on_texts(recipe)
+    if isinstance(recipe.kv, TokenKV) and not isinstance(recipe.kv, Recompute) and not host.caches:
+        raise RefusedError(
+            f"Recipe {recipe.name!r} keeps keys and values ({recipe.kv.kind}), and those of {type(host.model).__name__} change"
+            " with every step, or cannot be followed. Take a recipe without a cache."
+        )
+    blocks = recipe.blocks
+    if isinstance(blocks, InBlocks) and isinstance(blocks.rule, AtDelimiter) and not blocks.rule.ids and tokenizer is not None:
+        rule = blocks.rule.told(lambda word: tokenizer.encode(word, add_special_tokens=False))
+        return recipe.model_copy(update={"blocks": InBlocks(rule=rule, end=blocks.end)})
+    return recipe
+
+
+def acts_on_texts(recipe: Recipe) -> None:
+    """Raise `UsageError` for a recipe that is made for another kind of model."""
     name = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
     others = [axis for axis in recipe.axes if axis not in AXES]
     if others:
@@ -173,19 +188,3 @@ def fitting(recipe: Recipe, host: TextHost, tokenizer: Any = None) -> Recipe:
     for axis, part in recipe.axes.items():
         if not isinstance(part, AXES[axis]):
             raise UsageError(f"{name} has {axis} of kind {part.kind!r}, which is not for texts that are written in any order.")
-    if isinstance(recipe.kv, TokenKV) and not isinstance(recipe.kv, Recompute) and not host.caches:
-        raise RefusedError(
-            f"{name} keeps keys and values ({recipe.kv.kind}), and those of {type(host.model).__name__} change with every step,"
-            " or cannot be followed. Take a recipe without a cache."
-        )
-    apart = "verify" if recipe.verify is not None else "revise" if getattr(recipe.revise, "shadows", False) else ""
-    if apart and not host.caches:
-        raise RefusedError(
-            f"{name} has {apart} by copies of slots beside the text, and {type(host.model).__name__} can only be evaluated on"
-            f" whole texts. Take a recipe without {apart}."
-        )
-    blocks = recipe.blocks
-    if isinstance(blocks, InBlocks) and isinstance(blocks.rule, AtDelimiter) and not blocks.rule.ids and tokenizer is not None:
-        rule = blocks.rule.told(lambda word: tokenizer.encode(word, add_special_tokens=False))
-        return recipe.model_copy(update={"blocks": InBlocks(rule=rule, end=blocks.end)})
-    return recipe

@@ -101,12 +101,12 @@ def _why_not(source: str, kind: str, error: Exception, trusted: bool) -> str:
     """One sentence for what transformers or the hub said."""
     said = " ".join(str(error).split())
     said = said if len(said) <= 240 else said[:240].rsplit(" ", 1)[0] + " ..."
-    if "trust_remote_code" in said and not trusted:
+    if "trust_remote_code" in str(error) and not trusted:
         return (
             f"{source} brings Python code of its own, which hasten does not run unless you say so: read it, then pass"
             " trust_remote_code=True (and a revision=) to TextDiffusionPipeline.from_pretrained in Python."
         )
-    if "safetensors" in said:
+    if "safetensors" in str(error):
         return (
             f"{source} has no weights as safetensors, and pickles, which can run any code when loaded, are refused. Convert them"
             " once where you trust them: model.save_pretrained(folder, safe_serialization=True)."

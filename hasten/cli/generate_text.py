@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.atomic import atomic_write
 from hasten.cli.output import Output
-from hasten.errors import UsageError
+from hasten.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from hasten.pipelines.generate import Prompt
@@ -49,22 +50,36 @@ class TextTask:
         for name, value in self.unfit.items():
             if value is not None:
                 raise UsageError(f"--{name} is for images and videos, and {self.model} writes texts. Leave it out.")
-        for key in self.call:
-            if key in RESERVED or key.startswith("callback"):
-                raise UsageError(f"--call cannot set {key!r}; the command sets it itself.")
+        self._check_call()
         if self.output is not None and self.output.suffix not in (".txt", ".jsonl"):
             raise UsageError(f"--output {self.output}: texts go to a .txt or .jsonl file, or without --output to the terminal.")
         if self.output is not None and self.output.suffix == ".txt" and len(self.prompts) > 1:
             raise UsageError(f"--output {self.output}: several texts go to a .jsonl file, one a line.")
 
+    def _check_call(self) -> None:
+        from hasten.pipelines.text_arguments import ALIASES
+        from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+
+        known = {*inspect.signature(TextDiffusionPipeline.generate).parameters, *ALIASES} - {"self", "others", *RESERVED}
+        for key in self.call:
+            if key in RESERVED or key.startswith("callback"):
+                raise UsageError(f"--call cannot set {key!r}; the command sets it itself.")
+            if key not in known:
+                raise UsageError(f"--call {key}: texts have no such argument.{nearest(key, known)}")
+
     def open(self) -> TextDiffusionPipeline:
         """The pipeline, with the recipe on it."""
+        from hasten.pipelines.loading import silence
         from hasten.pipelines.recipes import recipe as find
         from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+        from hasten.pipelines.text_job import acts_on_texts
 
         found = find(self.recipe).replace(dict(self.changes)) if self.recipe is not None else None
         if found is None and self.changes:
             raise UsageError("--set changes a recipe, and there is none. Name it with --recipe.")
+        if found is not None:
+            acts_on_texts(found)
+        silence()
         return TextDiffusionPipeline.from_pretrained(
             self.model, found, device=self.device, dtype=self.dtype, revision=self.revision
         )

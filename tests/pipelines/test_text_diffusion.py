@@ -274,7 +274,7 @@ def test_the_report_is_json_and_a_page() -> None:
     data = json.loads(report.to_json())
     assert data["nfe"] == report.evaluations
     assert data["written"] == 18
-    assert 0 < data["of_sequential"] < data["computed_fraction"] <= 1
+    assert 0 < data["of_sequential"] <= data["computed_fraction"] < 1
     assert "<html" in report.to_html()
     assert "dual, an approximation" in str(report)
 

@@ -154,7 +154,7 @@ def test_a_guide_of_another_vocabulary_is_refused() -> None:
     from tests.pipelines.text_pipes import config
 
     small = config("causal")
-    small.vocab_size = 64
+    small.vocab_size, small.pad_token_id = 64, 0
     with pytest.raises(UsageError, match="64 tokens and the guided model 96"):
         TextDiffusionPipeline(model(), guide=LlamaForCausalLM(small).eval(), probe=False)
     other = tokenizer().__class__(tokenizer_object=_shuffled(), mask_token="<mask>", pad_token="<pad>", eos_token="<eos>")

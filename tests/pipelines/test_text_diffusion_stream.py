@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
     TextDiffusionStreamer,
     TextIteratorStreamer,
     TextStreamer,
@@ -163,12 +162,20 @@ def test_each_text_has_its_own_end() -> None:
     assert together.nfe[0] <= plain.nfe[0]
 
 
-def test_stop_strings() -> None:
+def test_a_stop_word_written_in_the_middle_of_a_step() -> None:
+    """Criteria see every prefix, as if tokens had come one by one, however many a step makes final."""
     plain = pipe().generate(PROMPT, max_new_tokens=10, recipe=WHOLE).sequences[0].tolist()
-    word = plain[5]
-    stop = StopStringCriteria(tokenizer(), [f"w{word}"])
-    output = pipe().generate(PROMPT, max_new_tokens=10, recipe=WHOLE, stopping_criteria=[stop])
-    assert output.sequences[0].tolist() == plain[: 3 + plain[3:].index(word) + 1]
+    word = tokenizer().decode([plain[5]])
+    asked: list[int] = []
+
+    def stops(ids: Tensor, scores: Any) -> bool:
+        asked.append(ids.shape[1])
+        return tokenizer().decode(ids[0, 3:]).endswith(word)
+
+    output = pipe().generate(PROMPT, max_new_tokens=10, recipe=WHOLE, stopping_criteria=stops)
+    length = 3 + plain[3:].index(plain[5]) + 1
+    assert output.sequences[0].tolist() == plain[:length]
+    assert asked == list(range(4, length + 1))
 
 
 def test_streamers_stop_with_the_criterion() -> None:
