@@ -27,8 +27,8 @@ def why_not(policy: SparseAttention) -> str:
     called. What stands in for keys that are not read must not hold keys of the future: the queries of the first half get
     outputs within the values of the first half, or the policy is refused.
     """
-    if policy.recover is not None:
-        return "it corrects outputs by what earlier dense steps have shown, and a prompt is read once"
+    if policy.recover is not None or any(pattern.start().score.needs_lse for pattern in policy.patterns):
+        return "it goes by what earlier dense steps have shown, and a prompt is read once"
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, TOKENS, 16, generator=generator) for heads in (2, 1, 1))
     v = v.tanh()

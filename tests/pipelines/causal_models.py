@@ -47,7 +47,7 @@ MODELS = {
 def build(name: str, **more: Any) -> Any:
     model, config, own = MODELS[name]
     torch.manual_seed(0)
-    built = model(config(**SIZES, **own, **more)).eval()
+    built = model(config(**{**SIZES, **own, **more})).eval()
     with torch.no_grad():
         for weight in built.parameters():  # random weights attend to nothing in particular; these do
             if weight.dim() == 2:

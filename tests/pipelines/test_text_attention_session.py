@@ -26,6 +26,8 @@ from hasten.sparse_attn.text.lookup import Lookup
 from hasten.sparse_attn.text.reader import Recent
 from tests.pipelines.causal_models import build, close, ids, pattern
 
+pytestmark = pytest.mark.filterwarnings("ignore:hasten:UserWarning")
+
 NEAR = pattern(Spans(spans=(Near(window=8, sinks=2),)))
 BOTH = Recipe(name="both", attention=CausalAttention(prompt=NEAR, cache=Recent(window=12, sinks=2), min_tokens=0))
 """61 tokens of prompt in blocks of 8; of the cache 14 keys."""
@@ -241,7 +243,7 @@ DIFFUSION = [entry for entry in catalogue() if acts_on(entry.recipe) == "diffusi
 SPARSE = [entry for entry in DIFFUSION if set(entry.recipe.axes) == {"attention"}]
 NO_PROMPT = {
     "sparse-videogen": "grid", "adaspa": "dense", "grat": "grid", "re-ttention": "dense", "neighbourhood": "grid",
-    "sliding-tile": "grid", "radial": "grid", "nabla": "grid",
+    "sliding-tile": "grid", "radial": "frames", "nabla": "grid",
 }  # fmt: skip
 """Recipes of diffusion models that need what prompts do not have."""
 
