@@ -107,11 +107,12 @@ class _SettledState(CommitState):
 
 
 def divergence(p: Tensor, token: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats, [...], all tokens that are not named counted as one outcome.
+    """KL(p || q) in nats, [...], all tokens that are not named counted as one outcome, of at least 1e-7 (what float32
+    can tell from nothing).
 
     p [..., V]: log-probabilities. token int64, q [..., K]: some tokens, and their log-probabilities under q.
     """
     named = p.gather(-1, token)
     each = torch.where(named > -float("inf"), named.exp() * (named - q), 0.0).sum(-1)
-    rest, was = ((1 - x.exp().sum(-1)).clamp(min=1e-12) for x in (named, q))
+    rest, was = ((1 - x.exp().sum(-1)).clamp(min=1e-7) for x in (named, q))
     return each + rest * (rest / was).log()

@@ -92,9 +92,9 @@ def open_canvas(starts: Sequence[int], new: Sequence[int], blocks: Sequence[tupl
 def scripted(canvas: Canvas, confidence: Sequence[Sequence[float]], **given: Sequence[Sequence[float]] | Tensor) -> Scores:
     """Scores that say what they are told, for the open slots of the active blocks.
 
-    confidence: for each text, of its open slots in order; fewer: the rest is 0. `token`, `second`, `entropy`,
-    `guide`, `rank` likewise, or as [B, L]; rank is the confidence where it is not given, token 5, second 0, entropy
-    -log(confidence).
+    confidence: for each text, of its open slots in order; fewer: the rest is 0, more: they are not used. `token`,
+    `second`, `entropy`, `guide`, `rank` likewise, or as [B, L]; rank is the confidence where it is not given, token
+    5, second 0, entropy -log(confidence).
     """
     scores = Scores.blank(canvas)
     scores.seen = canvas.eligible.clone()
@@ -113,7 +113,7 @@ def scripted(canvas: Canvas, confidence: Sequence[Sequence[float]], **given: Seq
 def _spread(canvas: Canvas, values: Sequence[Sequence[float]], into: Tensor) -> Tensor:
     for row, given in enumerate(values):
         slots = canvas.eligible[row].nonzero()[: len(given), 0]
-        into[row, slots] = torch.tensor(list(given), dtype=into.dtype)
+        into[row, slots] = torch.tensor(list(given)[: len(slots)], dtype=into.dtype)
     return into
 
 

@@ -20,7 +20,7 @@ from tests.text_models import open_canvas, picked, scripted
 
 
 class TestContract(CommitRuleContract):
-    @pytest.fixture(params=members(CommitRule))
+    @pytest.fixture(scope="class", params=members(CommitRule))
     def part(self, request: pytest.FixtureRequest) -> CommitRule:
         part: CommitRule = request.param
         return part

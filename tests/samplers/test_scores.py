@@ -30,7 +30,7 @@ NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class TestContract(ScoreContract):
-    @pytest.fixture(params=members(Score))
+    @pytest.fixture(scope="class", params=members(Score))
     def part(self, request: pytest.FixtureRequest) -> Score:
         part: Score = request.param
         return part

@@ -52,7 +52,7 @@ class TestCredit:
         credit, changed = torch.zeros(2, 7, VOCAB, dtype=torch.float64), False
         for step in range(9):
             open_ = it.canvas.eligible.clone()
-            values = noise(step // 2)  # the same twice, then others: credit grows, decays and is shared out
+            values = noise(0, 0.6) + noise(1 + step, 0.3)  # a few tokens of each slot take turns: credit is shared out
             fused, credit = dense_credit(values, credit, open_)
             scores, p = it.measure(values), fused.softmax(-1)
             torch.testing.assert_close(scores.confidence[open_].double(), p.max(-1).values[open_], rtol=0, atol=1e-6)
