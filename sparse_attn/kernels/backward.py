@@ -24,6 +24,7 @@ from hasten.errors import RefusedError
 from hasten.sparse_attn.kernels import launch
 from hasten.sparse_attn.kernels.forward import check_shapes
 from hasten.sparse_attn.kernels.softmax import allowed
+from hasten.sparse_attn.kernels.tile import key_places, owner, piece, query_places
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 _PLAIN = ["left", "right", "offset", "tree_keys", "keys", "queries", "q_perm_plane", "k_perm_plane", "blocks"]
@@ -55,23 +56,16 @@ def _backward(
 ):  # fmt: skip
     """PIECES programs share a tile, a chunk is read in SPLIT steps of BLOCK_N keys: what is added to d_k and d_v has to
     fit into registers. d_o, lse, delta, d_q are contiguous in original order, d_k and d_v arranged."""
-    tile = tl.program_id(0) // PIECES
-    first = (tl.program_id(0) % PIECES) * BLOCK_M
-    length = tl.load(tile_length + tile) - first
+    tile, first, length = piece(tile_length, BLOCK_M, PIECES)
     if length <= 0:
         return
-    plane = tl.load(tile_plane + tile).to(tl.int64)
-    batch, head = plane // HQ, plane % HQ
-    key_head = head // GROUPS
-    key_plane = batch * (HQ // GROUPS) + key_head
+    plane, batch, head, key_head, key_plane = owner(tile, tile_plane, HQ, GROUPS)
     row = tl.load(tile_row + tile)
 
     on_m, on_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     on_d, on_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     real_m, real_d, real_dv = on_m < length, on_d < D, on_dv < DV
-    token = tl.load(tile_start + tile) + first + on_m
-    if q_perm is not None:
-        token = tl.load(q_perm + plane * q_perm_plane + token, mask=real_m, other=0).to(tl.int32)
+    token = query_places(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m, False)
     at = plane * queries + token
     held_q, held_o = real_m[:, None] & real_d[None, :], real_m[:, None] & real_dv[None, :]
     q_at = q + batch * q_b + head * q_h + token.to(tl.int64)[:, None] * q_s + on_d[None, :]
@@ -101,9 +95,7 @@ def _backward(
             y, z = y.to(tl.float32), z.to(tl.float32)
         s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * log_scale
         if MASKED:
-            k_pos = n.to(tl.int32)
-            if k_perm is not None:
-                k_pos = tl.load(k_perm + key_plane * k_perm_plane + n, mask=real_n, other=0).to(tl.int32)
+            k_pos = key_places(n, k_perm, key_plane * k_perm_plane, real_n)
             read = allowed(token, k_pos, left, right, offset, tree, tree_keys, keys, real_m, real_n, LEFT, RIGHT, TREE)
             s = tl.where(read, s, -float("inf"))
         else:

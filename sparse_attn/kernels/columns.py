@@ -14,6 +14,7 @@ from torch import Tensor
 from hasten.sparse_attn.kernels import config, launch
 from hasten.sparse_attn.kernels.forward import check_shapes
 from hasten.sparse_attn.kernels.softmax import allowed
+from hasten.sparse_attn.kernels.tile import key_places, owner, piece, query_places
 from hasten.sparse_attn.plan import Plan
 
 _PLAIN = ["left", "right", "offset", "tree_keys", "keys", "queries", "q_perm_plane", "k_perm_plane"]
@@ -31,21 +32,14 @@ def _columns(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds the columns of one tile; those of the query heads of a group go together."""
-    tile = tl.program_id(0) // PIECES
-    first = (tl.program_id(0) % PIECES) * BLOCK_M
-    length = tl.load(tile_length + tile) - first
+    tile, first, length = piece(tile_length, BLOCK_M, PIECES)
     if length <= 0:
         return
-    plane = tl.load(tile_plane + tile).to(tl.int64)
-    batch, head = plane // HQ, plane % HQ
-    key_head = head // GROUPS
-    key_plane = batch * (HQ // GROUPS) + key_head
+    plane, batch, head, key_head, key_plane = owner(tile, tile_plane, HQ, GROUPS)
     row = tl.load(tile_row + tile)
     on_m, on_n, on_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     real_m, real_d = on_m < length, on_d < D
-    token = tl.load(tile_start + tile) + first + on_m
-    if q_perm is not None:
-        token = tl.load(q_perm + plane * q_perm_plane + token, mask=real_m, other=0).to(tl.int32)
+    token = query_places(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m, False)
     q_at = q + batch * q_b + head * q_h + token.to(tl.int64)[:, None] * q_s + on_d[None, :]
     x = tl.load(q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
     if UPCAST:
@@ -63,9 +57,7 @@ def _columns(
         if UPCAST:
             y = y.to(tl.float32)
         s = tl.dot(x, y, input_precision=PRECISION) * scale
-        k_pos = n.to(tl.int32)
-        if k_perm is not None:
-            k_pos = tl.load(k_perm + key_plane * k_perm_plane + n, mask=real_n, other=0).to(tl.int32)
+        k_pos = key_places(n, k_perm, key_plane * k_perm_plane, real_n)
         read = real_m[:, None] & real_n[None, :]
         if MASKED:  # noqa: SIM102  (decided when compiling; the next one on the device)
             if i >= middle * PARTS:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hasten.errors import UsageError
 from hasten.sparse_attn.kernels import config, launch
 from hasten.sparse_attn.kernels.softmax import allowed, finish, fold, fold_full
+from hasten.sparse_attn.kernels.tile import key_places, owner, piece, query_places
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 MAX_DIM = 256
@@ -42,21 +43,16 @@ def _forward(
     """scale: of the logits, times log2(e). PIECES programs share a tile; chunks of up to CHUNK keys are read in PARTS.
     ORDER of the compensation: 0 is none. k_view, v_view: descriptors of k and v for the copy engine (TMA), which then
     reads full chunks; or None."""
-    tile = tl.program_id(0) // PIECES
-    first = (tl.program_id(0) % PIECES) * BLOCK_M
-    length = tl.load(tile_length + tile) - first
+    tile, first, length = piece(tile_length, BLOCK_M, PIECES)
     if length <= 0:
         return
-    plane = tl.load(tile_plane + tile).to(tl.int64)
-    batch, head = plane // HQ, plane % HQ
-    key_head = head // GROUPS
-    key_plane = batch * (HQ // GROUPS) + key_head
+    plane, batch, head, key_head, key_plane = owner(tile, tile_plane, HQ, GROUPS)
     row = tl.load(tile_row + tile)
 
     on_m, on_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     on_d, on_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     real_m, real_d, real_dv = on_m < length, on_d < D, on_dv < DV
-    token = _tokens(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m)
+    token = query_places(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m, True)
     q_at = q + batch * q_b + head * q_h + token.to(tl.int64)[:, None] * q_s + on_d[None, :]
     x = tl.load(q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
     if UPCAST:
@@ -95,14 +91,13 @@ def _forward(
         s = tl.dot(x, y, input_precision=PRECISION) * scale
         read = real_n[None, :]
         if MASKED:
-            k_pos = n.to(tl.int32)
-            if k_perm is not None:
-                k_pos = tl.load(k_perm + key_plane * k_perm_plane + n, mask=real_n, other=0).to(tl.int32)
+            k_pos = key_places(n, k_perm, key_plane * k_perm_plane, real_n)
             read = allowed(token, k_pos, left, right, offset, tree, tree_keys, keys, real_m, real_n, LEFT, RIGHT, TREE)
         s = tl.where(read, s, -float("inf"))
         m, total, acc = fold(s, z, m, total, acc, PRECISION)
 
-    place = plane * queries + _tokens(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m)
+    token = query_places(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m, True)
+    place = plane * queries + token
     if ORDER > 0:
         _, exact = finish(m, total)
         tl.store(lse_exact + place, exact, mask=real_m)
@@ -110,21 +105,12 @@ def _forward(
             x, m, total, acc, centre, value, log_size, variance, approximate, key_plane, row, blocks, scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_C, ORDER, PRECISION, UPCAST,
         )  # fmt: skip
-        place = plane * queries + _tokens(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m)
+        token = query_places(tile_start + tile, first + on_m, q_perm, plane * q_perm_plane, real_m, True)
+        place = plane * queries + token
     divisor, whole = finish(m, total)
     o_at = o + place[:, None] * DV + on_dv[None, :]
     tl.store(o_at, (acc / divisor[:, None]).to(o.dtype.element_ty), mask=real_m[:, None] & real_dv[None, :])
     tl.store(lse + place, whole, mask=real_m)
-
-
-@triton.jit
-def _tokens(start, on_m, q_perm, q_plane, real_m):
-    """Original positions of the queries of a tile. Read anew (volatile) where they are needed: kept over the loops,
-    they would cost the registers that the loops are short of."""
-    token = tl.load(start, volatile=True) + on_m
-    if q_perm is not None:
-        token = tl.load(q_perm + q_plane + token, mask=real_m, other=0, volatile=True).to(tl.int32)
-    return token
 
 
 @triton.jit
