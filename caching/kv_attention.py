@@ -50,7 +50,7 @@ class AttentionDrift(TokenKV):
 class DriftState(TokenKVState):
     """stale bool [B, L]: written or taken back since it was computed. inputs: what goes into layer l and, as number
     `layers`, what comes out of the last, [B, L + 1, C]. tracked int64 [layers, B]: T, L for none; rows: its attention
-    [B, Hq, L + 1], float32; known bool, near float32 [layers, B]: whether that is known, and sigma of the last step."""
+    [B, Hq, L + 1], float32; known bool, near float32 [layers, B]: whether that is known, and sigma of the last step (inf where it was not tested)."""
 
     def __init__(self, policy: AttentionDrift, facts: TextFacts, store: KVStore) -> None:
         self.policy, self.store, self.layers, self.shifted = policy, store, facts.layers, facts.shifted
@@ -60,7 +60,7 @@ class DriftState(TokenKVState):
         shape = (facts.layers, len(present))
         self.tracked = torch.full(shape, store.slots, device=present.device)
         self.known = torch.zeros(shape, dtype=torch.bool, device=present.device)
-        self.near = torch.ones(shape, device=present.device)
+        self.near = torch.full(shape, float("inf"), device=present.device)
         self.rows: dict[int, Tensor] = {}
         self.inputs: dict[int, Tensor] = {}
 
@@ -156,7 +156,7 @@ class _Drift(Depth):
             state.rows[layer] = before.new_zeros(len(state.store.present), *before.shape[1:])
         sigma = F.cosine_similarity(before, state.rows[layer][now.members], dim=-1).mean(1)
         tested = computed & state.known[layer, now.members] & ~fresh
-        state.near[layer, now.members] = torch.where(tested, sigma, 1.0)
+        state.near[layer, now.members] = torch.where(tested, sigma, float("inf"))
 
         masks = numbered(self.masks.gather(1, now.slots), min(self.most, q.shape[2]), q.shape[2])
         weights = attention(q, keys, masks, now, scale) * (masks < q.shape[2])[:, None, :, None]

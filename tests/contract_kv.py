@@ -30,7 +30,7 @@ from hasten.pipelines.text_loop import TextLoop
 from hasten.recipe import KVPolicy, Recipe
 from hasten.samplers.commit import CommitRule, Quota, Threshold, Unmask
 from hasten.samplers.revise import RevisePolicy, ReviseState, Revision
-from hasten.samplers.scores import Draw, Scores
+from hasten.samplers.scores import Confidence, Draw, Score, Scores
 from hasten.samplers.text_blocks import BlockRule, Fixed, InBlocks
 from tests.contract import PartContract
 from tests.text_models import EOS_ID, FIRST, MASK_ID, PAD_ID, VOCAB, prompts, texts
@@ -82,11 +82,11 @@ class Trial:
 
     def __init__(
         self, host: TextHost, given: Sequence[Tensor], new: Sequence[int], kv: TokenKV, *, rule: CommitRule | None = None,
-        blocks: BlockRule | None = None, revise: RevisePolicy | None = None, temperature: float = 0.0, seed: int = 0,
-        watch: Callable[[TextLoop], Any] | None = None,
+        score: Score | None = None, blocks: BlockRule | None = None, revise: RevisePolicy | None = None,
+        temperature: float = 0.0, seed: int = 0, watch: Callable[[TextLoop], Any] | None = None,
     ) -> None:  # fmt: skip
         recipe = Recipe(
-            kv=kv, commit=Unmask(rule=rule or Quota(steps=6)), revise=revise,
+            kv=kv, commit=Unmask(rule=rule or Quota(steps=6), score=score or Confidence()), revise=revise,
             blocks=InBlocks(rule=blocks or Fixed(size=4)),
         )  # fmt: skip
         canvas = Canvas.of(given, new, host.facts)

@@ -192,7 +192,7 @@ class TestAttentionDrift:
         s = s.masked_fill(~now.visible[:, None], -float("inf")).softmax(-1)  # type: ignore[index]
         sums = s[0][:, 4:7].sum((0, 1))[:4]  # slots 4, 5, 6 are open, 0 to 3 are given
         t = int(sums.argmax())
-        assert int(state.tracked[0, 0]) == t and float(state.near[0, 0]) == 1.0, "a layer that computes all is not tested"
+        assert int(state.tracked[0, 0]) == t and float(state.near[0, 0]) > 1e9, "a layer that computes all is not tested"
         before = s[0][:, t]
 
         q2, k2, again = attended(canvas, [*sorted({t, 4, 5, 6})])
