@@ -140,6 +140,30 @@ def test_wrong_drafts_are_never_taken() -> None:
     same(run(made | FREE, host, evaluate=evaluate), run(made, host, evaluate=evaluate))
 
 
+def test_noise_is_that_of_the_step_which_a_draft_stands_for() -> None:
+    """Slots come in threes: two that are written at once, then a coin that falls as its step's noise says. A draft that
+    has both of the two is two levels up, but a single step on."""
+    host, prompt = tiny_llama(), 5
+
+    def evaluate(now: Any, store: Any) -> Tensor:
+        written = ((now.ids > 2).sum(1) - prompt)[:, None]
+        slot = now.target - prompt
+        group, coin = slot // 3, slot % 3 == 2
+        due = written >= 3 * group + 2 * coin
+        sure = torch.where(coin, torch.where(due, 0.45, 0.2), torch.where(due, 0.9, 0.39 - 0.001 * group))
+        first = 5 + slot % 7
+        rest = ((1 - sure - torch.where(coin, sure, 0.0)) / 92)[..., None]  # two tokens are never written
+        p = rest.expand(-1, -1, host.facts.vocab).scatter(-1, first[..., None], sure[..., None])
+        return p.scatter(-1, first[..., None] + 20, torch.where(coin[..., None], sure[..., None], rest)).log()
+
+    made = recipe(Threshold(above=0.4), blocks=InBlocks(rule=Whole(), end=None))
+    drafted, plain = (
+        generate(host, prompts([prompt] * 4), 12, one, 0.25, evaluate=evaluate) for one in (made | FREE, made)
+    )
+    assert plain.tally.evaluations.tolist() == [8] * 4
+    same(drafted, plain)
+
+
 def test_texts_do_not_know_of_each_other() -> None:
     made = recipe(kv=Dual()) | FREE
     for temperature in (0.0, 0.7):
