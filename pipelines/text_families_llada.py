@@ -40,7 +40,7 @@ class LLaDA(Family):
 
     def head(self) -> nn.Module | None:
         if self.model.config.weight_tying:  # type: ignore[union-attr]
-            return self.model.model.transformer["ln_f"]  # type: ignore[union-attr, index, return-value]
+            return self.model.model.transformer.ln_f  # type: ignore[union-attr, return-value]
         return super().head()
 
     def shadow(self, attachment: Attachment) -> None:

@@ -95,7 +95,7 @@ class GemmaLoop:
             )
         commit = recipe.commit or Unmask(rule=EntropyBound())
         assert isinstance(commit, Unmask)
-        self.model, self.rule, self.score = model, commit.rule, commit.score
+        self.model, self.recipe, self.rule, self.score = model, recipe, commit.rule, commit.score
         self.how = denoising or Denoising()
         text = model.config.get_text_config(decoder=True)
         self.length, self.vocab = int(model.config.canvas_length), int(text.vocab_size)

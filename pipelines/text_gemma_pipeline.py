@@ -19,7 +19,7 @@ from hasten.limits import Limits
 from hasten.noise import seeds
 from hasten.pipelines.host import hardware
 from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.pipelines.text_arguments import canonical, whole
+from hasten.pipelines.text_arguments import ALIASES, canonical, whole
 from hasten.pipelines.text_gemma import Denoising, GemmaLoop, Written, takes
 from hasten.pipelines.text_output import TextOutput
 from hasten.pipelines.text_prompts import Prompts, check, collect
@@ -67,12 +67,13 @@ class DiffusionGemmaPipeline:
             "input_ids": input_ids, "attention_mask": attention_mask, "prompts": prompts, "messages": messages,
             "max_new_tokens": max_new_tokens, "recipe": recipe, "steps": steps, "generator": generator, "streamer": streamer,
         }  # fmt: skip
+        for name in others:
+            if ALIASES.get(name, name) not in own:
+                raise UsageError(
+                    f"{name} says nothing to DiffusionGemma. Acceptance is the recipe's `commit`, temperatures and the end of"
+                    f" a canvas are in `Denoising`; generate takes {', '.join(own)}."
+                )
         given = canonical(others, own)
-        for name in sorted(given.keys() - own.keys()):
-            raise UsageError(
-                f"{name} says nothing to DiffusionGemma. Acceptance is the recipe's `commit`, temperatures and the end of a"
-                f" canvas are in `Denoising`; generate takes {', '.join(own)}."
-            )
         new, steps = given.get("max_new_tokens", NEW_TOKENS), given.get("steps")
         whole("max_new_tokens", new, 1, self.limits.max_tokens)
         whole("steps", steps, 1, self.limits.max_steps)

@@ -144,20 +144,20 @@ class LLaDAModel(nn.Module):
         attention_mask: Tensor | None = None, attention_bias: Tensor | None = None,
         past_key_values: list[tuple[Tensor, Tensor]] | None = None, use_cache: bool = False,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:  # fmt: skip
-        x = self.transformer["wte"](input_ids) if input_embeddings is None else input_embeddings
+        x = self.transformer.wte(input_ids) if input_embeddings is None else input_embeddings
         past = past_key_values[0][0].shape[-2] if past_key_values else 0
         bias = self.bias(attention_mask, attention_bias, past, x.shape[1], x.device)
-        x = self.transformer["emb_drop"](x)
+        x = self.transformer.emb_drop(x)
         kept: list[Any] | None = [] if use_cache else None
-        for number, block in enumerate(self.transformer["blocks"]):
+        for number, block in enumerate(self.transformer.blocks):
             layer_past = past_key_values[number] if past_key_values else None
             x, cache = block(x, attention_bias=bias, layer_past=layer_past, use_cache=use_cache)
             if kept is not None:
                 kept.append(cache)
-        x = self.transformer["ln_f"](x)
+        x = self.transformer.ln_f(x)
         if self.config.weight_tying:
-            return F.linear(x, self.transformer["wte"].weight), kept
-        return self.transformer["ff_out"](x), kept
+            return F.linear(x, self.transformer.wte.weight), kept
+        return self.transformer.ff_out(x), kept
 
 
 class LLaDAModelLM(PreTrainedModel):
@@ -188,10 +188,10 @@ class LLaDAModelLM(PreTrainedModel):
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.transformer["wte"]
+        return self.model.transformer.wte
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
+        return self.model.transformer.wte if self.config.weight_tying else self.model.transformer.ff_out
 
 
 def plain(model: Any, ids: Tensor) -> Tensor:
