@@ -37,7 +37,7 @@ def encode_code(tokenizer: Any, out: Path, root: Path | None) -> dict[str, Tenso
     """
     file = out / "code.safetensors"
     if not file.is_file():
-        rows = {split: _row(tokenizer, split, root) for split in SPLITS}
+        rows: dict[str, Tensor] = {split: _row(tokenizer, split, root) for split in SPLITS}
         where = python_sources.version() if root is None else f"Python sources in {root.name}"
         counts = {split: len(row) for split, row in rows.items()}
         (out / "sources.json").write_text(json.dumps({"source": where, "tokens": counts}, indent=1))

@@ -136,7 +136,7 @@ def _orders(asked: Tensor, group: Tensor, g: torch.Generator) -> tuple[Tensor, T
     """k of the m askable places (b, l) of each group (l,), k evenly from 1..m over the rows; and the weights m / k."""
     chosen, weight = torch.zeros_like(asked), torch.ones(asked.shape)
     b = len(asked)
-    for part in group.unique():
+    for part in range(int(group.max()) + 1):
         here = asked & (group == part)
         m = here.sum(1, keepdim=True)
         even = (torch.randperm(b, generator=g)[:, None] + torch.rand(b, 1, generator=g)) / b
@@ -152,7 +152,7 @@ def code_row(model: Any, code: Tensor, windows: int = 64, length: int = 128) -> 
     start = torch.linspace(0, len(code) - length, windows).long()[:, None]
     ids = code[start + torch.arange(length)].long()
     begin = 1  # the first token cannot be asked of a model that predicts the next one; the same for all
-    mean = statistics.mean(nll(model, part, begin, i) for i, part in enumerate(ids.split(16)))
+    mean = statistics.mean(nll(model, part, begin, i) for i, part in enumerate(torch.split(ids, 16)))
     return {"task": "code", "n": windows, "nats_per_token": round(mean / (length - begin), 4)}
 
 

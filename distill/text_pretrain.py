@@ -135,11 +135,19 @@ def save_model(
     twin.load_state_dict(weights)
     twin.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    file = folder / "config.json"
-    settings = json.loads(file.read_text())
-    settings["dtype"] = "float32"  # 16 bits are for the disk: the values compute in float32 unless asked otherwise
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    # 16 bits are for the disk: the values compute in float32 unless asked otherwise
+    _amend(folder / "config.json", dtype="float32")
+    # transformers 4 does not know the name that 5 writes here
+    _amend(
+        folder / "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=config.model.positions,
+    )
     (folder / "training.json").write_text(json.dumps({"step": step}))
+
+
+def _amend(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2) + "\n")
 
 
 def optimizers(model: nn.Module, c: TrainingConfig) -> list[torch.optim.Optimizer]:

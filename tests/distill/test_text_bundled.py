@@ -52,7 +52,7 @@ def test_list_tasks_are_solved_one_token_a_forward(name: str) -> None:
     rows = text_judge.tasks_rows(model, tokenizer, 16)
     match = {row["task"]: row["exact_match"] for row in rows}
     assert sum(match[task] for task in DETERMINISTIC) >= 0.95 * len(DETERMINISTIC), match
-    assert all(row["nll"] < row["closed_form"] + 1 for row in rows), rows
+    assert all(row["nll"] < row["closed_form"] + 2 for row in rows), rows
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -274,6 +274,7 @@ def test_result_loads_with_transformers_alone(trained: tuple[str, Path]) -> None
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
     stored = load_file(out / "model" / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert tokenizer.model_max_length == 64
     ours, same = tiny_models.text(out / "model")
     assert torch.equal(ours.lm_head.weight, model.lm_head.weight)
     assert same("a b").input_ids == tokenizer("a b").input_ids
