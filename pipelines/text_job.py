@@ -169,6 +169,11 @@ def fitting(recipe: Recipe, host: TextHost, tokenizer: Any = None) -> Recipe:
             f"Recipe {recipe.name!r} keeps keys and values ({recipe.kv.kind}), and those of {type(host.model).__name__} change"
             " with every step, or cannot be followed. Take a recipe without a cache."
         )
+    if getattr(recipe.revise, "shadows", False) and not host.caches:
+        raise RefusedError(
+            f"Recipe {recipe.name!r} revises by copies of slots beside the text, and {type(host.model).__name__} can only be"
+            " evaluated on whole texts. Take a recipe without revise."
+        )
     blocks = recipe.blocks
     if isinstance(blocks, InBlocks) and isinstance(blocks.rule, AtDelimiter) and not blocks.rule.ids and tokenizer is not None:
         rule = blocks.rule.told(lambda word: tokenizer.encode(word, add_special_tokens=False))
