@@ -42,21 +42,22 @@ AXES = ("sampler", "guidance", "reuse", "attention")
 """Axes that have a seam on a denoiser and its loop."""
 
 
-@overload
-def accelerate(
-    host: DiffusionPipeline | ModularPipeline, recipe: str | Path | Recipe | Budget, *,
-    scheduler: Any = None, limits: Limits | None = None, group: Any = None,
-) -> Session: ...  # fmt: skip
+# Where the types of diffusers and transformers are not looked at (they are Any), the later ones cannot be told apart.
 @overload
 def accelerate(
     host: TextDiffusionPipeline, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
 ) -> TextDiffusionSession: ...
 @overload
 def accelerate(
+    host: DiffusionPipeline | ModularPipeline, recipe: str | Path | Recipe | Budget, *,
+    scheduler: Any = None, limits: Limits | None = None, group: Any = None,
+) -> Session: ...  # fmt: skip
+@overload
+def accelerate(  # type: ignore[overload-cannot-match]
     host: PreTrainedModel, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
 ) -> TextSession: ...
 @overload
-def accelerate(
+def accelerate(  # type: ignore[overload-cannot-match]
     host: nn.Module, recipe: str | Path | Recipe | Budget, *,
     scheduler: Any, limits: Limits | None = None, group: Any = None,
 ) -> Session: ...  # fmt: skip

@@ -32,7 +32,12 @@ class Candidate:
 
 def ours(name: str, recipe: Recipe | str) -> Candidate:
     """A recipe of this library."""
-    return Candidate(name, lambda pipe: accelerate(pipe, recipe))
+
+    def apply(pipe: Any) -> Session:
+        session: Session = accelerate(pipe, recipe)
+        return session
+
+    return Candidate(name, apply)
 
 
 def fewer_steps(solver: str, steps: int) -> Candidate:

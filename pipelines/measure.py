@@ -70,7 +70,8 @@ def _branches(pipe: Any, call: dict[str, Any]) -> int:
     """Evaluations per step of the plain run."""
     with accelerate(pipe, "plain") as run:
         shoot(pipe, Sample("a", 0), {**call, "num_inference_steps": 2})
-    return max(1, round(run.report().nfe / 2))
+    evaluations: float = run.report().nfe
+    return max(1, round(evaluations / 2))
 
 
 def _main_phase(
