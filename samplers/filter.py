@@ -69,9 +69,15 @@ class _LearnedState(CommitState):
         self.net, self.above = net, above
 
     def select(self, scores: Scores, canvas: Canvas) -> Tensor:
+        return scores.among(canvas) & (self.chance(neighbours(features(scores, canvas)))[..., 0] >= self.above)
+
+    def chance(self, inputs: Tensor) -> Tensor:
+        """Probability that a token is final, [..., O], of inputs [..., I]."""
+        if self.net.first.weight.device != inputs.device:
+            self.net = self.net.to(inputs.device)
         with torch.no_grad():
-            chance = self.net.to(canvas.ids.device)(neighbours(features(scores, canvas)))[..., 0].sigmoid()
-        return scores.among(canvas) & (chance >= self.above)
+            logits: Tensor = self.net(inputs)
+        return logits.sigmoid()
 
 
 class LearnedBlock(CommitRule):
@@ -96,8 +102,7 @@ class LearnedBlock(CommitRule):
 class _LearnedBlockState(_LearnedState):
     def select(self, scores: Scores, canvas: Canvas) -> Tensor:
         among, width = scores.among(canvas), self.net.width
-        with torch.no_grad():
-            chance = self.net.to(canvas.ids.device)(confidences(scores, canvas, width)).sigmoid()
+        chance = self.chance(confidences(scores, canvas, width))
         place = canvas.place - canvas.span[:, :1]
         mine = chance.gather(1, place.clamp(0, width - 1))
         return among & (place < width) & (mine >= self.above)
