@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -59,6 +59,7 @@ class TasksConfig(Strict):
     """
 
     batch: PositiveInt = 96
+    later: PositiveInt | None = None
     shortest: PositiveInt = 26
     longest: PositiveInt = 38
     tail: PositiveFloat = 0.1
@@ -79,6 +80,7 @@ class CodeConfig(Strict):
     """Python sources: `batch` windows of `length` tokens a step; every other one keeps its beginning unmasked."""
 
     batch: PositiveInt = 16
+    later: PositiveInt | None = None
     length: PositiveInt = 128
 
 
@@ -97,7 +99,10 @@ class TrainingConfig(Strict):
 
 
 class TextPretrainConfig(Strict):
-    """One text model: what it is, what it learns from and how long. At least one of `tasks` and `code`."""
+    """One text model: what it is, what it learns from and how long. At least one of `tasks` and `code`.
+
+    From step `later_from` on, a batch of tasks or code has `later` texts: the tasks are learned early, code is not.
+    """
 
     name: str
     kind: Literal["text"]
@@ -105,16 +110,29 @@ class TextPretrainConfig(Strict):
     model: ModelConfig = ModelConfig()
     tasks: TasksConfig | None = None
     code: CodeConfig | None = None
+    later_from: PositiveInt | None = None
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
     def _learns(self) -> TextPretrainConfig:
         if self.tasks is None and self.code is None:
             raise ValueError("give tasks, code, or both: there is nothing to learn from")
+        if (self.later_from is None) != all(part is None or part.later is None for part in (self.tasks, self.code)):
+            raise ValueError("later_from goes with tasks.later or code.later, and they with it")
         longest = max(self.tasks.longest if self.tasks else 0, self.code.length if self.code else 0)
         if longest > self.model.positions:
             raise ValueError(f"model.positions must be {longest} at least, as texts are, got {self.model.positions}")
         return self
+
+
+Part = TypeVar("Part", TasksConfig, CodeConfig)
+
+
+def at_step(part: Part, later_from: int | None, step: int) -> Part:
+    """A section with the size of batch that it has at a step."""
+    if later_from is None or part.later is None or step < later_from:
+        return part
+    return part.model_copy(update={"batch": part.later})
 
 
 def load_any(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.distill.pretrain_loop import step_seed
-from hasten.distill.text_config import ModelConfig, TextPretrainConfig
+from hasten.distill.text_config import ModelConfig, TextPretrainConfig, at_step
 from hasten.distill.text_data import Batch, code_batch, tasks_batch
 from hasten.distill.tiny_attention import MaskedBmmAttention
 
@@ -91,13 +91,13 @@ class TextObjective:
 
     def __call__(self, model: Any, step: int) -> Tensor:
         """Mean of the parts' losses, in nats per token."""
-        seed = step_seed(self.config.seed, "text", step)
+        c, seed = self.config, step_seed(self.config.seed, "text", step)
         batches: dict[str, Batch] = {}
-        if self.config.tasks is not None:
-            batches["tasks"] = tasks_batch(self.tokenizer, self.config.tasks, seed)
-        if self.config.code is not None:
+        if c.tasks is not None:
+            batches["tasks"] = tasks_batch(self.tokenizer, at_step(c.tasks, c.later_from, step), seed)
+        if c.code is not None:
             assert self.code is not None
-            batches["code"] = code_batch(self.code, self.config.code, seed)
+            batches["code"] = code_batch(self.code, at_step(c.code, c.later_from, step), seed)
         losses = {name: self.part(model, batch, seed) for name, batch in batches.items()}
         self.last = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
         return torch.stack(list(losses.values())).mean()

@@ -96,6 +96,8 @@ def test_sizes_are_as_told(tokenizer: Any) -> None:
         ({"model.attention": "causal", "model.shifted": True}, "shifted goes with attention: full"),
         ({"tasks.shortest": 23}, "24 <= shortest <= longest"),
         ({"tasks": None, "code": None}, "nothing to learn from"),
+        ({"later_from": 3}, "later_from goes with"),
+        ({"tasks.later": 3}, "later_from goes with"),
         ({"code.length": 65}, r"model\.positions must be 65 at least"),
         ({"kind": "txt"}, "Did you mean 'text'"),
         ({"training.lr": -1}, r"training\.lr.*got -1"),
@@ -157,6 +159,21 @@ def test_the_share_of_masks_is_spread_evenly(kind: str) -> None:
     if kind == "block":
         inside = groups.float().mean(2).std(1).mean()
         assert float(inside) > 0.2, "blocks of one text have shares of their own"
+
+
+def test_the_mixture_changes_at_the_step_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = config(**{"tasks.later": 2, "code": None, "later_from": 5})
+    objective = TextObjective(c, tokenizer, None, "cpu")
+    sizes: list[int] = []
+
+    def part(model: Any, batch: Any, seed: int) -> torch.Tensor:
+        sizes.append(len(batch.ids))
+        return torch.zeros(())
+
+    monkeypatch.setattr(objective, "part", part)
+    for step in (0, 4, 5, 9):
+        objective(None, step)
+    assert sizes == [4, 4, 2, 2]
 
 
 # -- attention and predictions ----------------------------------------------------------------------------------
