@@ -29,8 +29,7 @@ class Guide:
             raise ModelError(f"The guide must be a causal language model of transformers, got {type(model).__name__}.")
         if getattr(model, "training", False):
             raise UsageError("The guide is in training mode, which changes its output. Call guide.eval() first.")
-        size = getattr(config, "vocab_size", None)
-        _same_words(size, facts, tokenizer, own)
+        size = _same_words(getattr(config, "vocab_size", None), facts, tokenizer, own)
         self.model, self.facts = model, facts
         self.forbidden = torch.tensor([token for token in facts.forbidden if token < size], dtype=torch.int64)
         self.context = int(getattr(config, "max_position_embeddings", None) or facts.context)
@@ -56,8 +55,9 @@ class Guide:
         return torch.nn.functional.pad(best, (1, 0), value=-1)[:, : canvas.slots]
 
 
-def _same_words(size: Any, facts: TextFacts, tokenizer: Any, own: Any) -> None:
-    """Refuse a guide whose numbers mean other words. Tokenizers decide where both are known, else the sizes must agree."""
+def _same_words(size: Any, facts: TextFacts, tokenizer: Any, own: Any) -> int:
+    """The guide's number of tokens. Refuses one whose numbers mean other words: tokenizers decide where both are known, else
+    the sizes must agree."""
     known = tokenizer is not None and own is not None
     least = 1 + max(set(range(facts.vocab)) - set(facts.forbidden))
     if not isinstance(size, int) or size < least or not known and size != facts.vocab:
@@ -66,7 +66,7 @@ def _same_words(size: Any, facts: TextFacts, tokenizer: Any, own: Any) -> None:
             " writes means nothing to the other. Take a guide with the same tokenizer."
         )
     if not known or tokenizer is own:
-        return
+        return size
     mine, theirs = own.get_vocab(), tokenizer.get_vocab()
     for word, number in sorted(mine.items(), key=lambda item: item[1]):
         if number not in facts.forbidden and theirs.get(word) != number:
@@ -74,3 +74,4 @@ def _same_words(size: Any, facts: TextFacts, tokenizer: Any, own: Any) -> None:
                 f"The token {word!r} is number {number} to the guided model and {theirs.get(word)} to the guide. Take a guide"
                 " with the same tokenizer."
             )
+    return size

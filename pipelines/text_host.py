@@ -27,7 +27,8 @@ class TextHost:
     """One model. Subclasses set `facts` and say in `forward` how it is called; the rest is common to all.
 
     model: stays as it is; it is touched only within `attached()`, and exactly restored. caches: keys and values can be
-    kept from one evaluation to the next (a model that looks at the noise level in every layer cannot).
+    kept from one evaluation to the next (a model that looks at the noise level in every layer cannot). repeats: the share
+    of given tokens that it gives back, None until a reviser needs to know (`text_repeats.py`).
     """
 
     caches: bool = True
@@ -36,6 +37,7 @@ class TextHost:
     def __init__(self, model: nn.Module, facts: TextFacts) -> None:
         self.model, self.facts = model, facts
         self.tap = Tap()
+        self.repeats: float | None = None
         self._layers: TextLayers | None = None
         self._sites: list[nn.Module] | None = None
 
@@ -70,8 +72,8 @@ class TextHost:
         """The model answers from our store within; afterwards it is as it was."""
         with ExitStack() as stack:
             if self.interfaced():
-                self._sites = self._sites or sites(self.model)  # type: ignore[arg-type]
-                attachment = attach(self.model, self.tap, self._sites)  # type: ignore[arg-type]
+                self._sites = self._sites or sites(self.model)
+                attachment = attach(self.model, self.tap, self._sites)
                 mode: Any = nullcontext()
             else:
                 attachment, mode = Attachment(), CatchSdpa(self.tap)

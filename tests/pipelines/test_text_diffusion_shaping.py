@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from hasten.caching.kv import Dual, Prefix, Recompute, TokenKV
+from hasten.caching.store import KVStore, Pass
+from hasten.canvas import Canvas
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines.text_diffusion import TextDiffusionPipeline
 from hasten.pipelines.text_guide import Guide
+from hasten.pipelines.text_shaping import HoldEnd
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Unmask
 from hasten.samplers.commit_told import Agreed
@@ -107,6 +110,19 @@ def test_the_penalty_is_taken_off_in_nats() -> None:
     assert early not in huge.sequences[0, len(PROMPT) :].tolist()
 
 
+def test_end_tokens_are_held_back_where_they_are_and_nowhere_else() -> None:
+    canvas = Canvas.of([torch.tensor([1, 2]), torch.tensor([3])], [3, 3], pipe().host.facts)
+    slots = torch.tensor([[2, 3, 4], [1, 2, 5]])  # slot 5 is none
+    now = Pass(torch.tensor([0, 1]), slots, slots, "none", None, torch.arange(3).expand(2, -1), slots)
+    plain = torch.randn(2, 3, 8)
+    held = HoldEnd(lambda now, store: plain.clone(), canvas, (4, 6), 1.5, 2)(now, KVStore(2, 5, torch.device("cpu")))
+    others = [0, 1, 2, 3, 5, 7]
+    assert torch.equal(held[..., others], plain[..., others])
+    early = torch.tensor([[True, True, False], [True, True, False]])
+    assert torch.equal(torch.isinf(held[..., [4, 6]]).all(-1), early)
+    assert torch.allclose(held[:, 2, [4, 6]], plain[:, 2, [4, 6]] - 1.5)
+
+
 # --- the guide ----------------------------------------------------------------------------------------
 
 
@@ -117,8 +133,6 @@ def guide(seed: int = 5) -> Any:
 def test_the_guide_says_what_it_would_have_written() -> None:
     subject, causal = pipe(), guide()
     asked = Guide(causal, subject.host.facts)
-    from hasten.canvas import Canvas
-
     canvas = Canvas.of([torch.tensor([1, 2]), torch.tensor([3])], [3, 2], subject.host.facts)
     proposed = torch.where(canvas.masked, 7, canvas.ids)
     told = asked(proposed, canvas)

@@ -97,10 +97,16 @@ def test_padding_is_no_key() -> None:
     given = CALL | {"input_ids": ids, "attention_mask": (ids != PAD).long()}
     right = pipe(**given).sequences
     assert not torch.equal(right, pipe(**(CALL | {"input_ids": ids})).sequences)
-    with hasten.accelerate(pipe, KEEP):
+    with hasten.accelerate(pipe, KEEP) as run:
         assert torch.equal(pipe(**given).sequences, right)
         pipe(**(CALL | {"input_ids": ids}))
         assert torch.equal(pipe(**given).sequences, right), "another mask makes other keys"
+        assert run.cached is not None
+        assert run.cached.works
+        assert run.cached.mask is not None
+        other = torch.ones_like(run.cached.mask)
+        assert run.cached._changed(run.cached.ids, other) == 0  # type: ignore[arg-type]
+        assert run.cached._changed(run.cached.ids, run.cached.mask) == other.shape[1]  # type: ignore[arg-type]
 
 
 def test_other_texts_in_between_do_not_remain() -> None:
@@ -211,6 +217,17 @@ def test_texts_of_a_batch_do_not_know_of_each_other() -> None:
 
 
 def test_noise_differs_from_block_to_block() -> None:
+    scheduler = RecipeScheduler.of(SURE)
+    scheduler.set_timesteps(1, block_length=16)
+    masks, flat = torch.full((1, 16), MASK), torch.zeros(1, 16, 96)
+    blocks = [
+        scheduler.step(flat, 0, masks, mask_token_id=MASK, temperature=1.0, generator=torch.Generator(), return_dict=False)[3]
+        for _ in range(2)
+    ]
+    assert not torch.equal(*blocks)
+
+
+def test_noise_is_the_generators() -> None:
     pipe = pipeline(scheduler=RecipeScheduler.of(SURE, BLOCK))
 
     def sample(seed: int) -> Tensor:
