@@ -70,7 +70,8 @@ class _SuffixState(TokenKVState):
         place = canvas.place
         low, top = torch.tensor([first, high], device=place.device)[..., None]
         distance = torch.where(place >= top, place - top, canvas.slots)
-        return (place >= low) & (place < top) | self.kept[distance]
+        tokens: Tensor = (place >= low) & (place < top) | self.kept[distance]
+        return tokens
 
     def _forget(self, members: list[int], tokens: Tensor) -> None:
         """What is not computed at the first step of a block is not read in it."""

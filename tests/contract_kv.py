@@ -243,3 +243,14 @@ class TokenKVContract(PartContract):
         done = trial(name, part)
         steps = [sum(row.open for row in rows) for rows in done.loop.tally.rows]
         assert int(done.loop.tally.evaluations.sum()) == sum(steps)
+
+    @pytest.mark.parametrize("name", ["full", "shifted"])
+    def test_open_slots_have_logits(self, part: TokenKV, name: str) -> None:
+        """All of the active block, at every step; a group's alone where groups are."""
+        name = "block" if refused(part, name) and name == "full" else "block-shifted" if refused(part, name) else name
+        done = trial(name, part)
+        for seen, rows in zip(done.seen, done.loop.tally.rows, strict=True):
+            counts = seen.isfinite().sum(1).tolist()
+            for count, row in zip(counts, rows, strict=True):
+                left = row.left if row.open else 0
+                assert 0 < count <= left or not left if part.kind == "groups" else count == left

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hasten.caching.kv import Dual, Prefix, Recompute, TokenKV, Vicinity, alike, stretches
 from hasten.caching.kv_attention import AttentionDrift
@@ -130,6 +131,21 @@ class TestSparseSuffix:
         done = one("full", SparseSuffix(window=6, decay=2.0), 4, 12)
         near, last = len(KEPT), len([d for d in KEPT if d < 4])
         assert tokens(done) == [8 + near + 3 * (4 + near) + 12 + last + 3 * (4 + last) + 16 + 3 * 4]
+
+    def test_what_was_kept_for_an_earlier_block_is_not_read(self) -> None:
+        """Slot 19 is at distance 11 of the first block, which is kept, and at 7 of the second, which is not."""
+        calls: list[tuple[set[int], set[int]]] = []
+
+        def watch(loop: Any) -> Any:
+            def note(layer: int, q: Tensor, keys: Tensor, values: Tensor, now: Any) -> None:
+                if layer == 0 and loop.tally.rows[-1][0].since == 0:
+                    calls.append((set(now.slots[0].tolist()), set(now.visible[0].any(0).nonzero()[:, 0].tolist())))
+
+            return note
+
+        one("full", SparseSuffix(window=12, decay=2.0), 4, 20, watch=watch)
+        assert 19 in calls[0][0] and 19 not in calls[1][0] and 16 in calls[1][0]
+        assert all(computed == read for computed, read in calls)
 
     def test_without_decay_all_of_the_window_is(self) -> None:
         same(trial("full", SparseSuffix(window=99, decay=0.0)), trial("full", Prefix()))
