@@ -27,7 +27,7 @@ def choose(
     if getattr(model, "config", None) is None:
         raise ModelError(f"{type(model).__name__} has no config. Pass a model that transformers loaded.")
     if model.training:
-        raise UsageError(f"{type(model).__name__} is in training mode, which changes its output. Call model.eval() first.")
+        raise UsageError(f"{type(model).__name__} is in training mode, which changes its output. Call model.eval().")
     for claims in ("named", "typed"):
         for family in FAMILIES:
             if getattr(family, claims)(model):

@@ -1,6 +1,7 @@
 """MDLM (arXiv 2406.07524) and BD3-LM (arXiv 2503.09573): transformers with a noise level, under names of their own.
 
-Both give raw logits; SUBS, which says that the mask is never written and that known tokens stay, is what the engine does.
+Both give raw logits; SUBS, which says that the mask is never written and that known tokens stay, is what the engine
+does.
 
 Shapes: m texts, N computed tokens of each, D head dimension.
 """
@@ -89,8 +90,8 @@ class BD3LM(MDLM):
         super().__init__(model, facts)
         if not self.caches:
             raise RefusedError(
-                "This BD3-LM looks at the noise level (time_conditioning), which differs from block to block; one call has"
-                " one level only, so it cannot be evaluated as it was trained."
+                "This BD3-LM looks at the noise level (time_conditioning), which differs from block to block; one call"
+                " has one level only, so it cannot be evaluated as it was trained."
             )
 
     def called(self, ids: Tensor, real: Tensor) -> Any:

@@ -17,8 +17,8 @@ from hasten.session import Attachment
 
 
 class Dream(Family):
-    """Shifted logits (arXiv 2508.15487). The release that Fast-dLLM patched takes position_ids and does not use them, so
-    the model's one rotary module is told the positions in both."""
+    """Shifted logits (arXiv 2508.15487). The release that Fast-dLLM patched takes position_ids and does not use them,
+    so the model's one rotary module is told the positions in both."""
 
     family: ClassVar[str] = "Dream"
     names: ClassVar[tuple[str, ...]] = ("DreamModel",)
@@ -41,8 +41,8 @@ class Dream(Family):
 class SDAR(Family):
     """SDAR and TraDo, block-causal by a mask that the caller brings (arXiv 2510.06303).
 
-    A mask of ones only sends a call to the flash-attn package, and no mask is an error: it gets one zero, on the CPU, so
-    that asking whether all are ones does not wait for the device.
+    A mask of ones only sends a call to the flash-attn package, and no mask is an error: it gets one zero, on the CPU,
+    so that asking whether all are ones does not wait for the device.
     """
 
     family: ClassVar[str] = "SDAR"
@@ -119,8 +119,8 @@ class Bundled(Family):
         kind = says.get("kind") if isinstance(says, dict) else None
         if kind not in KINDS:
             raise ModelError(
-                f"hasten_diffusion in the config of {type(model).__name__} is {says!r}; allowed: a mapping with kind one of"
-                f" {', '.join(KINDS)}, block (slots, for kind block) and shifted (true or false)."
+                f"hasten_diffusion in the config of {type(model).__name__} is {says!r}; allowed: a mapping with kind"
+                f" one of {', '.join(KINDS)}, block (slots, for kind block) and shifted (true or false)."
             )
         if told.shifted is None:
             told = Told(told.mask_token_id, told.block, bool(says.get("shifted", False)))

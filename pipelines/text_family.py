@@ -1,4 +1,5 @@
-"""What a family of masked language models is: where its config says what the engine must know, and how its authors call it.
+"""What a family of masked language models is: where its config says what the engine must know, and how its authors call
+it.
 
 Shapes: m texts, N tokens of each, V logits of a token.
 """
@@ -47,8 +48,8 @@ class Family(TextHost):
 
     names: its architectures in `config.architectures`, or names of its classes. types: its `config.model_type`.
     mask_token: that of the released checkpoints, where their configs do not have it. shifts: logits at a slot are about
-    the next. block: slots per block where the config does not say it. causal: its mask is block-causal. in_interface: its
-    attention goes through transformers' interface (None: transformers' own judgement).
+    the next. block: slots per block where the config does not say it. causal: its mask is block-causal. in_interface:
+    its attention goes through transformers' interface (None: transformers' own judgement).
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -80,7 +81,8 @@ class Family(TextHost):
 
     @classmethod
     def read(cls, model: Any, tokenizer: Any, told: Told) -> TextFacts:
-        """What the engine must know, from what the caller says, the config, the tokenizer and the family, in that order."""
+        """What the engine must know, from what the caller says, the config, the tokenizer and the family, in that
+        order."""
         config, sizes = model.config, cls.sizes(model.config)
         if tokenizer is not None:
             sizes = Sizes(sizes.layers, sizes.heads, sizes.logits, min(sizes.tokens, len(tokenizer)), sizes.context)
@@ -113,8 +115,8 @@ class Family(TextHost):
         if not cls.causal:
             if told.block is not None:
                 raise UsageError(
-                    f"{cls.family} has no blocks of its own, got block={told.block}. Blocks to decode in are a part of the"
-                    " recipe."
+                    f"{cls.family} has no blocks of its own, got block={told.block}. Blocks to decode in are a part of"
+                    " the recipe."
                 )
             return None
         block = told.block or first(*(getattr(config, name, None) for name in ("block_size", "bd_size")), cls.block)
@@ -159,10 +161,14 @@ def mask_token(model: Any, tokenizer: Any, told: Told, released: int | None, log
     token = first(*known)
     name = type(model).__name__
     if token is None:
-        raise ModelError(f"Nothing says which token of {name} is the mask: not its config nor its tokenizer. Pass mask_token_id=.")
+        raise ModelError(
+            f"Nothing says which token of {name} is the mask: not its config nor its tokenizer. Pass mask_token_id=."
+        )
     if not 0 <= token < logits:
         where = "you passed" if told.mask_token_id is not None else "its config, its tokenizer or its family says"
-        raise ModelError(f"The mask token that {where}, {token}, is none of the {logits} of {name}. Pass the right mask_token_id=.")
+        raise ModelError(
+            f"The mask token that {where}, {token}, is none of the {logits} of {name}. Pass the right mask_token_id=."
+        )
     return int(token)
 
 

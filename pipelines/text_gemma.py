@@ -1,9 +1,9 @@
 """DiffusionGemma: text written from noise, canvas by canvas, behind an encoder that keeps the prefix exactly.
 
-There is no mask token. A canvas starts as random tokens; each evaluation accepts some slots and fills the others with new
-random tokens, so that nothing is settled until the canvas is, and what comes out is the most probable token everywhere.
-The loop is transformers' `DiffusionGemmaGenerationMixin.generate` (5.23), with any of our commit rules for acceptance, with
-noise of its own for each text, and with texts of different lengths.
+There is no mask token. A canvas starts as random tokens; each evaluation accepts some slots and fills the others with
+new random tokens, so that nothing is settled until the canvas is, and what comes out is the most probable token
+everywhere. The loop is transformers' `DiffusionGemmaGenerationMixin.generate` (5.23), with any of our commit rules for
+acceptance, with noise of its own for each text, and with texts of different lengths.
 
 Shapes: B texts, C slots of a canvas, V tokens.
 """
@@ -34,8 +34,8 @@ class Denoising:
     """How a canvas is denoised; the defaults are transformers'.
 
     steps: evaluations of a canvas at most. hot, cold: temperatures at its first and (but for one step) last evaluation.
-    stable: evaluations for which the most probable tokens must have stayed the same, and confident: mean entropy in nats
-    below which they must be, for a canvas to be over. forever: never over before the last step.
+    stable: evaluations for which the most probable tokens must have stayed the same, and confident: mean entropy in
+    nats below which they must be, for a canvas to be over. forever: never over before the last step.
     """
 
     steps: int = 48
@@ -67,8 +67,8 @@ class Written:
 
 
 OnCanvas = Callable[[int, Tensor, Tensor, bool], None]
-"""Told after each evaluation: the canvas's number, its most probable tokens int64 [B, C], which texts are over with it (bool
-[B]), and whether the canvas is."""
+"""Told after each evaluation: the canvas's number, its most probable tokens int64 [B, C], which texts are over with it
+(bool [B]), and whether the canvas is."""
 
 
 def takes(model: Any) -> bool:
@@ -90,8 +90,9 @@ class GemmaLoop:
         others = sorted(set(recipe.axes) - {"commit"})
         if others:
             raise RefusedError(
-                f"DiffusionGemma takes {', '.join(others)} from no recipe: its encoder keeps the prefix exactly, its blocks"
-                " are its canvases, and every slot is open until the canvas is over. Leave them out; `commit` is used."
+                f"DiffusionGemma takes {', '.join(others)} from no recipe: its encoder keeps the prefix exactly, its"
+                " blocks are its canvases, and every slot is open until the canvas is over. Leave them out;"
+                " `commit` is used."
             )
         commit = recipe.commit or Unmask(rule=EntropyBound())
         assert isinstance(commit, Unmask)
@@ -221,15 +222,15 @@ class GemmaLoop:
 
     def _check(self, prompts: Sequence[Tensor], new: Sequence[int]) -> None:
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
-            raise UsageError("DiffusionGemma needs at least one token in each prompt, such as the one a text begins with.")
+            raise UsageError("DiffusionGemma needs at least one token in each prompt, such as that a text begins with.")
         if any(count < 0 for count in new):
             raise UsageError(f"Numbers of tokens to write must not be negative, got {list(new)}.")
         canvases = -(-max(new) // self.length) * self.length
         longest = max(len(prompt) for prompt in prompts) + canvases
         if longest > self.context:
             raise UsageError(
-                f"The longest prompt and {canvases} tokens in canvases of {self.length} are {longest} tokens, and the context"
-                f" is {self.context}. Shorten the prompt or write less."
+                f"The longest prompt and {canvases} tokens in canvases of {self.length} are {longest} tokens, and the"
+                f" context is {self.context}. Shorten the prompt or write less."
             )
         if self.model.training:
             raise ModelError("This DiffusionGemma is in training mode. Call model.eval() first.")

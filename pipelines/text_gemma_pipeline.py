@@ -44,7 +44,8 @@ class DiffusionGemmaPipeline:
         denoising: Denoising | None = None, limits: Limits | None = None,
     ) -> None:  # fmt: skip
         if not takes(model):
-            raise ModelError(f"{type(model).__name__} is no DiffusionGemmaForBlockDiffusion. Use TextDiffusionPipeline.")
+            name = type(model).__name__
+            raise ModelError(f"{name} is no DiffusionGemmaForBlockDiffusion. Use TextDiffusionPipeline.")
         self.model, self.tokenizer, self.limits = model, tokenizer, limits or Limits()
         self.denoising = denoising or Denoising()
         self.recipe = None if recipe is None else find_recipe(recipe)
@@ -59,19 +60,20 @@ class DiffusionGemmaPipeline:
         """Generate a text behind each prompt; a `TextOutput`, or its `sequences` with return_dict_in_generate=False.
 
         Texts of a batch do not know of each other. Arguments as `TextDiffusionPipeline.generate`; steps (or
-        max_denoising_steps): evaluations of a canvas at most; max_new_tokens: 256 by default. A streamer gets tokens when
-        their canvas is over, and each evaluation's most probable ones in `put_draft` if it has that. Raises `UsageError`
-        or `LimitError` before anything is computed.
+        max_denoising_steps): evaluations of a canvas at most; max_new_tokens: 256 by default. A streamer gets tokens
+        when their canvas is over, and each evaluation's most probable ones in `put_draft` if it has that. Raises
+        `UsageError` or `LimitError` before anything is computed.
         """
         own = {
             "input_ids": input_ids, "attention_mask": attention_mask, "prompts": prompts, "messages": messages,
-            "max_new_tokens": max_new_tokens, "recipe": recipe, "steps": steps, "generator": generator, "streamer": streamer,
+            "max_new_tokens": max_new_tokens, "recipe": recipe, "steps": steps, "generator": generator,
+            "streamer": streamer,
         }  # fmt: skip
         for name in others:
             if ALIASES.get(name, name) not in own:
                 raise UsageError(
-                    f"{name} says nothing to DiffusionGemma. Acceptance is the recipe's `commit`, temperatures and the end of"
-                    f" a canvas are in `Denoising`; generate takes {', '.join(own)}."
+                    f"{name} says nothing to DiffusionGemma. Acceptance is the recipe's `commit`, temperatures and the"
+                    f" end of a canvas are in `Denoising`; generate takes {', '.join(own)}."
                 )
         given = canonical(others, own)
         new, steps = given.get("max_new_tokens", NEW_TOKENS), given.get("steps")
@@ -152,7 +154,8 @@ class _Reader:
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(value=tokens[None, : self.left[row]])
                 continue
-            end = next((place + 1 for place, token in enumerate(tokens.tolist()) if token in self.ends), len(tokens) + 1)
+            ends = [place + 1 for place, token in enumerate(tokens.tolist()) if token in self.ends]
+            end = ends[0] if ends else len(tokens) + 1
             streamer.put(tokens[: min(end, self.left[row], len(tokens))])
             self.left[row] = 0 if end <= len(tokens) else self.left[row] - len(tokens)
             if self.left[row] <= 0:

@@ -1,7 +1,7 @@
 """Is a model what it is taken for? A few small evaluations before the first text, and what follows where it is not.
 
-Everything is compared with the model's own call on the same tokens (`Family.own`). What fails is done without where that
-is possible, and refused where it is not; every such thing is a sentence.
+Everything is compared with the model's own call on the same tokens (`Family.own`). What fails is done without where
+that is possible, and refused where it is not; every such thing is a sentence.
 
 Shapes: m texts, N tokens of each, V logits.
 """
@@ -85,8 +85,8 @@ class Whole(TextHost):
         lengths, right = torch.stack([count, whole.long()]).tolist()
         if not all(right):
             raise ModelError(
-                f"The attention of {type(self.model).__name__} cannot be followed, so only whole texts can be evaluated:"
-                " use a recipe without a cache and without drafts."
+                f"The attention of {type(self.model).__name__} cannot be followed, so only whole texts can be"
+                " evaluated: use a recipe without a cache and without drafts."
             )
         each = [self.own(now.ids[row : row + 1, :length]) for row, length in enumerate(lengths)]
         width = each[0].shape[-1]
@@ -151,7 +151,9 @@ class _Probe:
         except HastenError as error:
             return Finding(check, False, str(error))
         except Exception as error:  # noqa: BLE001 - remote code fails in its own ways
-            return Finding(check, False, f"{self.name} fails where its {check} are tried: {type(error).__name__}: {error}")
+            hint = " Load it in float32." if "dtype" in str(error) else ""
+            asked = f"{self.name} fails where its {check} are tried: {type(error).__name__}: {error}.{hint}"
+            return Finding(check, False, asked)
 
     # --- questions ----------------------------------------------------------------------------------
 
@@ -160,7 +162,8 @@ class _Probe:
         try:
             ours = self.whole(self.ids[:1], "none")
         except ModelError as error:
-            return Finding("followed", False, f"{error} As it is, its own call is used, one whole text at a time, without caches.")
+            rest = "As it is, its own call is used, one whole text at a time, without caches."
+            return Finding("followed", False, f"{error} {rest}")
         wrong = self.error(ours, self.host.own(self.ids[:1]))
         sentence = (
             f"The attention of {self.name} could be followed, but gives other logits than its own call (relative error"
@@ -176,8 +179,8 @@ class _Probe:
         part = (canvas.place >= low)[None]
         wrong = self.error(self.evaluate(canvas, part, "store", store), whole[:, low:])
         sentence = (
-            f"{self.name} gives other logits for a window than for the whole text (relative error {wrong:.2g}), as if it"
-            " did not use the positions it is given; it is evaluated without caches."
+            f"{self.name} gives other logits for a window than for the whole text (relative error {wrong:.2g}), as if"
+            " it did not use the positions it is given; it is evaluated without caches."
         )
         return self.finding("windows", wrong, sentence)
 
@@ -201,13 +204,14 @@ class _Probe:
         block = self.facts.block or self.length
         first = (self.length - 1) // block * block
         before, after = self.host.own(self.ids[:1]), self.host.own(changed)
-        said = f"blocks of {block}" if self.facts.block else "full attention"
+        kind = f"blocks of {block}" if self.facts.block else "full attention"
+        said = f"{self.name} is taken for a model of {kind}"
         if first and self.error(after[:, :first], before[:, :first]) > self.tolerance:
-            return Finding("blocks", False, f"{self.name} is taken for a model of {said}, but sees later blocks. Pass another block=.")
+            return Finding("blocks", False, f"{said}, but sees later blocks. Pass another block=.")
         if first == self.length - 1:
             return Finding("blocks", True)
         if self.error(after[:, first:-1], before[:, first:-1]) < 1e-6:
-            return Finding("blocks", False, f"{self.name} is taken for a model of {said}, but no token sees those behind it.")
+            return Finding("blocks", False, f"{said}, but no token sees those behind it.")
         return Finding("blocks", True)
 
     def shift(self, tokenizer: Any) -> Finding:
@@ -221,11 +225,12 @@ class _Probe:
     def _shift(self, tokenizer: Any) -> Finding:
         if tokenizer is None or self.facts.mask_id is None:
             return Finding("shift", None, "Shift not measured: it takes a tokenizer and a mask token.")
-        text = torch.tensor(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])[: self.facts.context].to(self.ids)
-        count = len(text)
+        tokens = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"][: self.facts.context]
+        text, count = torch.tensor(tokens).to(self.ids), len(tokens)
         if count < 4:
             return Finding("shift", None, f"Shift not measured: the tokenizer makes {count} tokens of the sentence.")
-        rows = text.repeat(count, 1).masked_fill(torch.eye(count, dtype=torch.bool, device=text.device), self.facts.mask_id)
+        each = torch.eye(count, dtype=torch.bool, device=text.device)
+        rows = text.repeat(count, 1).masked_fill(each, self.facts.mask_id)
         odds = self.host.own(rows).float().log_softmax(-1)
         at = torch.arange(1, count, device=text.device)
         here, before = (float(odds[at, place, text[1:]].mean()) for place in (at, at - 1))
@@ -235,8 +240,9 @@ class _Probe:
         measured, said = before > here, self.host.facts.shifted
         words = {True: "the slot behind it", False: "its own slot"}
         sentence = (
-            f"{self.name} is taken for a model whose logits at a slot are about {words[said]}; on a known text they are about"
-            f" {words[measured]} ({max(here, before):.2f} against {min(here, before):.2f} nats). Pass shifted={measured}."
+            f"{self.name} is taken for a model whose logits at a slot are about {words[said]}; on a known text they are"
+            f" about {words[measured]} ({max(here, before):.2f} against {min(here, before):.2f} nats). Pass"
+            f" shifted={measured}."
         )
         return Finding("shift", measured == said, "" if measured == said else sentence)
 
@@ -253,7 +259,8 @@ class _Probe:
             wrong = self.error(self.whole(self.ids[:1], "none"), usual)
         finally:
             hook.remove()
-        return self.finding("embeddings", wrong, f"{self.name} does not take embeddings for tokens (relative error {wrong:.2g}).")
+        sentence = f"{self.name} does not take embeddings for tokens (relative error {wrong:.2g})."
+        return self.finding("embeddings", wrong, sentence)
 
     # --- how they are asked -------------------------------------------------------------------------
 

@@ -43,12 +43,12 @@ def adapter(name: str, seed: int = 1) -> Family:
     return choose(model, **facts.told)
 
 
-def evaluated(host: Family, canvas: Canvas, tokens: Tensor, keep: Any, store: KVStore, most: int | None = None) -> Tensor:
+def evaluated(host: Family, canvas: Canvas, tokens: Tensor, keep: Any, store: KVStore) -> Tensor:
     """Logits [m, R, V] of the tokens, bool [B, L], as they come out."""
     facts = dataclasses.replace(host.facts, shifted=False)
     width = int(tokens.sum(1).max())
     rows = Rows(list(range(len(tokens))), tokens, width, keep)
-    now = text_pass.plain(rows, canvas, text_pass.Wanted(tokens, most or width), facts, store)
+    now = text_pass.plain(rows, canvas, text_pass.Wanted(tokens, width), facts, store)
     with host.attached():
         return host.run(now, store)
 

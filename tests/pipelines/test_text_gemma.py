@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,8 +100,10 @@ def test_lengths_and_ends() -> None:
 
 
 def test_when_a_canvas_is_over() -> None:
-    early = loop(denoising=Denoising(steps=6, stable=0, confident=100.0)).run(prompts(5), [CANVAS], SEEDS[:1])
-    never = loop(denoising=Denoising(steps=6, stable=0, confident=100.0, forever=True)).run(prompts(5), [CANVAS], SEEDS[:1])
+    sure = Denoising(steps=6, stable=0, confident=100.0)
+    early, never = (
+        loop(denoising=how).run(prompts(5), [CANVAS], SEEDS[:1]) for how in (sure, replace(sure, forever=True))
+    )
     assert (int(early.evaluations[0]), int(never.evaluations[0])) == (1, 6)
     assert int(never.tokens[0]) == 6 * CANVAS
 
@@ -193,4 +196,5 @@ def test_pipeline_says_what_it_does_not_take() -> None:
             pipe.generate(prompts(4)[0][None], **wrong)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="TextDiffusionPipeline"):
         DiffusionGemmaPipeline(FAMILIES["llada"](1).model)
-    assert pipe.generate(prompts(4)[0], max_denoising_steps=2, max_new_tokens=3, return_dict_in_generate=False).shape[0] == 1
+    ids = pipe.generate(prompts(4)[0], max_denoising_steps=2, max_new_tokens=3, return_dict_in_generate=False)
+    assert ids.shape[0] == 1  # type: ignore[attr-defined]

@@ -78,7 +78,8 @@ def test_llada_keeps_keys_before_rope(name: str) -> None:
     assert apart(model(ids[:, 6:], past_key_values=past).logits, facts.plain(model, ids)[:, 6:]) < CLOSE
     assert kept[0][0].shape[1] == model.config.n_kv_heads
     block = model.model.transformer["blocks"][0]
-    assert torch.equal(kept[0][0].transpose(1, 2).flatten(2), block.k_proj(block.attn_norm(model.get_input_embeddings()(ids))))
+    entered = block.attn_norm(model.get_input_embeddings()(ids))
+    assert torch.equal(kept[0][0].transpose(1, 2).flatten(2), block.k_proj(entered))
 
 
 def test_llada_refuses_attentions_and_ties() -> None:
@@ -169,7 +170,8 @@ def test_sdar_masks_and_its_other_attention(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(TypeError):
         model(ids)
     calls = []
-    monkeypatch.setattr(sdar, "flash_attn_func", lambda *a, was=sdar.flash_attn_func, **k: calls.append(1) or was(*a, **k))
+    was = sdar.flash_attn_func
+    monkeypatch.setattr(sdar, "flash_attn_func", lambda *a, **k: calls.append(1) or was(*a, **k))
     ones = torch.ones(1, N, N)
     model(ids, attention_mask=ones)
     assert len(calls) == 2
@@ -220,9 +222,8 @@ def test_fast_dllm_v2_caches() -> None:
     kept = {"past_key_values": cache, "use_cache": True, "block_size": size}
     assert apart(model(ids[:, 8:], **kept).logits, whole[:, 8:]) < CLOSE and cache.get_seq_length() == 8
     first = model(ids[:, 8:], use_block_cache=True, **kept)
-    part = model(
-        ids[:, 12:14], use_block_cache=True, block_past_key_values=first.block_past_key_values, replace_position=4, **kept
-    )
+    kept |= {"block_past_key_values": first.block_past_key_values, "replace_position": 4}
+    part = model(ids[:, 12:14], use_block_cache=True, **kept)
     assert apart(part.logits, whole[:, 12:14]) < CLOSE
 
 

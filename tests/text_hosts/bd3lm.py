@@ -3,10 +3,10 @@
 Read: `models/hf/modeling_bd3lm.py`, `configuration_bd3lm.py`, `models/dit.py`, `diffusion.py` of kuleshov-group/bd3lms
 (1c3e8f4, 2025-07).
 Kept: module names, the forward's signature (input_ids, timesteps, sample_mode, store_kv), the doubled [x_t; x_0] input
-unless `sample_mode`, the block-causal mask as a slice of one made for `model_length`, its own cache of packed q, k, v before
-RoPE, filled by `store_kv`, sliding when full; `time_conditioning`; torch's attention called by keyword with a bool mask;
-raw logits, SUBS outside; the mask token is the last id. Left out: flex attention, dropout, autocast, hidden states,
-models without adaptive norms. Differs: `reset_kv_cache` makes the cache on the model's device and in its dtype.
+unless `sample_mode`, the block-causal mask as a slice of one made for `model_length`, its own cache of packed q, k, v
+before RoPE, filled by `store_kv`, sliding when full; `time_conditioning`; torch's attention called by keyword with a
+bool mask; raw logits, SUBS outside; the mask token is the last id. Left out: flex attention, dropout, autocast, hidden
+states, models without adaptive norms. Differs: `reset_kv_cache` makes the cache on the model's device and in its dtype.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class BD3LMConfig(PreTrainedConfig):
 
 
 def doubled_mask(length: int, block: int) -> Tensor:
-    """[2n, 2n] bool for [x_t; x_0]: a noisy block reads itself and the clean blocks before; clean ones are block-causal."""
+    """[2n, 2n] bool for [x_t; x_0]: a noisy block reads itself and the clean blocks before; clean ones are
+    block-causal."""
     place = torch.arange(2 * length)
     clean, number = place >= length, place % length // block
     q, k, q_clean, k_clean = number[:, None], number[None], clean[:, None], clean[None]

@@ -1,7 +1,7 @@
 """The form of our own small models: unmodified Llama and Qwen3 classes whose config says how they were trained.
 
-`mask_token_id` and `hasten_diffusion: {"kind": "full" | "block" | "causal", "block": 8, "shifted": false}`. Run in their own
-way these classes are causal; a 4-D mask makes them what they were trained to be.
+`mask_token_id` and `hasten_diffusion: {"kind": "full" | "block" | "causal", "block": 8, "shifted": false}`. Run in
+their own way these classes are causal; a 4-D mask makes them what they were trained to be.
 """
 
 from __future__ import annotations

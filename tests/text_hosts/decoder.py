@@ -1,4 +1,5 @@
-"""The skeleton that Dream, SDAR, Fast-dLLM v2, LLaDA-MoE and LLaDA2 share: layers of attention and MLP over rotary positions.
+"""The skeleton that Dream, SDAR, Fast-dLLM v2, LLaDA-MoE and LLaDA2 share: layers of attention and MLP over rotary
+positions.
 
 A family brings its attention, its MLP and its head class; everything else it is given goes to the attention as it is.
 """

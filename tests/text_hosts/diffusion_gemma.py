@@ -1,7 +1,7 @@
 """DiffusionGemma, small: the installed class of transformers.
 
-Read: `models/diffusion_gemma` of transformers 5.23. Kept: all of it, at tiny sizes, with one sliding and one full layer, a
-mixture of experts and the smallest vision tower. Left out: pictures.
+Read: `models/diffusion_gemma` of transformers 5.23. Kept: all of it, at tiny sizes, with one sliding and one full
+layer, a mixture of experts and the smallest vision tower. Left out: pictures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What MDLM and BD3-LM share: the DiT of SEDD and MDLM with adaptive layer norms over a noise level, under its own names."""
+"""What MDLM and BD3-LM share: the DiT of SEDD and MDLM with adaptive layer norms over a noise level, under its own
+names."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Dream 7B, small, as released and as patched by Fast-dLLM v1.
 
-Read: `modeling_dream.py`, `configuration_dream.py` of ZHZisZZ/dllm (ca17675, 2026-04) and NVlabs/Fast-dLLM (24cc59e, 2025-06).
-Kept: module names, the forward's signature, `attention_mask` as "full", None, 2-D (made [B, 1, L, L]) or 4-D, position_ids,
-`num_logits_to_keep`, a rotary module in the model and one in every layer, shifted logits; in the patched release the cache
-of keys before RoPE as lists of [B, L, C], `dual_cache` and `replace_position`, and that position_ids are not used.
-Left out: flash-attention, eager attention, outputs of hidden states, loss, Dream's own sampler.
+Read: `modeling_dream.py`, `configuration_dream.py` of ZHZisZZ/dllm (ca17675, 2026-04) and NVlabs/Fast-dLLM (24cc59e,
+2025-06). Kept: module names, the forward's signature, `attention_mask` as "full", None, 2-D (made [B, 1, L, L]) or 4-D,
+position_ids, `num_logits_to_keep`, a rotary module in the model and one in every layer, shifted logits; in the patched
+release the cache of keys before RoPE as lists of [B, L, C], `dual_cache` and `replace_position`, and that position_ids
+are not used. Left out: flash-attention, eager attention, outputs of hidden states, loss, Dream's own sampler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the tests know about a family, independently of the adapters: ids, masks, positions, and the authors' own call."""
+"""What the tests know about a family, independently of the adapters: ids, masks, positions, and the authors' own
+call."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Read: `modeling.py` of Efficient-Large-Model/Fast_dLLM_v2 as stored in a public copy (2025-10), and its block sampler.
 Kept: module names, the forward's signature, `ALL_ATTENTION_FUNCTIONS["sdpa"]` whatever the config says, a block-causal
 mask that the model makes itself from the order of the rows (`attention_mask` is not used, nor are position_ids for the
-mask), `block_size`, `update_past_key_values`, the cache of the current block with `replace_position`, shifted logits, and
-that `inputs_embeds` alone fails. Left out: training, sliding windows, the samplers.
+mask), `block_size`, `update_past_key_values`, the cache of the current block with `replace_position`, shifted logits,
+and that `inputs_embeds` alone fails. Left out: training, sliding windows, the samplers.
 """
 
 from __future__ import annotations

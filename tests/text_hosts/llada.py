@@ -1,10 +1,10 @@
 """LLaDA 8B and 1.5 (OLMo-type), small.
 
-Read: `modeling_llada.py` as carried by ZHZisZZ/dllm (ca17675, 2026-04; it uses the mask) and by NVlabs/Fast-dLLM (24cc59e,
-2025-06; as the first release on the hub it does not), `configuration_llada.py`.
-Kept: names of config keys and modules, the forward's signature, no position_ids (rotary tables from 0 on the keys' side),
-RoPE after the cache, lists of (k, v) as the cache, GQA by repeated heads, a head wider than the vocabulary, tied heads,
-masks of keys turned into one additive bias, and the release that passes no mask to the attention at all.
+Read: `modeling_llada.py` as carried by ZHZisZZ/dllm (ca17675, 2026-04; it uses the mask) and by NVlabs/Fast-dLLM
+(24cc59e, 2025-06; as the first release on the hub it does not), `configuration_llada.py`.
+Kept: names of config keys and modules, the forward's signature, no position_ids (rotary tables from 0 on the keys'
+side), RoPE after the cache, lists of (k, v) as the cache, GQA by repeated heads, a head wider than the vocabulary, tied
+heads, masks of keys turned into one additive bias, and the release that passes no mask to the attention at all.
 Left out: ALiBi, block groups, other norms and activations, activation checkpointing, initialisation, flash-attention.
 """
 
@@ -122,7 +122,9 @@ class LLaDAModel(nn.Module):
         if not config.weight_tying:
             self.transformer["ff_out"] = nn.Linear(config.d_model, width, bias=config.include_bias)
 
-    def bias(self, mask: Tensor | None, bias: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
+    def bias(
+        self, mask: Tensor | None, bias: Tensor | None, past: int, new: int, device: torch.device
+    ) -> Tensor | None:
         """One additive float bias [B or 1, 1, L, L] of what was asked for; None where nothing was."""
         lowest = torch.finfo(torch.float).min
         keys = None

@@ -1,11 +1,11 @@
 """LLaDA2.0 and 2.1 (block diffusion, mixture of experts), small.
 
-Read: `modeling_llada2_moe.py`, `modeling_llada21_moe.py`, `configuration_llada2_moe.py` of ZHZisZZ/dllm (ca17675, 2026-04).
-Kept: module names (`word_embeddings`, `attention.query_key_value`, `attention.dense`), the forward's signature, masks: 4-D
-bool or additive as they are, 2-D made *causal*, none for all; partial RoPE before the cache, `ALL_ATTENTION_FUNCTIONS` by
-the config, norms of queries and keys, router with sigmoid scores, groups, an expert bias that only chooses, renormalised
-and scaled weights, shared experts, a dense first layer, logits in float32, a cache by default. The mask token (156895)
-and the block (32) are arguments of its sampler, not in the config.
+Read: `modeling_llada2_moe.py`, `modeling_llada21_moe.py`, `configuration_llada2_moe.py` of ZHZisZZ/dllm (ca17675,
+2026-04). Kept: module names (`word_embeddings`, `attention.query_key_value`, `attention.dense`), the forward's
+signature, masks: 4-D bool or additive as they are, 2-D made *causal*, none for all; partial RoPE before the cache,
+`ALL_ATTENTION_FUNCTIONS` by the config, norms of queries and keys, router with sigmoid scores, groups, an expert bias
+that only chooses, renormalised and scaled weights, shared experts, a dense first layer, logits in float32, a cache by
+default. The mask token (156895) and the block (32) are arguments of its sampler, not in the config.
 Left out: flex and eager attention, losses, outputs of attentions and router logits, its sampler.
 """
 

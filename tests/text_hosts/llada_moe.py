@@ -1,10 +1,10 @@
 """LLaDA-MoE 7B-A1B, small.
 
 Read: `modeling_lladamoe.py`, `configuration_lladamoe.py` of ZHZisZZ/dllm (ca17675, 2026-04).
-Kept: module names, the forward's signature, that it refuses any cache (`cache_position` included), a 2-D mask that every
-layer turns into its own additive one, softmax router with an expert bias and no renormalisation, shared expert, a dense
-first layer, norms of queries and keys per head, unshifted logits. The config has no mask token: the authors' sampler is told
-it (156895). Left out: eager and flash attention, clipping, router losses, RoPE scaling.
+Kept: module names, the forward's signature, that it refuses any cache (`cache_position` included), a 2-D mask that
+every layer turns into its own additive one, softmax router with an expert bias and no renormalisation, shared expert, a
+dense first layer, norms of queries and keys per head, unshifted logits. The config has no mask token: the authors'
+sampler is told it (156895). Left out: eager and flash attention, clipping, router losses, RoPE scaling.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def plain(model: Any, ids: Tensor) -> Tensor:
 
 def build(seed: int) -> Host:
     facts = Facts(
-        kind="full", shifted=False, context=64, positions="argument", padding="keys", plain=plain, told={"mask_token_id": MASK}
-    )
+        kind="full", shifted=False, context=64, positions="argument", padding="keys", plain=plain,
+        told={"mask_token_id": MASK},
+    )  # fmt: skip
     return Host(filled(LLaDAMoEModelLM(LLaDAMoEConfig()), seed), facts)
 
 

@@ -2,10 +2,10 @@
 
 Read: `models/dit.py` and `diffusion.py` of kuleshov-group/mdlm (c112c52, 2025-09), and public copies of the hub's
 `modeling_mdlm.py` (2025), with flash-attn and with torch's attention.
-Kept: module names, the forward's signature (input_ids, timesteps) without any mask or positions, the embedding as a bare
-parameter, `time_conditioning` (False: the noise level is set to zero), raw logits: the SUBS parameterisation (never the
-mask token, known tokens copied) is done outside. The mask token is the last id (50257, after GPT-2's vocabulary) and
-is in no config. Left out: dropout, autocast to bfloat16, outputs of hidden states.
+Kept: module names, the forward's signature (input_ids, timesteps) without any mask or positions, the embedding as a
+bare parameter, `time_conditioning` (False: the noise level is set to zero), raw logits: the SUBS parameterisation
+(never the mask token, known tokens copied) is done outside. The mask token is the last id (50257, after GPT-2's
+vocabulary) and is in no config. Left out: dropout, autocast to bfloat16, outputs of hidden states.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """SDAR and TraDo (block diffusion over Qwen3), small.
 
 Read: `modeling_sdar.py`, `configuration_sdar.py`, `generate.py` of JetAstra/SDAR (c2041a8, 2025-12).
-Kept: module names, the forward's signature with `store_kv`, RoPE before the cache, norms of queries and keys per head, a
-mask of zeros and ones [B or 1, q, k] or 4-D that must not be None, `enable_gqa`, keyword arguments for torch's function, and
-that a mask of ones takes the way of the flash-attn package (here a function of its own, which nothing can catch either).
-A 3-D mask lines its first dimension up with the heads, so it serves one row only: kept. The config has no mask token:
-generation is told it (151669, in the tokenizer).
+Kept: module names, the forward's signature with `store_kv`, RoPE before the cache, norms of queries and keys per head,
+a mask of zeros and ones [B or 1, q, k] or 4-D that must not be None, `enable_gqa`, keyword arguments for torch's
+function, and that a mask of ones takes the way of the flash-attn package (here a function of its own, which nothing can
+catch either). A 3-D mask lines its first dimension up with the heads, so it serves one row only: kept. The config has
+no mask token: generation is told it (151669, in the tokenizer).
 Left out: training, flex attention, sliding windows, outputs of attentions and hidden states.
 """
 
@@ -35,7 +35,9 @@ class SDARConfig(PreTrainedConfig):
         self.use_cache = True
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None
+) -> Tensor:
     """The package's: [B, N, H, D]."""
     return dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale).transpose(1, 2)
 
