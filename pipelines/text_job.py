@@ -25,6 +25,7 @@ from hasten.pipelines.text_host import TextHost
 from hasten.pipelines.text_loop import Evaluate, OnStep, TextLoop
 from hasten.pipelines.text_output import Sheet, TextOutput
 from hasten.pipelines.text_prompts import Prompts
+from hasten.pipelines.text_repeats import LEAST, repeats, sentence
 from hasten.pipelines.text_shaping import Guided, HoldEnd
 from hasten.pipelines.text_stream import Criterion, Reader
 from hasten.recipe import Recipe
@@ -63,6 +64,7 @@ class Job:
 
     def run(self) -> TextOutput:
         """Generate. The model is as it was afterwards, whatever happens."""
+        self._ask_about_written()
         began, guided = time.perf_counter(), self.guide.tokens if self.guide is not None else 0
         canvas = Canvas.of(self.prompts.ids, self.new, self.host.facts, self.host.device)
         loop, evaluate = self._loop(canvas)
@@ -78,6 +80,17 @@ class Job:
         asked = self.guide.tokens - guided if self.guide is not None else 0
         cost = self._cost(loop, rows, time.perf_counter() - began, asked)
         return self._output(canvas, rows, kept, cost, held)
+
+    def _ask_about_written(self) -> None:
+        """Leave out a reviser that goes by what the model says of written tokens, where that means nothing."""
+        revise, host = self.recipe.revise, self.host
+        if not isinstance(revise, RevisePolicy) or revise.shadows or not revise.written:
+            return
+        if host.repeats is None:
+            host.repeats = repeats(host, self.prompts.ids)
+        if host.repeats is not None and host.repeats < LEAST:
+            self.recipe = self.recipe.model_copy(update={"revise": None})
+            self.notes.append(sentence(host.repeats, revise.kind))
 
     def _loop(self, canvas: Canvas) -> tuple[TextLoop, Evaluate]:
         facts, numbers = self.host.facts, self.numbers
