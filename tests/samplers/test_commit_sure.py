@@ -71,9 +71,9 @@ class TestEntropyBound:
     def test_maximum_is_over_the_text_not_over_the_batch(self) -> None:
         """Entropies of another text must not shrink this one's sum."""
         canvas = open_canvas([2, 2], [3, 3])
-        scores = scripted(canvas, [[0.5] * 3, [0.5] * 3], entropy=[[0.1, 0.1, 0.1], [3.0, 3.0, 3.0]])
+        scores = scripted(canvas, [[0.5] * 3, [0.5] * 3], entropy=[[3.0, 3.0, 3.0], [0.1, 0.1, 0.1]])
         chosen = EntropyBound(bound=0.15).start().select(scores, canvas)
-        assert chosen.sum(1).tolist() == [2, 1]
+        assert chosen.sum(1).tolist() == [1, 2]
 
 
 class TestLead:
