@@ -22,7 +22,7 @@ from hasten.distill import moving_digits, tiny, tiny_flux
 from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig
 from hasten.distill.pretrain_loop import Loop, Task, Weights, split_parameters, step_seed
 from hasten.distill.pretrain_objective import Objective
-from hasten.distill.pretrain_state import claim_folder, replace_folder
+from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.tiny_growth import grown_weights
 from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
@@ -56,15 +56,15 @@ def pretrain(
             f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher."
         )
     wanted = {"source": "sklearn" if data == "sklearn" else "mnist", **config.model_dump(mode="json")}
-    claim_folder(out, wanted, resume, ("denoiser.steps", "call."))
-    run = _Run(config, out, digits, Loop(accelerator, out, checkpoint_seconds, progress))
-    torch.manual_seed(config.seed)
-    if config.family == "flux":
-        text_encoder: Any = tiny_flux.build_text_encoders(config.text)
-    else:
-        text_encoder = tiny.build_text_encoder(config.kind, config.text)
-    vae = run.autoencoder(resume)
-    return run.denoiser(vae, text_encoder, run.latents(vae), resume, stop_after)
+    with claimed(out, wanted, resume, ("denoiser.steps", "call.")):
+        run = _Run(config, out, digits, Loop(accelerator, out, checkpoint_seconds, progress))
+        torch.manual_seed(config.seed)
+        if config.family == "flux":
+            text_encoder: Any = tiny_flux.build_text_encoders(config.text)
+        else:
+            text_encoder = tiny.build_text_encoder(config.kind, config.text)
+        vae = run.autoencoder(resume)
+        return run.denoiser(vae, text_encoder, run.latents(vae), resume, stop_after)
 
 
 class _Run:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,11 +43,36 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def claim_folder(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...]) -> None:
-    """Write the configuration into `out`, or check that a resumed run has the same one.
+@contextmanager
+def claimed(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...]) -> Iterator[None]:
+    """Hold `out` for one training: write its configuration, or check that a resumed run has the same one.
 
-    `may_change`: dotted keys (or beginnings that end with a dot) in which a resumed run may differ.
+    `may_change`: dotted keys (or beginnings that end with a dot) in which a resumed run may differ. `UsageError` when
+    the folder holds a training that is not to be resumed, or when another process is training in it right now: two
+    would replace each other's logs and checkpoints. A killed process holds nothing.
     """
+    _check(out, wanted, resume, may_change)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        if not _locked(lock):
+            raise UsageError(f"Another process is training in '{out}'. Wait for it, stop it, or give another folder.")
+        (out / "config.json").write_text(json.dumps(wanted, indent=1))
+        yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _check(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...]) -> None:
     file = out / "config.json"
     if file.exists() and not resume:
         raise UsageError(f"'{out}' already holds a training. Resume it, or give an empty folder.")
@@ -64,8 +90,6 @@ def claim_folder(out: Path, wanted: Mapping[str, Any], resume: bool, may_change:
             )
     elif resume and not out.is_dir():
         raise ResumeError(f"Cannot resume '{out}': there is no such folder. Start without resume.")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=1))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

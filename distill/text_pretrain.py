@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hasten.distill.pretrain_loop import Loop, Task, Weights, step_seed
-from hasten.distill.pretrain_state import claim_folder, replace_folder
+from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.text_config import TextPretrainConfig, TrainingConfig
 from hasten.distill.text_data import encode_code
 from hasten.distill.text_objective import TextObjective
@@ -55,12 +55,12 @@ def pretrain_text(
             f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher."
         )
     wanted = {"tokenizer": SHA256, "source": STDLIB if root is None else "folder", **config.model_dump(mode="json")}
-    claim_folder(out, wanted, resume, ("training.steps",))
-    tokenizer = load_tokenizer()
-    code = encode_code(tokenizer, out, root)["train"] if config.code is not None else None
-    objective = TextObjective(config, tokenizer, code, accelerator.device)
-    loop = Loop(accelerator, out, checkpoint_seconds, progress)
-    return _train(config, out, tokenizer, objective, loop, resume, stop_after)
+    with claimed(out, wanted, resume, ("training.steps",)):
+        tokenizer = load_tokenizer()
+        code = encode_code(tokenizer, out, root)["train"] if config.code is not None else None
+        objective = TextObjective(config, tokenizer, code, accelerator.device)
+        loop = Loop(accelerator, out, checkpoint_seconds, progress)
+        return _train(config, out, tokenizer, objective, loop, resume, stop_after)
 
 
 def _train(

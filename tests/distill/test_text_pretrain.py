@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from hasten.distill.pretrain_config import load_config
+from hasten.distill.pretrain_state import claimed
 from hasten.distill.text_bundle import bundle_text
 from hasten.distill.text_config import CodeConfig, TasksConfig, load_any, load_text_config
 from hasten.distill.text_data import code_batch, tasks_batch
@@ -371,6 +372,18 @@ def test_resume_refuses_another_configuration_but_not_more_steps(sources: Path, 
     with pytest.raises(UsageError, match="There is no data folder"):
         pretrain_text(config(), out=tmp_path / "x", data=str(tmp_path / "nowhere"))
     assert not (tmp_path / "x").exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(sources: Path, tmp_path: Path) -> None:
+    train(tmp_path, sources, stop_after=2)
+    before = (tmp_path / "log-text.jsonl").read_text()
+    with (
+        claimed(tmp_path, json.loads((tmp_path / "config.json").read_text()), True, ()),
+        pytest.raises(UsageError, match="Another process is training"),
+    ):
+        train(tmp_path, sources, resume=True)
+    assert (tmp_path / "log-text.jsonl").read_text() == before
+    train(tmp_path, sources, resume=True)
 
 
 def test_what_is_not_learned_from_is_not_read(tmp_path: Path) -> None:
