@@ -150,14 +150,10 @@ class _Drift(Depth):
 
     def watch(self, layer: int, q: Tensor, keys: Tensor, now: Pass, scale: float) -> None:
         state, slots = self.state, self.state.store.slots
-        fresh = torch.tensor([layer > boundary for boundary in self.boundary], device=q.device)
-        before, computed = self._row(q, keys, state.tracked[layer, now.members], now, scale)
         if layer not in state.rows:
-            state.rows[layer] = before.new_zeros(len(state.store.present), *before.shape[1:])
-        sigma = F.cosine_similarity(before, state.rows[layer][now.members], dim=-1).mean(1)
-        tested = computed & state.known[layer, now.members] & ~fresh
-        state.near[layer, now.members] = torch.where(tested, sigma, float("inf"))
-
+            shape = (len(state.store.present), q.shape[1], slots + 1)
+            state.rows[layer] = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        state.near[layer, now.members] = self._sigma(layer, q, keys, now, scale)
         masks = numbered(self.masks.gather(1, now.slots), min(self.most, q.shape[2]), q.shape[2])
         weights = attention(q, keys, masks, now, scale) * (masks < q.shape[2])[:, None, :, None]
         sums = F.pad(weights.sum((1, 2)), (0, slots + 1 - keys.shape[2])).masked_fill(~self.written, -1.0)
@@ -165,6 +161,20 @@ class _Drift(Depth):
         state.tracked[layer, now.members] = tracked
         row, computed = self._row(q, keys, tracked, now, scale)
         state.rows[layer][now.members], state.known[layer, now.members] = row, computed
+
+    def _sigma(self, layer: int, q: Tensor, keys: Tensor, now: Pass, scale: float) -> Tensor:
+        """How near the attention of each text's tracked token is to what it was, float32 [m]; inf where nothing says so."""
+        state = self.state
+        fresh = [layer > boundary for boundary in self.boundary]
+        nothing = torch.full((len(fresh),), float("inf"), device=q.device)
+        if all(fresh):
+            return nothing
+        row, computed = self._row(q, keys, state.tracked[layer, now.members], now, scale)
+        sigma = F.cosine_similarity(row, state.rows[layer][now.members], dim=-1).mean(1)
+        tested = computed & state.known[layer, now.members]
+        if any(fresh):
+            tested = tested & ~torch.tensor(fresh, device=q.device)
+        return torch.where(tested, sigma, nothing)
 
     def _row(self, q: Tensor, keys: Tensor, token: Tensor, now: Pass, scale: float) -> tuple[Tensor, Tensor]:
         """Attention of one slot of each text, int64 [m], over all slots: [m, Hq, L + 1]; and whether it was computed."""

@@ -53,10 +53,19 @@ MODELS: dict[str, tuple[int | None, bool]] = {
 """Name -> slots per block, shifted logits."""
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "greedy": ("delayed", {"every": 4, "reach": 1}),
+    "waiting": ("attention-drift", {"below": 0.995, "wait": True}),
+    "periodic": ("dual", {"every": 3}),
+}
+"""Settings that go other ways: name -> kind, arguments."""
+
+
 def members() -> list[ParameterSet]:
-    """One instance of every KV policy for texts."""
+    """One instance of every KV policy for texts, and of some more than one."""
     family = {kind: member for kind, member in KVPolicy.members().items() if issubclass(member, TokenKV)}
-    return [pytest.param(member(**NEEDED.get(kind, {})), id=kind) for kind, member in sorted(family.items())]
+    found = [pytest.param(member(**NEEDED.get(kind, {})), id=kind) for kind, member in sorted(family.items())]
+    return found + [pytest.param(family[kind](**given), id=name) for name, (kind, given) in VARIANTS.items()]
 
 
 @cache

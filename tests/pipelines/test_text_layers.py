@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -135,6 +136,16 @@ def test_a_layer_computes_what_it_is_asked_for() -> None:
             assert moved[:, 1::2].any() or layer % 2, "layers that compute all renew all"
         if layer % 2:
             assert not bool(moved[:, 1::2].any()), "the others' keys stay"
+
+
+@pytest.mark.parametrize("kv", [AttentionDrift(every=1), ValueDrift(prompt_every=1, every=9, share=1.0)], ids=repr)
+def test_half_precision(kv: TokenKV) -> None:
+    """As near to recomputation in bfloat16 as that is to float32."""
+    host = llama()
+    half = TextHost(copy.deepcopy(host.model).bfloat16(), host.facts)
+    exact, plain, ours = one(host, Recompute()), one(half, Recompute()), one(half, kv)
+    noise, loss = (float((a.seen[0] - b.seen[0]).nan_to_num().abs().max()) for a, b in ((plain, exact), (ours, plain)))
+    assert 0 < noise and loss <= 2 * noise
 
 
 class TestValueDrift:
