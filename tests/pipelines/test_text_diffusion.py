@@ -15,6 +15,7 @@ import hasten
 from hasten.caching.kv import Dual, Prefix
 from hasten.errors import LimitError, ModelError, RefusedError, UsageError
 from hasten.limits import Limits
+from hasten.pipelines import tiny_models
 from hasten.pipelines.text_arguments import ALIASES
 from hasten.pipelines.text_diffusion import TextDiffusionPipeline, TextDiffusionSession
 from hasten.pipelines.text_output import TextOutput
@@ -288,6 +289,22 @@ def test_from_pretrained_reads_a_folder(tmp_path: Any) -> None:
     assert made.host.facts == pipe().host.facts
     assert torch.equal(made.generate(RAGGED, max_new_tokens=4).sequences, pipe().generate(RAGGED, max_new_tokens=4).sequences)
     assert made.generate(prompts="w1", max_new_tokens=2).texts is not None
+
+
+def test_load_opens_a_bundled_text_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in (("tiny-words", "full"), ("tiny-next", "causal")):
+        folder = tmp_path / name
+        saved(folder, kind=kind)
+        (folder / "hasten.json").write_text(json.dumps({"kind": "text"}))
+    monkeypatch.setattr(tiny_models, "_BUNDLED", tmp_path)
+    made = hasten.load("tiny-words")
+    assert isinstance(made, TextDiffusionPipeline)
+    right = pipe().generate(RAGGED, max_new_tokens=4).sequences
+    assert torch.equal(made.generate(RAGGED, max_new_tokens=4).sequences, right)
+    opened = TextDiffusionPipeline.from_pretrained("tiny-words", FAST, device="cpu", probe=False)
+    assert opened.recipe == FAST
+    with pytest.raises(ModelError, match=r"use tiny_models.text\('tiny-next'\)"):
+        hasten.load("tiny-next")
 
 
 def test_pickles_are_refused(tmp_path: Any) -> None:

@@ -234,7 +234,20 @@ def test_a_callback_cannot_change_the_text() -> None:
         pipe().generate(PROMPT, max_new_tokens=6, callback_on_step_end=change)
 
 
-def test_reading_along_copies_once() -> None:
+def test_reading_along_does_not_look_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look per step with a streamer, a criterion and a callback, as without them; one before the first, one after."""
+    looks = []
+    own = Canvas._table
+    monkeypatch.setattr(Canvas, "_table", lambda canvas, *told: looks.append(1) or own(canvas, *told))
+    output = pipe().generate(PROMPT, max_new_tokens=8, recipe=BLOCKS)
+    without, steps = len(looks), int(output.nfe[0])
+    looks.clear()
+    more: Any = {"streamer": Heard(), "stopping_criteria": MaxLengthCriteria(64), "callback_on_step_end": lambda *step: {}}
+    pipe().generate(PROMPT, max_new_tokens=8, recipe=BLOCKS, **more)
+    assert len(looks) == without == steps + 2
+
+
+def test_what_is_read_is_what_stands_there() -> None:
     """What `Reader` gets is what stands on the canvas, and nothing is handed on twice."""
     facts = pipe().host.facts
     canvas = Canvas.of([torch.tensor([1, 2])], [3], facts)
