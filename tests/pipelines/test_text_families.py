@@ -157,6 +157,20 @@ def test_layers_can_be_run_on_tokens_apart(name: str) -> None:
     assert host.model.__dict__.keys() == before.keys()
 
 
+@pytest.mark.parametrize("name", TAPPED)
+def test_who_watches_sees_every_query(name: str) -> None:
+    """Also of a single token, which transformers hands over packed by its groups of heads."""
+    host = adapter(name)
+    canvas = Canvas.of(texts(9, 9), [0, 0], host.facts)
+    store = KVStore(2, canvas.slots, host.device)
+    evaluated(host, canvas, canvas.used, "store", store)
+    seen: list[tuple[int, ...]] = []
+    host.tap.watch = lambda layer, q, keys, values, now: seen.append((layer, *q.shape))
+    low = torch.tensor([8, 8])
+    evaluated(host, canvas, canvas.inside(low, low + 1), "store", store)
+    assert [shape[:3] for shape in seen] == [(0, 2, 4), (1, 2, 4)] and all(shape[3] == 1 for shape in seen)
+
+
 def test_bd3lm_generates_beside_its_own_cache() -> None:
     model, facts = MASKED["bd3lm"](1)
     host = choose(model)

@@ -20,6 +20,7 @@ from hasten.pipelines.text_gemma import Denoising, GemmaLoop, takes
 from hasten.pipelines.text_gemma_pipeline import DiffusionGemmaPipeline
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
+from hasten.samplers.commit_sure import EntropyBound
 from hasten.samplers.revise import RevisePolicy
 from tests.text_hosts import FAMILIES
 from tests.text_hosts.diffusion_gemma import CANVAS
@@ -59,11 +60,12 @@ class OurNoise:
         return (probs.log() + noise).argmax(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("bound", [0.1, 3.0])
-def test_the_loop_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, bound: float) -> None:
-    from hasten.samplers.commit_sure import EntropyBound
-
-    how = Denoising(steps=5, stable=1, confident=4.45)
+@pytest.mark.parametrize(("bound", "stable", "confident"), [(0.1, 0, 2.35), (3.0, 0, 2.35), (0.1, 1, 0.005)])
+def test_the_loop_is_that_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, bound: float, stable: int, confident: float
+) -> None:
+    """Token for token, with texts whose canvases are over after different numbers of evaluations."""
+    how = Denoising(steps=5, stable=stable, confident=confident)
     ours = loop(recipe=Recipe(commit=Unmask(rule=EntropyBound(bound=bound))), denoising=how)
     given, seed = prompts(9, 9), SEEDS[:2]
     found = ours.run(given, [20, 20], seed)
@@ -72,8 +74,10 @@ def test_the_loop_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, bound
     monkeypatch.setattr(torch, "multinomial", noise.multinomial)
     theirs = ours.model.generate(
         torch.stack(given), max_new_tokens=20, max_denoising_steps=5, t_min=how.cold, t_max=how.hot,
-        stability_threshold=1, confidence_threshold=4.45, sampler_config=EntropyBoundSamplerConfig(entropy_bound=bound),
+        stability_threshold=stable, confidence_threshold=confident, sampler_config=EntropyBoundSamplerConfig(entropy_bound=bound),
     )  # fmt: skip
+    counts = found.canvases.diff(dim=1, prepend=torch.zeros(2, 1, dtype=torch.long))
+    assert (counts[0] != counts[1]).any() or stable
     for row, text in enumerate(found.texts):
         assert 9 < len(text) <= 29
         assert torch.equal(text, theirs.sequences[row, : len(text)])
