@@ -43,7 +43,8 @@ DECODING = (
     "wino", "remask", "adablock", "dparallel", "sub-blocks", "dream", "freedave", "freedave-plus",
 )  # fmt: skip
 CACHES = (
-    "prefix-cache", "dual-cache", "vicinity-cache", "dkv-cache", "dllm-cache", "free-cache", "elastic-cache", "exact-cache",
+    "prefix-cache", "dual-cache", "vicinity-cache", "dkv-cache", "dllm-cache", "free-cache", "elastic-cache", "echo-cache",
+    "exact-cache",
 )  # fmt: skip
 OURS = ("text-exact", "text-balanced", "text-fast")
 SLOTS = 16

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hasten.caching.kv_attention
+import hasten.caching.kv_echo
 import hasten.caching.kv_front
 import hasten.caching.kv_scattered
 import hasten.caching.kv_suffix
