@@ -95,7 +95,7 @@ class _SettledState(CommitState):
             self.count = torch.full(shape[:2], -1, device=canvas.ids.device)
         at = (known.members[:, None], known.slots)
         little = divergence(known.values, self.token[at], self.known[at]) < self.rule.drift
-        count = torch.where(little & (self.count[at] >= 0), self.count[at] + 1, 0)
+        count = torch.where(little, self.count[at] + 1, 0)  # 0 where there was nothing to compare with
         self.count[at] = torch.where(F.pad(canvas.eligible, (0, 1))[at], count, -1)
         self.token[at], self.known[at] = top.indices, top.values
 
