@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from hasten.distill.bundle import loss_curves, parameters
+from hasten.distill.pretrain_config import parse_as
 from hasten.distill.pretrain_state import replace_folder
 from hasten.distill.text_config import TextPretrainConfig
-from hasten.distill.text_tokenizer import SHA256
 from hasten.errors import UsageError
 from hasten.pipelines.list_tasks import TASKS, questions
 from hasten.pipelines.tiny_models import sha256
@@ -21,10 +21,11 @@ from hasten.pipelines.tiny_models import sha256
 LICENCE = "Apache-2.0"
 
 
-def bundle_text(config: TextPretrainConfig, out: Path, target: Path, *, source: str = "model") -> dict[str, Any]:
+def bundle_text(out: Path, target: Path, *, source: str = "model") -> dict[str, Any]:
     """Copy `out/<source>` (written by `pretrain_text`) to `target` with its card and loss curve; the card.
 
     `source="latest"` takes the last checkpoint of a training that is not finished. `UsageError` if it is not there.
+    The card's settings are those that `out` was trained with.
     """
     folder = Path(out) / source
     if not (folder / "training.json").is_file():
@@ -35,7 +36,7 @@ def bundle_text(config: TextPretrainConfig, out: Path, target: Path, *, source: 
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
-        card = _card(config, part, Path(out), step)
+        card = _card(part, Path(out), step)
         (part / "hasten.json").write_text(json.dumps(card, indent=1) + "\n")
 
     replace_folder(Path(target), write)
@@ -43,7 +44,10 @@ def bundle_text(config: TextPretrainConfig, out: Path, target: Path, *, source: 
     return card
 
 
-def _card(config: TextPretrainConfig, folder: Path, out: Path, step: int) -> dict[str, Any]:
+def _card(folder: Path, out: Path, step: int) -> dict[str, Any]:
+    raw = json.loads((out / "config.json").read_text())
+    tokenizer, _ = raw.pop("tokenizer"), raw.pop("source")
+    config = parse_as(TextPretrainConfig, raw, str(out / "config.json"))
     weights = sorted(folder.glob("*.safetensors"))
     learned = json.loads((out / "sources.json").read_text()) if (out / "sources.json").is_file() else None
     return {
@@ -61,6 +65,6 @@ def _card(config: TextPretrainConfig, folder: Path, out: Path, step: int) -> dic
         "steps": {"text": step},
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "tokenizer": SHA256,
+        "tokenizer": tokenizer,
         "sha256": {file.name: sha256(file) for file in weights},
     }

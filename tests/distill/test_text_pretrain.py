@@ -396,14 +396,15 @@ def test_what_is_not_learned_from_is_not_read(tmp_path: Path) -> None:
 
 def test_bundle_writes_card_and_curve(trained: tuple[str, Path], tmp_path: Path) -> None:
     kind, out = trained
-    card = bundle_text(config(kind), out, tmp_path / "smoke-text")
+    card = bundle_text(out, tmp_path / "smoke-text")
+    assert card["settings"] == config(kind).model_dump(mode="json", exclude={"name", "kind"})
     assert card["kind"] == "text" and card["steps"] == {"text": 6} and card["class"] == "LlamaForCausalLM"
     assert set(card["sha256"]) == {"model.safetensors"} and card["data"]["code"]["tokens"]["train"] > 0
     assert not [f for f in (tmp_path / "smoke-text").glob("*.json") if str(out) in f.read_text()]
     assert json.loads((tmp_path / "smoke-text" / "loss.json").read_text())["text"]
     assert not (tmp_path / "smoke-text" / "training.json").exists()
     with pytest.raises(UsageError, match="No model in"):
-        bundle_text(config(kind), out, tmp_path / "x", source="nowhere")
+        bundle_text(out, tmp_path / "x", source="nowhere")
 
 
 # -- bundled ----------------------------------------------------------------------------------------------------
@@ -420,7 +421,7 @@ def test_a_bundled_text_model_is_opened_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: tuple[str, Path]
 ) -> None:
     kind, out = trained
-    bundle_text(config(kind), out, tmp_path / "smoke-text")
+    bundle_text(out, tmp_path / "smoke-text")
     monkeypatch.setattr(tiny_models, "_BUNDLED", tmp_path)
     if kind == "causal":
         with pytest.raises(ModelError, match="needs no pipeline"):
