@@ -151,17 +151,22 @@ class _Run:
 class _Watched(nn.Module):
     """What the pipeline calls in place of its model. The model is no submodule, so that moving this moves nothing."""
 
+    session: LLaDA2Session
+    own: Any
+
     def __init__(self, session: LLaDA2Session, own: Any) -> None:
         super().__init__()
         self.__dict__["session"], self.__dict__["own"] = session, own
 
     @property
     def device(self) -> torch.device:
-        return next(self.own.parameters()).device
+        first: Tensor = next(self.own.parameters())
+        return first.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.own.parameters()).dtype
+        first: Tensor = next(self.own.parameters())
+        return first.dtype
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **more: Any) -> Any:
         session, cached = self.session, self.session.cached

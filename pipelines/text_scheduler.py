@@ -53,7 +53,8 @@ class RecipeScheduler(BlockRefinementScheduler):  # type: ignore[misc]
     @classmethod
     def of(cls, recipe: str | Path | Recipe, block_length: int | None = None) -> Self:
         """The scheduler for a recipe, whichever way it is named."""
-        return cls(find_recipe(recipe).to_yaml(), block_length)
+        made: Self = cls(find_recipe(recipe).to_yaml(), block_length)
+        return made
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, block_length: int | None = None) -> None:
         """A new run of the pipeline begins."""
@@ -110,18 +111,19 @@ class _Block:
         given = int(prompt.sum()) if prompt is not None else 0
         nothing = torch.zeros(given, dtype=torch.int64)
         self.canvas = canvas = Canvas.of([nothing] * texts, [slots - given] * texts, facts, sample.device)
-        self.facts, self.rule, self.score = facts, commit.rule.start(), commit.score.start()
+        assert facts.mask_id is not None
+        self.mask_id, self.rule, self.score = facts.mask_id, commit.rule.start(), commit.score.start()
         self._show(sample)
         canvas.enter(canvas.open, torch.stack([canvas.start, canvas.end], 1))
         canvas.step = canvas.step + since  # noise goes by the step; blocks must not share theirs
         self.revise = Reviser(revise, facts, canvas) if revise is not None else None
-        self.forbidden = torch.tensor([facts.mask_id], dtype=torch.int64, device=sample.device)
+        self.forbidden = torch.tensor([self.mask_id], dtype=torch.int64, device=sample.device)
 
     def _show(self, sample: Tensor) -> None:
         """Take over what stands in the pipeline's block: it freezes texts that are over."""
         canvas = self.canvas
         canvas.ids = sample
-        written = torch.where(sample == self.facts.mask_id, MASK, DONE)
+        written = torch.where(sample == self.mask_id, MASK, DONE)
         canvas.status = torch.where(canvas.status == PROMPT, PROMPT, written).to(torch.uint8)
 
     def step(self, logits: Tensor, sample: Tensor, draw: Draw) -> tuple[Tensor, ...]:
@@ -186,7 +188,7 @@ def _parts(recipe: Recipe) -> tuple[Unmask, RevisePolicy | None]:
         )
     if any(rule.guided for rule in commit.rules):
         raise UsageError(f"{name} asks a guiding model, which a scheduler does not have. Use hasten.TextDiffusionPipeline.")
-    if any(part.sees == "rest" for part in (*commit.rules, commit.score)):
+    if commit.score.sees == "rest" or any(rule.sees == "rest" for rule in commit.rules):
         raise UsageError(f"{name} looks behind the active block, and a scheduler gets its logits only. Use another recipe.")
     if revise is not None and (not isinstance(revise, RevisePolicy) or revise.shadows):
         raise UsageError(f"{name} revises with evaluations of its own, which a scheduler cannot ask for. Use another recipe.")
