@@ -18,6 +18,7 @@ from hasten.samplers.scores import Draw
 from hasten.samplers.text_blocks import Fixed, InBlocks
 from hasten.samplers.verify import FreeDave
 from tests.text_hosts import MASKED, mdlm
+from tests.text_hosts.facts import filled
 
 
 def generated(host: TextHost, recipe: Recipe) -> TextLoop:
@@ -48,6 +49,6 @@ def test_every_family_writes_the_same_with_drafts(name: str) -> None:
 
 def test_drafts_are_whole_texts_to_a_model_that_looks_at_the_noise() -> None:
     """Each draft has a noise level of its own."""
-    host = choose(mdlm.filled(mdlm.MDLM(mdlm.MDLMConfig(time_conditioning=True)), 1))
+    host = choose(filled(mdlm.MDLM(mdlm.MDLMConfig(time_conditioning=True)), 1))
     assert not host.caches
     same(host, Recompute())

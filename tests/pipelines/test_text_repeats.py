@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hasten.caching.store import Pass
 from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_pass import Pass
 from hasten.pipelines.text_repeats import ENOUGH, repeats
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
@@ -37,7 +37,7 @@ def test_the_share_is_counted(shifted: bool) -> None:
     """Texts of different lengths; with shifted logits nothing is said of the first token."""
     host = Echo(tiny_llama().model, facts(shifted=shifted))
     assert repeats(host, prompts([9, 12, 3])) == 1.0
-    host.wrong = 3  # type: ignore[misc]
+    host.wrong = 3
     asked = 24 - 3 * shifted
     assert repeats(host, prompts([9, 12, 3])) == pytest.approx((asked - 3 - 4 - 1) / asked)
 

@@ -184,7 +184,9 @@ class TestReviser:
         assert canvas.masked[0].nonzero()[:, 0].tolist() == [2] and int(canvas.ids[0, 2]) == MASK_ID
 
     def test_prompts_and_fresh_slots_stay(self) -> None:
+        """Also where the active block reaches into the prompt."""
         canvas, scores, now = self.written()
+        canvas.move(canvas.open, torch.tensor([[0, 8]]))
         reviser = self.reviser(canvas, replace=torch.ones_like(now), token=torch.full_like(canvas.ids, 77))
         assert reviser.revise(scores, now, canvas)[0].nonzero()[:, 0].tolist() == [2, 3, 4, 5]
         assert canvas.ids[0].tolist() == [FIRST, FIRST, 77, 77, 77, 77, 5, 5]
