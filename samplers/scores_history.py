@@ -120,13 +120,13 @@ class _AveragedState(ScoreState):
             self.chance = torch.zeros(shape, device=canvas.ids.device)
             self.past = torch.zeros(shape[:2], dtype=torch.int64, device=canvas.ids.device)
         at = (logits.members[:, None], logits.slots)
-        open_ = F.pad(canvas.eligible, (0, 1))[at]
-        past = torch.where(open_, self.past[at], 0)
+        past = self.past[at]
         recent = torch.arange(self.token.shape[-1], device=past.device) < past[..., None] * top.indices.shape[-1]
         token, chance = self.token[at], torch.where(recent, self.chance[at], 0.0)
         mean = now.scatter_add(-1, token, chance) / (past + 1)[..., None]
         self.token[at] = torch.cat([top.indices, token], -1)[..., : token.shape[-1]]
         self.chance[at] = torch.cat([top.values, chance], -1)[..., : token.shape[-1]]
+        open_ = F.pad(canvas.eligible, (0, 1))[at]
         self.past[at] = torch.where(open_, (past + 1).clamp(max=self.over - 1), 0)
         return mean.log()
 
