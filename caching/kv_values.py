@@ -31,11 +31,14 @@ class ValueDrift(TokenKV):
     Slots that were written or taken back since are always among those computed (the authors trust the cosine to find
     them). V is compared with that of the last computation, not of the last step, so that slow drift adds up. Kept are keys,
     values and the layer's sum of what attention and MLP add, one tensor instead of their two.
+
+    prompt_every None: the prompt is treated like the rest, for models that take down in it what has been written already
+    (which of its letters are used up): there every cache that freezes the prompt is wrong.
     """
 
     kind: ClassVar[str] = "value-drift"
     layered: ClassVar[bool] = True
-    prompt_every: int = Field(50, ge=1)
+    prompt_every: int | None = Field(50, ge=1)
     every: int = Field(7, ge=1)
     share: float = Field(0.25, ge=0, le=1)
 
@@ -65,11 +68,12 @@ class ValueState(TokenKVState):
         return calls
 
     def _due(self, row: Row) -> tuple[bool, bool]:
-        return row.step % self.policy.prompt_every == 0, row.step % self.policy.every == 0
+        period = self.policy.prompt_every
+        return period is not None and row.step % period == 0, row.step % self.policy.every == 0
 
     def _behind(self, row: Row) -> int:
         """The first slot that counts as generated: with shifted logits, the one whose logits are about it."""
-        return max(0, row.start - self.shifted)
+        return max(0, row.start - self.shifted) if self.policy.prompt_every is not None else 0
 
     def _partial(self, call: Rows, rows: Sequence[Row], prompt: bool) -> Depth:
         mine = [rows[text] for text in call.members]

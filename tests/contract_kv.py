@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[int | None, bool]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": ("delayed", {"every": 4, "reach": 1}),
     "waiting": ("attention-drift", {"below": 0.995, "wait": True}),
+    "prompt-alike": ("value-drift", {"prompt_every": None, "every": 4}),
     "periodic": ("dual", {"every": 3}),
 }
 """Settings that go other ways: name -> kind, arguments."""

@@ -37,7 +37,7 @@ class TestContract(TokenKVContract):
 ALWAYS: list[Any] = [
     Prefix(every=1), Dual(every=1), Vicinity(every=1), Vicinity(before=99, after=99), Vicinity(warmup=99), Delayed(every=1),
     Groups(full=99), ValueDrift(prompt_every=1, every=1), ValueDrift(prompt_every=1, every=9, share=1.0),
-    AttentionDrift(every=1), AttentionDrift(every=1, wait=True),
+    ValueDrift(prompt_every=None, every=9, share=1.0), AttentionDrift(every=1), AttentionDrift(every=1, wait=True),
 ]  # fmt: skip
 """Policies set so that everything is computed at every step."""
 
