@@ -70,8 +70,9 @@ def texts(loop: TextLoop) -> list[list[int]]:
 
 
 def alone(
-    host: TextHost, prompts: Sequence[Tensor], new: Sequence[int], recipe: Recipe, temperature: float = 0.0, seed: int = 0
-) -> list[list[int]]:
+    host: TextHost, prompts: Sequence[Tensor], new: Sequence[int], recipe: Recipe, temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:  # fmt: skip
     """The texts that `generate` gives when each prompt is a batch of its own."""
     single = [
         generate(host, [prompt], [count], recipe, temperature, seed + row)
@@ -89,7 +90,9 @@ def open_canvas(starts: Sequence[int], new: Sequence[int], blocks: Sequence[tupl
     return made
 
 
-def scripted(canvas: Canvas, confidence: Sequence[Sequence[float]], **given: Sequence[Sequence[float]] | Tensor) -> Scores:
+def scripted(
+    canvas: Canvas, confidence: Sequence[Sequence[float]], **given: Sequence[Sequence[float]] | Tensor
+) -> Scores:
     """Scores that say what they are told, for the open slots of the active blocks.
 
     confidence: for each text, of its open slots in order; fewer: the rest is 0, more: they are not used. `token`,
