@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import TextGenerationPipeline
+from transformers.cache_utils import DynamicCache
 
 import hasten
 from hasten.errors import ModelError, RecipeError, RefusedError, UsageError
@@ -224,6 +225,14 @@ def test_readers_above_the_cap_are_dropped(model: Any) -> None:
     with hasten.accelerate(model, Recipe(attention=policy), limits=enough) as run:
         model.generate(tokens, **CALL)
     assert run.report().phases["cache"].sparse == 15 and run.report().bytes_held == held
+
+
+def test_memory_above_the_cap_is_given_back_while_the_cache_lives(model: Any) -> None:
+    policy, cache = CausalAttention(cache=Lookup(share=0.2, cluster=4), min_tokens=0), DynamicCache(config=model.config)
+    with hasten.accelerate(model, Recipe(attention=policy), limits=Limits(max_cache_bytes=30_000)) as run:
+        model(ids(2, 61), past_key_values=cache)
+        assert run.trace.bytes_peak > 30_000 and run.trace.bytes_held == 0
+        assert not any(site.readers for site in run.sites)
 
 
 def test_min_tokens_of_the_prompt_part_counts(model: Any) -> None:
