@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +57,7 @@ def dllm(
         from hasten.pipelines.text_families import choose
         from hasten.pipelines.text_loading import open_text
 
-        works = {"lists": bench.lists, "code": bench.code}
+        works: dict[str, Any] = {"lists": bench.lists, "code": bench.code}
         wanted = list(workload or works)
         for name in wanted:
             if name not in works:
@@ -64,10 +65,11 @@ def dllm(
         network, tokenizer = open_text(model, None, device, dtype)
         measured = bench.Bench(choose(network, tokenizer), tokenizer, batch, repeats)
         names = recipe or (bench.few() if quick else bench.every(measured.host.facts))
-        rows, verdicts = [], []
+        rows: list[dict[str, Any]] = []
+        verdicts: list[dict[str, Any]] = []
         for name in wanted:
             work = works[name](tokenizer, min(count, 4) if quick else count, seed=seed)
-            found = bench.table(measured, work, names, model, lambda each, on=name: output.note(f"{on}: {each}"))
+            found = bench.table(measured, work, names, model, partial(_tell, output, name))
             rows += found
             verdicts += [
                 {"workload": name} | bar.to_dict() | {"verdict": bar.verdict}
@@ -77,3 +79,7 @@ def dllm(
         output.say("")
         output.table(verdicts, {"workload": "on", "bar": "bar", "verdict": "met", "detail": "numbers"})
         output.finish(rows, bars=verdicts, batch=batch, count=count, seed=seed, repeats=repeats)
+
+
+def _tell(output: Output, workload: str, recipe: str) -> None:
+    output.note(f"{workload}: {recipe}")
