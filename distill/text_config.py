@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -12,12 +12,15 @@ from hasten.distill.pretrain_config import PretrainConfig, Strict, parse_as, par
 from hasten.errors import UsageError, nearest
 from hasten.pipelines.list_tasks import PLACES
 
+if TYPE_CHECKING:
+    from hasten.distill.masked_images_config import MaskedImageConfig
+
 LONGEST_QUESTION = PLACES + 6
 """Tokens of `insert x at 3: (eight places) =`."""
 LONGEST_ANSWER = PLACES + 2
 """Nine letters and the end of the text."""
 
-KINDS = ("video", "image", "text")
+KINDS = ("video", "image", "text", "masked-image")
 
 
 class ModelConfig(Strict):
@@ -137,13 +140,18 @@ def at_step(part: Part, later_from: int | None, step: int) -> Part:
 
 def load_any(
     path: str | Path, overrides: Mapping[str, Any] | None = None
-) -> PretrainConfig | TextPretrainConfig:
-    """Read the configuration of a picture or text model (a YAML file or a bundled name) with dotted overrides."""
+) -> PretrainConfig | TextPretrainConfig | MaskedImageConfig:
+    """Read the configuration of a picture, text or masked image model (a YAML file or a bundled name) with dotted overrides."""
     raw, where = read_config(path, overrides)
     kind = raw.get("kind")
     if kind not in KINDS:
         hint = nearest(str(kind), KINDS)
         raise UsageError(f"{where}: 'kind' must be one of {', '.join(KINDS)}, got {kind!r}.{hint}")
+    if kind == "masked-image":
+        # not above: it is made of sections of this file
+        from hasten.distill.masked_images_config import MaskedImageConfig
+
+        return parse_as(MaskedImageConfig, raw, where)
     return parse_as(TextPretrainConfig, raw, where) if kind == "text" else parse_config(raw, where)
 
 

@@ -43,7 +43,7 @@ def pretrain(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Train a tiny video or image model on handwritten digits that move, or a text model on Python and list tasks."""
+    """Train a tiny video, image or masked image model on handwritten digits, or a text model on Python and list tasks."""
     output = Output("train pretrain", json)
     with output.open():
         from hasten.distill.text_config import load_any
@@ -80,8 +80,13 @@ def _source(kind: str, data: str | None) -> str:
 
 def _run(settings: Any, out: Path, data: str, resume: bool) -> Path:
     """The trainer of this kind of model; the finished model's folder."""
+    from hasten.distill.masked_images_config import MaskedImageConfig
     from hasten.distill.text_config import TextPretrainConfig
 
+    if isinstance(settings, MaskedImageConfig):
+        from hasten.distill.masked_images import pretrain_masked
+
+        return pretrain_masked(settings, out=out, data=data, resume=resume)
     if isinstance(settings, TextPretrainConfig):
         from hasten.distill.text_pretrain import pretrain_text
 
@@ -94,6 +99,8 @@ def _run(settings: Any, out: Path, data: str, resume: bool) -> Path:
 def _use(kind: str, folder: Path) -> str:
     if kind == "text":
         return f"transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
+    if kind == "masked-image":
+        return f"MaskedImagePipeline.from_pretrained('{folder}')"
     return f"hasten generate {folder} --prompt 'a seven moving left'"
 
 
