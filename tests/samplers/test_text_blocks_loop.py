@@ -109,3 +109,9 @@ def test_delimiters_end_blocks_in_the_loop() -> None:
     ends = [span[0][1] for span in spans if span[0][2] > 0]
     assert all(high - low == 7 or high == 16 for low, high, _ in before_first_look), "the default, until it is looked at"
     assert all(high <= 16 for high in ends) and len(before_first_look) > 2
+
+
+def test_the_window_moves_after_each_step() -> None:
+    found = generate(host(), prompts(LENGTHS), NEW, recipe(Window(size=4), None, Recompute()))
+    rows = [row for step in found.tally.rows for row in step if row.open]
+    assert all(row.left == min(4, row.masks) for row in rows)
