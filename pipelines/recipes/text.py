@@ -91,7 +91,7 @@ def credit(above: float = 0.9, alpha: float = 0.7, beta: float = 0.8, gamma: flo
 
 def ccd(over: int = 2, top: int = 4) -> Recipe:
     """Coherent Contextual Decoding: slots that stay among the surest with one token, scored over several evaluations."""
-    rule = Either(rules=(Steady(top=top, lasting=over), Quota()))
+    rule = Steady(top=top, lasting=over)
     return _decode(rule, "CCD, arXiv 2512.02044", score=Averaged(over=over), blocks=Whole())
 
 
