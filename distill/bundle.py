@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hasten.distill.moving_digits import load_digits
 from hasten.distill.pretrain_config import PretrainConfig
@@ -40,6 +42,8 @@ def bundle(
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
         _forget_paths(part)
+        if config.kind == "image":
+            halve(part / "transformer" / "diffusion_pytorch_model.safetensors")
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
         card = _card(config, part, int(trained["step"]), load_digits(data).source if data else "unknown")
         (part / "hasten.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -47,6 +51,14 @@ def bundle(
     replace_folder(Path(target), write)
     card: dict[str, Any] = json.loads((Path(target) / "hasten.json").read_text())
     return card
+
+
+def halve(file: Path) -> None:
+    """Store a file's weights in float16. Loaded as float32 they give pictures 71 dB and more from the original's (one of
+    eight, which stands at a fork, 48 dB), and the repository stays small."""
+    with safe_open(file, "pt") as stored:
+        note = stored.metadata()
+    save_file({name: value.half() for name, value in load_file(file).items()}, file, metadata=note)
 
 
 def _card(config: PretrainConfig, folder: Path, steps: int, source: str) -> dict[str, Any]:
