@@ -24,7 +24,7 @@ from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.noise import uniform
 from hasten.pipelines.text_family import end_tokens, first
 from hasten.recipe import Recipe
-from hasten.samplers.commit import Unmask
+from hasten.samplers.commit import CommitState, Unmask
 from hasten.samplers.commit_sure import EntropyBound
 from hasten.samplers.scores import Draw, Logits, Scores, ScoreState, best, measure
 
@@ -162,7 +162,7 @@ class GemmaLoop:
             state.evaluations += ~over
             logits = given.logits / how.temperature(how.steps - step)
             canvas.step = torch.full_like(canvas.step, first_clock + step + 1)
-            scores = self._scored(logits, score, canvas, state.seed)
+            scores = self._scored(logits, rule, score, canvas, state.seed)
             accepted = rule.select(scores, canvas)
             accepted |= best(scores.rank, canvas.masked, (~accepted.any(1)).long())
             score.note(accepted, scores, canvas)
@@ -188,12 +188,12 @@ class GemmaLoop:
         canvas.enter(canvas.open, torch.tensor([[0, self.length]], device=device).expand(rows, -1))
         return canvas
 
-    def _scored(self, logits: Tensor, score: ScoreState, canvas: Canvas, seed: Tensor) -> Scores:
-        """What logits [B, C, V], temperature applied, say of each slot."""
+    def _scored(self, logits: Tensor, rule: CommitState, score: ScoreState, canvas: Canvas, seed: Tensor) -> Scores:
+        """What logits [B, C, V], temperature applied, say of each slot; the rule sees them, too."""
         members, scores = torch.arange(len(logits), device=logits.device), Scores.blank(canvas)
         none = torch.zeros(0, dtype=torch.int64, device=logits.device)
         every = Logits(logits, canvas.place.expand(len(logits), -1), members)
-        measure(every, score, Draw(seed, 1.0), none, canvas, scores)
+        rule.observe(measure(every, score, Draw(seed, 1.0), none, canvas, scores), canvas)
         return scores
 
     def _noise(self, seed: Tensor, clock: int) -> Tensor:

@@ -20,6 +20,7 @@ from hasten.pipelines.text_gemma import Denoising, GemmaLoop, takes
 from hasten.pipelines.text_gemma_pipeline import DiffusionGemmaPipeline
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
+from hasten.samplers.commit_history import Settled
 from hasten.samplers.commit_sure import EntropyBound
 from hasten.samplers.revise import RevisePolicy
 from tests.text_hosts import FAMILIES
@@ -116,6 +117,13 @@ def test_any_commit_rule_accepts() -> None:
     few = loop(recipe=Recipe(commit=Unmask(rule=Threshold(above=1.0))), denoising=Denoising(steps=4))
     all_ = loop(recipe=Recipe(commit=Unmask(rule=Threshold(above=0.0))), denoising=Denoising(steps=4))
     texts = [each.run(prompts(6), [CANVAS], SEEDS[:1]).texts[0] for each in (few, all_)]
+    assert not torch.equal(*texts)
+
+
+def test_rules_that_look_at_distributions_see_them() -> None:
+    rules = (Settled(above=0.0, drift=1e-12, lasting=1), Settled(above=0.0, drift=1e9, lasting=1))
+    never, soon = (loop(recipe=Recipe(commit=Unmask(rule=rule)), denoising=Denoising(steps=4)) for rule in rules)
+    texts = [each.run(prompts(6), [CANVAS], SEEDS[:1]).texts[0] for each in (never, soon)]
     assert not torch.equal(*texts)
 
 
