@@ -25,7 +25,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=WORDS.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
+            num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=False, eos_token_id=None, bos_token_id=None,
             pad_token_id=WORDS.mask, mask_token_id=WORDS.mask, hasten_diffusion={"kind": "full"},
             hasten_images={"codes": WORDS.codes, "classes": WORDS.classes},
         )
