@@ -87,7 +87,7 @@ def draw_images(digits: Digits, count: int, size: int, split: Split, seed: int) 
     place = (CANVAS - size) / 2 - 1 + 2 * torch.rand(count, 2, generator=g)
     parts = [
         render(glyph, at[:, :1], at[:, 1:], CANVAS)[:, 0]
-        for glyph, at in zip(glyphs.split(4096), place.split(4096), strict=True)
+        for glyph, at in zip(torch.split(glyphs, 4096), torch.split(place, 4096), strict=True)
     ]
     return torch.cat(parts), digits.labels[index]
 

@@ -51,7 +51,7 @@ class Codebook:
 
     def __init__(self, patches: Tensor, side: int) -> None:
         self.patches, self.side = patches, side
-        self.patch = round(patches.shape[1] ** 0.5)
+        self.patch: int = round(patches.shape[1] ** 0.5)
         if self.patch**2 != patches.shape[1] or side % self.patch:
             raise ModelError(
                 f"A codebook of {patches.shape[1]} pixels a patch does not fit images of {side} x {side}: it takes square"
@@ -61,14 +61,15 @@ class Codebook:
     @property
     def slots(self) -> int:
         """L."""
-        return (self.side // self.patch) ** 2
+        across: int = self.side // self.patch
+        return across * across
 
     def encode(self, images: Tensor) -> Tensor:
         """The nearest code of each patch: [n, S, S] to int64 [n, L]. Raises `UsageError` for another size."""
         if images.ndim != 3 or images.shape[1:] != (self.side, self.side):
             raise UsageError(f"images must be [n, {self.side}, {self.side}], got {list(images.shape)}.")
         cut = cut_patches(images, self.patch)
-        return torch.cat([nearest(part.flatten(0, 1), self.patches) for part in cut.split(512)]).view(len(images), -1)
+        return torch.cat([nearest(part.flatten(0, 1), self.patches) for part in torch.split(cut, 512)]).view(len(images), -1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The patches of int64 [n, L], put together: float32 [n, S, S]. Raises `UsageError` for other numbers of slots."""
