@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hasten.canvas import Canvas, TextFacts
-from hasten.errors import HastenError, RecipeError
+from hasten.errors import HastenError
 from hasten.pipelines import list_tasks, python_sources
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text_host import TextHost
@@ -168,12 +168,10 @@ def table(
     for name, recipe in ((ORACLE, find_recipe(SEQUENTIAL)), (f"{ORACLE}+dual-cache", find_recipe("sequential+dual-cache"))):
         told(name)
         rows.append(_row(bench, work, name, bench.generate(recipe, work, base.texts), base, model, "oracle"))
-    for name in names:
+    for name, recipe in [(name, find_recipe(name)) for name in names]:
         told(name)
         try:
-            found = bench.generate(find_recipe(name), work)
-        except RecipeError:
-            raise
+            found = bench.generate(recipe, work)
         except HastenError as error:
             rows.append({"model": model, "workload": work.name, "recipe": name, "n": len(work.prompts), "note": str(error)})
             continue
