@@ -96,7 +96,8 @@ class _FrontState(TokenKVState):
         return stretches(canvas, rows, spans)
 
     def _stretch(self, text: int, row: Row) -> tuple[int, int]:
-        raise NotImplementedError
+        """Slots [from, to) of this text that the step computes; subclasses say which."""
+        raise NotImplementedError(f"{type(self).__name__} has no _stretch().")
 
     def _advance(self, text: int, low: int) -> int:
         """Where the front was; it goes on to the model's block in which `low` lies."""

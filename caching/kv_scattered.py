@@ -67,11 +67,11 @@ class ScatteredState(TokenKVState):
 
     def choose(self, canvas: Canvas, stale: Tensor) -> Tensor:
         """Slots to compute where not all are, bool [B, L]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no choose().")
 
     def again(self, text: int, row: Row) -> bool:
         """Is everything of this text computed now? Asked once per step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no again().")
 
     def tell(self, canvas: Canvas) -> Tensor | None:
         if self.stale is None:
