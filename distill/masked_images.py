@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hasten.distill.masked_images_config import CANVAS, CLASSES, MaskedImageConfig
 from hasten.distill.moving_digits import Digits, Split, load_digits, render
-from hasten.distill.pretrain_loop import Loop, Task, Weights, step_seed
+from hasten.distill.pretrain_loop import Loop, Task, Weights, one_process, step_seed
 from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.text_objective import masked, predict
 from hasten.distill.text_pretrain import optimizers
-from hasten.errors import UsageError
 from hasten.pipelines.judge import Judge
 from hasten.pipelines.masked_codes import Codebook, Words
 
@@ -44,9 +42,7 @@ def pretrain_masked(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.training.precision)
-    if accelerator.num_processes > 1:
-        raise UsageError(f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher.")
+    accelerator = one_process()
     wanted = {"source": "sklearn" if data == "sklearn" else "folder", **config.model_dump(mode="json")}
     with claimed(out, wanted, resume, ("training.steps",)):
         stored = prepare(config, out, data)

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hasten.distill import moving_digits, tiny, tiny_flux
 from hasten.distill.pretrain_config import DenoiserConfig, PretrainConfig
-from hasten.distill.pretrain_loop import Loop, Task, Weights, split_parameters, step_seed
+from hasten.distill.pretrain_loop import Loop, Task, Weights, one_process, split_parameters, step_seed
 from hasten.distill.pretrain_objective import Objective
 from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.tiny_growth import grown_weights
-from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
 
 
@@ -50,11 +48,7 @@ def pretrain(
         torch.set_num_threads(threads)
     out = Path(out)
     digits = moving_digits.load_digits(data)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.denoiser.precision)
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher."
-        )
+    accelerator = one_process()
     wanted = {"source": "sklearn" if data == "sklearn" else "mnist", **config.model_dump(mode="json")}
     with claimed(out, wanted, resume, ("denoiser.steps", "call.")):
         run = _Run(config, out, digits, Loop(accelerator, out, checkpoint_seconds, progress))
@@ -209,7 +203,6 @@ class _Run:
         model = build().to(self.device)
         if first is not None:
             model.load_state_dict(first)
-        forward = self.loop.accelerator.prepare(model)
 
         def export(weights: Weights, step: int, folder: Path = self.out / "latest") -> None:
             twin = build().eval()
@@ -218,7 +211,7 @@ class _Run:
             replace_folder(folder, lambda part: _save(pipe, part, config, begin + step))
 
         def loss(step: int) -> Tensor:
-            return objective(forward, begin + step)
+            return objective(model, begin + step)
 
         task = Task(
             name,

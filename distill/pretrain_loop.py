@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from hasten.distill.pretrain_state import load_checkpoint, save_checkpoint, truncate_log
 from hasten.distill.tiny_attention import BmmAttention
+from hasten.errors import UsageError
 
 Weights = dict[str, Tensor]
 
@@ -49,6 +50,20 @@ class Task:
     precision: str = "no"
     export: Callable[[Weights, int], None] | None = None
     notes: Callable[[], dict[str, float]] = dict
+
+
+def one_process() -> Accelerator:
+    """The accelerator of a pretraining: the GPU if there is one, never several processes (`UsageError`).
+
+    It carries no precision: accelerate fixes one for the whole Python process and refuses a second training in
+    another, so the loop casts by itself (`Task.precision`).
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher."
+        )
+    return accelerator
 
 
 def step_seed(seed: int, phase: str, step: int) -> int:
@@ -94,6 +109,9 @@ class Loop:
             self._steps(task, start, min(task.steps, stop_after or task.steps), ema, folder, lines)
         return ema
 
+    def _autocast(self, precision: str) -> Any:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+
     def _context(self, task: Task) -> Any:
         return BmmAttention() if task.precision == "bf16" else nullcontext()
 
@@ -122,7 +140,7 @@ class Loop:
         groups = [group for optimizer in task.optimizers for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * factor
-        with self.accelerator.autocast() if task.precision != "no" else nullcontext():
+        with self._autocast(task.precision):
             loss = task.loss(step)
         self.accelerator.backward(loss)
         nn.utils.clip_grad_norm_(task.model.parameters(), task.clip)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from hasten.distill.pretrain_loop import Loop, Task, Weights, step_seed
+from hasten.distill.pretrain_loop import Loop, Task, Weights, one_process, step_seed
 from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.text_config import TextPretrainConfig, TrainingConfig
 from hasten.distill.text_data import encode_code
@@ -49,11 +48,7 @@ def pretrain_text(
     root = None if data == STDLIB else Path(data)
     if root is not None and not root.is_dir():
         raise UsageError(f"There is no data folder {data}. Name one with .py files, or say {STDLIB}.")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.training.precision)
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            f"Pretraining runs in one process, got {accelerator.num_processes}. Start it without a launcher."
-        )
+    accelerator = one_process()
     wanted = {"tokenizer": SHA256, "source": STDLIB if root is None else "folder", **config.model_dump(mode="json")}
     with claimed(out, wanted, resume, ("training.steps",)):
         tokenizer = load_tokenizer()
