@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from hasten.atomic import atomic_write
 from hasten.canvas import Canvas
 from hasten.errors import UsageError
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import CommitState, Quota, Unmask
 from hasten.samplers.commit_told import Oracle

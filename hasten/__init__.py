@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hasten.pipelines.accelerate import Session, accelerate
     from hasten.pipelines.compare import compare
     from hasten.pipelines.recipes import recipe
-    from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+    from hasten.pipelines.text.diffusion import TextDiffusionPipeline
     from hasten.pipelines.tiny_models import load
     from hasten.recipe import Recipe
     from hasten.report import Report
@@ -56,7 +56,7 @@ _HOME = {
     "ResumeError": "hasten.errors",
     "Session": "hasten.pipelines.accelerate",
     "Step": "hasten.step",
-    "TextDiffusionPipeline": "hasten.pipelines.text_diffusion",
+    "TextDiffusionPipeline": "hasten.pipelines.text.diffusion",
     "Trace": "hasten.trace",
     "UsageError": "hasten.errors",
     "accelerate": "hasten.pipelines.accelerate",

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
     from transformers import PreTrainedModel
 
-    from hasten.pipelines.text_diffusion import TextDiffusionPipeline, TextDiffusionSession
-    from hasten.pipelines.text_llada2 import LLaDA2Session
-    from hasten.pipelines.text_session import TextSession
+    from hasten.pipelines.causal.session import TextSession
+    from hasten.pipelines.text.diffusion import TextDiffusionPipeline, TextDiffusionSession
+    from hasten.pipelines.text.llada2 import LLaDA2Session
     from hasten.report import Report
 
 
@@ -73,7 +73,7 @@ def accelerate(
 
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline`; or
     a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`;
-    on a causal language model it has no axis but `attention`, on text diffusion those of `hasten.pipelines.text_job`.
+    on a causal language model it has no axis but `attention`, on text diffusion those of `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
     parallelism is found by itself. Only this instance is touched, and closing the session (leaving `with`, an exception,
@@ -84,11 +84,11 @@ def accelerate(
     """
     found = find_recipe(recipe)
     if _is_named(host, "TextDiffusionPipeline"):
-        from hasten.pipelines.text_diffusion import TextDiffusionSession
+        from hasten.pipelines.text.diffusion import TextDiffusionSession
 
         return TextDiffusionSession(host, found, limits)
     if _is_named(host, "LLaDA2Pipeline"):
-        from hasten.pipelines.text_llada2 import LLaDA2Session
+        from hasten.pipelines.text.llada2 import LLaDA2Session
 
         return LLaDA2Session(host, found, limits)
     if scheduler is None and _is_of_transformers(host):
@@ -103,7 +103,7 @@ def accelerate(
                 "group= is for diffusion models, whose ranks have to skip the same work. On a language model each rank reads for"
                 " its own heads; leave it out."
             )
-        from hasten.pipelines.text_attention import attach
+        from hasten.pipelines.causal.attention import attach
 
         return attach(getattr(host, "_orig_mod", host), found, limits)
     return Session(host, found, scheduler, limits or Limits(), group)

@@ -25,8 +25,8 @@ from hasten.canvas import Canvas, TextFacts
 from hasten.errors import HastenError
 from hasten.pipelines import list_tasks, python_sources
 from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Unmask
 from hasten.samplers.commit_told import Oracle

@@ -20,9 +20,9 @@ from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines.masked_codes import Codebook, Words
-from hasten.pipelines.text_families import choose
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import Tally, TextLoop
+from hasten.pipelines.text.loop import Tally, TextLoop
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Unmask
 from hasten.samplers.commit_images import Annealed, Curve

@@ -65,7 +65,7 @@ def _text_diffusion(name: str, dtype: torch.dtype | None, device: str | torch.de
     model, tokenizer = text(name, dtype, device)
     if model.config.hasten_diffusion["kind"] == "causal":
         raise ModelError(f"{name!r} is a causal language model and needs no pipeline: use tiny_models.text({name!r}).")
-    from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+    from hasten.pipelines.text.diffusion import TextDiffusionPipeline
 
     return TextDiffusionPipeline(model, tokenizer, probe=False)  # tests ask the bundled ones
 

@@ -1,7 +1,7 @@
 """Revisers that take back what looks wrong once more is written.
 
 `Backtrack` and `Remask` go by what the model says of tokens that it is given, which models that were taught masks alone do
-not know (the pipeline asks first, `pipelines/text_repeats.py`); `NarrowOut` asks with masks.
+not know (the pipeline asks first, `pipelines/text_models/repeats.py`); `NarrowOut` asks with masks.
 
 Shapes: B texts, L slots. `Scores.present` is the probability of what stands in a slot, in the last evaluation.
 """

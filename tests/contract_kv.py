@@ -27,8 +27,8 @@ from hasten.canvas import Canvas, Row, TextFacts
 from hasten.errors import RefusedError
 from hasten.noise import uniform
 from hasten.part import Part
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import KVPolicy, Recipe
 from hasten.samplers.commit import CommitRule, Quota, Threshold, Unmask
 from hasten.samplers.revise import RevisePolicy, ReviseState, Revision

@@ -54,8 +54,8 @@ def dllm(
         from hasten.errors import UsageError
         from hasten.pipelines import bench_dllm as bench
         from hasten.pipelines.bench_dllm_bars import bars
-        from hasten.pipelines.text_families import choose
-        from hasten.pipelines.text_loading import open_text
+        from hasten.pipelines.text_models.families import choose
+        from hasten.pipelines.text_models.loading import open_text
 
         works: dict[str, Any] = {"lists": bench.lists, "code": bench.code}
         wanted = list(workload or works)

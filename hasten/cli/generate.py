@@ -103,7 +103,7 @@ def generate(
         from hasten.pipelines.generate import Request
         from hasten.pipelines.loading import check_name, open_pipeline
         from hasten.pipelines.recipes import recipe as find_recipe
-        from hasten.pipelines.text_loading import writes_text
+        from hasten.pipelines.text_models.loading import writes_text
 
         wanted = collect(prompt or [], prompts, seed)
         if writes_text(model, revision):

@@ -15,8 +15,8 @@ from hasten.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from hasten.pipelines.generate import Prompt
-    from hasten.pipelines.text_diffusion import TextDiffusionPipeline, TextDiffusionSession
-    from hasten.pipelines.text_output import TextOutput
+    from hasten.pipelines.text.diffusion import TextDiffusionPipeline, TextDiffusionSession
+    from hasten.pipelines.text.output import TextOutput
 
 TOGETHER = 8
 """Texts in one batch. What a text becomes does not depend on it."""
@@ -57,8 +57,8 @@ class TextTask:
             raise UsageError(f"--output {self.output}: several texts go to a .jsonl file, one a line.")
 
     def _check_call(self) -> None:
-        from hasten.pipelines.text_arguments import ALIASES
-        from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+        from hasten.pipelines.text.arguments import ALIASES
+        from hasten.pipelines.text.diffusion import TextDiffusionPipeline
 
         known = {*inspect.signature(TextDiffusionPipeline.generate).parameters, *ALIASES} - {"self", "others", *RESERVED}
         for key in self.call:
@@ -71,8 +71,8 @@ class TextTask:
         """The pipeline, with the recipe on it."""
         from hasten.pipelines.loading import silence
         from hasten.pipelines.recipes import recipe as find
-        from hasten.pipelines.text_diffusion import TextDiffusionPipeline
-        from hasten.pipelines.text_job import acts_on_texts
+        from hasten.pipelines.text.diffusion import TextDiffusionPipeline
+        from hasten.pipelines.text.job import acts_on_texts
 
         found = find(self.recipe).replace(dict(self.changes)) if self.recipe is not None else None
         if found is None and self.changes:

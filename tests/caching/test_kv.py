@@ -19,7 +19,7 @@ from hasten.caching.kv_values import ValueDrift
 from hasten.caching.store import KVStore
 from hasten.canvas import Canvas, TextFacts
 from hasten.errors import RecipeError, RefusedError
-from hasten.pipelines import text_pass
+from hasten.pipelines.text import calls
 from hasten.samplers.commit import Quota, Threshold
 from hasten.samplers.scores import Arbitrary
 from hasten.samplers.text_blocks import Fixed, SubBlocks, Whole, Window
@@ -206,11 +206,11 @@ class TestGathering:
             spans[text] = (first, data.draw(st.integers(first + 1, starts[text] + new[text])))
         canvas.enter(canvas.open, torch.tensor([(max(spans[i][0], starts[i]), spans[i][1]) for i in range(3)]))
         for call in stretches(canvas, canvas.look(), spans):
-            wanted = text_pass.Wanted(canvas.eligible, canvas.slots)
+            wanted = calls.Wanted(canvas.eligible, canvas.slots)
             store = KVStore(3, canvas.slots, torch.device("cpu"))
-            quick = text_pass.plain(call, canvas, wanted, facts, store)
+            quick = calls.plain(call, canvas, wanted, facts, store)
             call.stretch, call.whole = None, False
-            sorted_ = text_pass.plain(call, canvas, wanted, facts, store)
+            sorted_ = calls.plain(call, canvas, wanted, facts, store)
             for text, a, b in zip(call.members, quick.slots.tolist(), sorted_.slots.tolist(), strict=True):
                 before = {max(spans[text][0] - 1, 0)} if facts.shifted else set()
                 assert [slot for slot in a if slot < canvas.slots] == sorted({slot for slot in b if slot < canvas.slots} | before)

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hasten.pipelines.text_session import TextSession
+from hasten.pipelines.causal.session import TextSession
 from hasten.sparse_attn.layouts.layout import Identity
 from hasten.sparse_attn.pattern import Pattern
 from hasten.sparse_attn.policy import SparseAttention

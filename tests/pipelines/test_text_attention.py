@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from hasten.pipelines.text_attention import attach
+from hasten.pipelines.causal.attention import attach
 from hasten.sparse_attn.text.reader import Everything, Reader, Recent
 from hasten.sparse_attn.text.votes import Votes
 from tests.pipelines.causal_models import MODELS, SIZES, because, build, close, full, ids, no_grad, padding  # noqa: F401

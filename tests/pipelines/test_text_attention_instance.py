@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from hasten.errors import ModelError, RefusedError, UsageError
-from hasten.pipelines.text_attention import NAME, attach
+from hasten.pipelines.causal.attention import NAME, attach
 from hasten.sparse_attn.scorers.spans import Near, Spans
 from hasten.sparse_attn.text.causal import CausalAttention
 from hasten.sparse_attn.text.reader import Recent

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.pipelines.text_mask import Rule, read
-from hasten.pipelines.text_site import pairs_of
+from hasten.pipelines.causal.mask import Rule, read
+from hasten.pipelines.causal.site import pairs_of
 from hasten.sparse_attn.mask import Mask
 
 

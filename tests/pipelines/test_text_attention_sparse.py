@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from hasten.pipelines.causal.attention import attach
+from hasten.pipelines.causal.site import ONCE
 from hasten.pipelines.recipes import attention_text
-from hasten.pipelines.text_attention import attach
-from hasten.pipelines.text_site import ONCE
 from hasten.sparse_attn.mask import causal
 from hasten.sparse_attn.scorers.spans import Depth, Near, Shards, Spans
 from hasten.sparse_attn.segments import plain

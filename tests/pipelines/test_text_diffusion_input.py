@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hasten.errors import LimitError, RefusedError, UsageError
 from hasten.limits import Limits
-from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+from hasten.pipelines.text.diffusion import TextDiffusionPipeline
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from tests.pipelines.text_pipes import EOS, MASK, PAD, config, model, tokenizer

@@ -12,9 +12,9 @@ from hasten.caching.kv import Dual, Prefix, Recompute, TokenKV
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
 from hasten.errors import ModelError, UsageError
-from hasten.pipelines.text_diffusion import TextDiffusionPipeline
-from hasten.pipelines.text_guide import Guide
-from hasten.pipelines.text_shaping import HoldEnd
+from hasten.pipelines.text.diffusion import TextDiffusionPipeline
+from hasten.pipelines.text.shaping import HoldEnd
+from hasten.pipelines.text_models.guide import Guide
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Unmask
 from hasten.samplers.commit_told import Agreed

@@ -19,7 +19,7 @@ from transformers import (
 from hasten.caching.kv import Dual
 from hasten.canvas import Canvas
 from hasten.errors import UsageError
-from hasten.pipelines.text_stream import Reader
+from hasten.pipelines.text.stream import Reader
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from hasten.samplers.revise_edit import Edit

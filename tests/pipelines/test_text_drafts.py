@@ -7,10 +7,10 @@ import torch
 
 from hasten.caching.kv import Dual, Recompute, TokenKV
 from hasten.canvas import Canvas
-from hasten.pipelines.text_families import choose
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
-from hasten.pipelines.text_probe import probe
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.probe import probe
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Unmask
 from hasten.samplers.commit_sure import Factor

@@ -14,9 +14,9 @@ from hasten.caching.kv import Rows
 from hasten.caching.store import KVStore
 from hasten.canvas import Canvas
 from hasten.errors import ModelError, RefusedError, UsageError
-from hasten.pipelines import text_pass
-from hasten.pipelines.text_families import choose
-from hasten.pipelines.text_family import Family
+from hasten.pipelines.text import calls
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.family import Family
 from tests.text_hosts import MASKED, bd3lm, bundled, mdlm
 from tests.text_hosts.facts import MASK, filled
 
@@ -48,7 +48,7 @@ def evaluated(host: Family, canvas: Canvas, tokens: Tensor, keep: Any, store: KV
     facts = dataclasses.replace(host.facts, shifted=False)
     width = int(tokens.sum(1).max())
     rows = Rows(list(range(len(tokens))), tokens, width, keep)
-    now = text_pass.plain(rows, canvas, text_pass.Wanted(tokens, width), facts, store)
+    now = calls.plain(rows, canvas, calls.Wanted(tokens, width), facts, store)
     with host.attached():
         return host.run(now, store)
 
@@ -112,7 +112,7 @@ def test_only_wanted_tokens_reach_the_head(name: str) -> None:
     wanted = torch.zeros(1, 17, dtype=torch.bool)
     wanted[0, [3, 11]] = True
     facts = dataclasses.replace(host.facts, shifted=False)
-    now = text_pass.plain(Rows([0], canvas.used, 17, "none"), canvas, text_pass.Wanted(wanted, 2), facts, store)
+    now = calls.plain(Rows([0], canvas.used, 17, "none"), canvas, calls.Wanted(wanted, 2), facts, store)
     with host.attached():
         logits = host.run(now, store)
     hook.remove()

@@ -15,9 +15,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.noise import gumbel, seeds
-from hasten.pipelines.text_families import choose
-from hasten.pipelines.text_gemma import Denoising, GemmaLoop, takes
-from hasten.pipelines.text_gemma_pipeline import DiffusionGemmaPipeline
+from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.gemma import Denoising, GemmaLoop, takes
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from hasten.samplers.commit_history import Settled

@@ -16,10 +16,10 @@ from hasten.caching.kv_values import ValueDrift
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas, TextFacts
 from hasten.errors import RecipeError, RefusedError
-from hasten.pipelines import text_pass
-from hasten.pipelines.text_families import choose
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_layers import TextLayers
+from hasten.pipelines.text import calls
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.layers import TextLayers
 from hasten.samplers.commit import Quota
 from hasten.samplers.revise_erase import NarrowOut
 from hasten.samplers.text_blocks import Whole
@@ -119,13 +119,13 @@ def test_a_layer_computes_what_it_is_asked_for() -> None:
     host = llama()
     canvas = Canvas.of(prompts([6, 6]), [3, 3], host.facts)
     store = KVStore(2, canvas.slots, torch.device("cpu"))
-    wanted = text_pass.Wanted(canvas.used, canvas.slots)
+    wanted = calls.Wanted(canvas.used, canvas.slots)
     rows = Rows([0, 1], canvas.used, canvas.slots)
     with host.attached(), host.layers.attached():
-        host.run(text_pass.plain(rows, canvas, wanted, host.facts, store), store)
+        host.run(calls.plain(rows, canvas, wanted, host.facts, store), store)
         keys = {layer: store.keys[layer].clone() for layer in range(LAYERS)}
         rows.depth = Some()
-        now = text_pass.plain(rows, canvas, wanted, host.facts, store)
+        now = calls.plain(rows, canvas, wanted, host.facts, store)
         host.run(now, store)
     assert now.work is not None and now.work.tolist() == [2 * 9 + 2 * 5] * 2
     for layer in range(LAYERS):

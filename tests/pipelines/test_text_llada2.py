@@ -14,8 +14,8 @@ import hasten
 from hasten.caching.kv import Dual
 from hasten.caching.kv_front import BlockCausal
 from hasten.errors import RefusedError, UsageError
-from hasten.pipelines.text_llada2 import LLaDA2Session
-from hasten.pipelines.text_scheduler import RecipeScheduler
+from hasten.pipelines.text.llada2 import LLaDA2Session
+from hasten.pipelines.text.scheduler import RecipeScheduler
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Either, Quota, Threshold, Unmask
 from hasten.samplers.commit_told import Agreed

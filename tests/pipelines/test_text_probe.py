@@ -11,9 +11,9 @@ from torch import Tensor
 from hasten.caching.kv import Dual
 from hasten.canvas import Canvas
 from hasten.errors import ModelError, RefusedError
-from hasten.pipelines.text_families import choose
-from hasten.pipelines.text_loop import TextLoop
-from hasten.pipelines.text_probe import SENTENCE, Whole, probe
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.probe import SENTENCE, Whole, probe
 from hasten.recipe import Recipe
 from hasten.samplers.scores import Draw
 from hasten.session import Attachment
@@ -203,7 +203,7 @@ def test_what_cannot_be_followed_takes_no_caches() -> None:
 
 
 def test_models_without_caches_get_no_copies_of_slots() -> None:
-    from hasten.pipelines.text_job import fitting
+    from hasten.pipelines.text.job import fitting
     from hasten.samplers.revise_erase import NarrowOut
     from hasten.samplers.verify import FreeDave
 

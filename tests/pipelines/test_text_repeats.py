@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hasten.caching.store import Pass
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_repeats import ENOUGH, repeats
+from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.repeats import ENOUGH, repeats
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from hasten.samplers.revise import RevisePolicy

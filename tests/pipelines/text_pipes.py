@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hasten.pipelines.text_diffusion import TextDiffusionPipeline
+from hasten.pipelines.text.diffusion import TextDiffusionPipeline
 
 VOCAB, MASK, EOS, PAD = 96, 95, 94, 93
 """Ids 0 to 92 are the words w0 to w92."""

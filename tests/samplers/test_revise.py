@@ -19,7 +19,7 @@ import hasten.samplers.revise_erase  # noqa: F401  imports every reviser
 from hasten.canvas import DONE, PROMPT, Canvas, TextFacts
 from hasten.errors import RefusedError
 from hasten.noise import uniform
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
 from hasten.recipe import Recipe
 from hasten.samplers.commit import CommitRule, Quota, Threshold, Unmask
 from hasten.samplers.commit_wide import WideIn

@@ -15,8 +15,8 @@ from hasten.caching.kv_front import BlockCausal
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import DONE, Canvas
 from hasten.errors import RecipeError
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Unmask
 from hasten.samplers.commit_wide import WideIn

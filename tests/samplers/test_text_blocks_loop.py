@@ -13,8 +13,8 @@ from hasten.caching.kv import Dual, Prefix, Recompute, TokenKV, Vicinity
 from hasten.caching.kv_front import BlockCausal, Freeze, Nested
 from hasten.caching.kv_scattered import Delayed
 from hasten.canvas import Canvas
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from hasten.samplers.revise import RevisePolicy

@@ -17,8 +17,8 @@ from hasten.caching.kv_front import BlockCausal, Freeze, Nested
 from hasten.caching.kv_scattered import Delayed
 from hasten.canvas import TextFacts
 from hasten.errors import RecipeError, RefusedError
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import TextLoop
+from hasten.pipelines.text.loop import TextLoop
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import CommitRule, Either, Quota, Threshold, Unmask
 from hasten.samplers.commit_history import Steady

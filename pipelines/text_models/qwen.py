@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.caching.store import Pass
 from hasten.errors import ModelError
-from hasten.pipelines.text_family import Family, Told, block_causal, logits_of
+from hasten.pipelines.text_models.family import Family, Told, block_causal, logits_of
 from hasten.session import Attachment
 
 

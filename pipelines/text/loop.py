@@ -25,9 +25,9 @@ from hasten.caching.kv import Recompute, Rows, TokenKV
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import DONE, Canvas, Row
 from hasten.errors import RecipeError, UsageError
-from hasten.pipelines import text_drafts, text_pass
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_pass import Wanted
+from hasten.pipelines.text import calls, drafts
+from hasten.pipelines.text.calls import Wanted
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Quota, Unmask
 from hasten.samplers.revise import RevisePolicy, Reviser
@@ -101,10 +101,10 @@ class TextLoop:
         assert recipe.verify is None or isinstance(recipe.verify, Verifier)
         self.revise = Reviser(recipe.revise, self.facts, canvas) if recipe.revise is not None else None
         self.shadows = recipe.revise is not None and recipe.revise.shadows
-        self.verify: text_drafts.Drafts | None = None
+        self.verify: drafts.Drafts | None = None
         if recipe.verify is not None:
-            text_drafts.refuse(recipe.verify, commit, blocks, kv, recipe.revise, self.facts)
-            self.verify = text_drafts.Drafts(recipe.verify, commit, self.draw, canvas, self.facts)
+            drafts.refuse(recipe.verify, commit, blocks, kv, recipe.revise, self.facts)
+            self.verify = drafts.Drafts(recipe.verify, commit, self.draw, canvas, self.facts)
         self.sees_rest = any(
             part is not None and part.sees == "rest" for part in (*commit.rules, commit.score, blocks.end)
         )  # fmt: skip
@@ -193,7 +193,7 @@ class TextLoop:
             self.kv.changed(masked & ~canvas.masked, torch.zeros_like(masked), canvas)
             return
         members = torch.tensor(call.members, device=canvas.ids.device)
-        now = text_pass.plain(call, canvas, wanted, self.facts, self.store, shadows)
+        now = calls.plain(call, canvas, wanted, self.facts, self.store, shadows)
         logits = Logits(self.evaluate(now, self.store), now.target, members)
         known = measure(logits, self.score, self.draw, self.forbidden, canvas, self.scores)
         self.rule.observe(known, canvas)

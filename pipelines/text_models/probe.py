@@ -21,9 +21,9 @@ from hasten.caching.kv import Rows
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
 from hasten.errors import HastenError, ModelError, RefusedError
-from hasten.pipelines import text_pass
-from hasten.pipelines.text_family import Family
-from hasten.pipelines.text_host import TextHost, rows_of
+from hasten.pipelines.text import calls
+from hasten.pipelines.text_models.family import Family
+from hasten.pipelines.text_models.host import TextHost, rows_of
 
 Check = Literal["followed", "windows", "batches", "blocks", "shift", "embeddings"]
 
@@ -276,7 +276,7 @@ class _Probe:
         """Logits [m, N, V] of these tokens, bool [m, L], of all texts."""
         width = int(tokens.sum(1).max())
         rows = Rows(list(range(len(tokens))), tokens, width, keep)
-        now = text_pass.plain(rows, canvas, text_pass.Wanted(tokens, width), self.facts, store)
+        now = calls.plain(rows, canvas, calls.Wanted(tokens, width), self.facts, store)
         with self.host.attached():
             return self.host.run(now, store)
 

@@ -22,7 +22,7 @@ from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from hasten.canvas import Canvas, TextFacts
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.noise import uniform
-from hasten.pipelines.text_family import end_tokens, first
+from hasten.pipelines.text_models.family import end_tokens, first
 from hasten.recipe import Recipe
 from hasten.samplers.commit import CommitState, Unmask
 from hasten.samplers.commit_sure import EntropyBound

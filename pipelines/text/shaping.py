@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
-from hasten.pipelines.text_loop import Evaluate
+from hasten.pipelines.text.loop import Evaluate
 
 
 class Guided:

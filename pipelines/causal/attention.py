@@ -13,9 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.limits import Limits
-from hasten.pipelines.text_session import NAME, TextSession
-from hasten.pipelines.text_site import CALL
-from hasten.pipelines.text_trial import why_not
+from hasten.pipelines.causal.session import NAME, TextSession
+from hasten.pipelines.causal.site import CALL
+from hasten.pipelines.causal.trial import why_not
 from hasten.recipe import Attention, Recipe
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.text.causal import CausalAttention

@@ -7,7 +7,7 @@ import re
 import torch
 
 from hasten.errors import HastenError
-from hasten.pipelines.text_site import ONCE
+from hasten.pipelines.causal.site import ONCE
 from hasten.sparse_attn.mask import causal
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.segments import plain

@@ -1,7 +1,7 @@
 """How a masked language model is called: which family it is, and what its forward wants.
 
 The engine asks for logits of some tokens at some positions (a `Pass`) and knows nothing of the model behind it. A family
-is one subclass of `TextHost`; `text_families.py` chooses it from the model's config.
+is one subclass of `TextHost`; `families.py` chooses it from the model's config.
 
 Shapes: m texts, N computed tokens of each, R of them whose logits are wanted, V tokens in the vocabulary.
 """
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import TextFacts
 from hasten.errors import ModelError
-from hasten.pipelines.text_layers import TextLayers
-from hasten.pipelines.text_tap import CatchSdpa, Tap, attach, has_interface, sites
+from hasten.pipelines.text_models.layers import TextLayers
+from hasten.pipelines.text_models.tap import CatchSdpa, Tap, attach, has_interface, sites
 from hasten.session import Attachment
 
 
@@ -28,7 +28,7 @@ class TextHost:
 
     model: stays as it is; it is touched only within `attached()`, and exactly restored. caches: keys and values can be
     kept from one evaluation to the next (a model that looks at the noise level in every layer cannot). repeats: the share
-    of given tokens that it gives back, None until a reviser needs to know (`text_repeats.py`).
+    of given tokens that it gives back, None until a reviser needs to know (`repeats.py`).
     """
 
     caches: bool = True

@@ -19,11 +19,11 @@ from hasten.limits import Limits
 from hasten.noise import seeds
 from hasten.pipelines.host import hardware
 from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.pipelines.text_arguments import ALIASES, canonical, whole
-from hasten.pipelines.text_gemma import Denoising, GemmaLoop, Written, takes
-from hasten.pipelines.text_output import TextOutput
-from hasten.pipelines.text_prompts import Prompts, check, collect
-from hasten.pipelines.text_stream import streamers
+from hasten.pipelines.text.arguments import ALIASES, canonical, whole
+from hasten.pipelines.text.output import TextOutput
+from hasten.pipelines.text.prompts import Prompts, check, collect
+from hasten.pipelines.text.stream import streamers
+from hasten.pipelines.text_models.gemma import Denoising, GemmaLoop, Written, takes
 from hasten.recipe import Recipe
 from hasten.report_diffusion import Generation, TextDiffusionReport
 

@@ -19,10 +19,10 @@ from hasten.caching.kv import TokenKV
 from hasten.caching.store import KVStore, Pass
 from hasten.errors import HastenError, RefusedError, UsageError
 from hasten.limits import Limits
-from hasten.pipelines import text_families
 from hasten.pipelines.host import hardware
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_scheduler import RecipeScheduler, cuts_alike
+from hasten.pipelines.text.scheduler import RecipeScheduler, cuts_alike
+from hasten.pipelines.text_models import families
+from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.report_diffusion import Generation, TextDiffusionReport
 from hasten.session import Attachment
@@ -55,7 +55,7 @@ class LLaDA2Session:
             )
         self.notes: list[str] = []
         self.runs: list[_Run] = []
-        self.cached = _Cached(self, text_families.choose(pipe.model, pipe.tokenizer)) if kv is not None else None
+        self.cached = _Cached(self, families.choose(pipe.model, pipe.tokenizer)) if kv is not None else None
         self._attachment, self._closed = Attachment(), False
         try:
             self._attach()

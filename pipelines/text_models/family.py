@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hasten.canvas import TextFacts
 from hasten.errors import ModelError, RefusedError, UsageError
-from hasten.pipelines.text_host import TextHost
+from hasten.pipelines.text_models.host import TextHost
 
 
 @dataclass(frozen=True, slots=True)

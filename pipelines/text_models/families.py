@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hasten.errors import ModelError, UsageError
-from hasten.pipelines.text_families_dit import BD3LM, MDLM
-from hasten.pipelines.text_families_llada import LLaDA, LLaDA2, LLaDAMoE
-from hasten.pipelines.text_families_qwen import A2D, SDAR, Bundled, Dream, FastDLLM2
-from hasten.pipelines.text_family import Family, Told
+from hasten.pipelines.text_models.dit import BD3LM, MDLM
+from hasten.pipelines.text_models.family import Family, Told
+from hasten.pipelines.text_models.llada import LLaDA, LLaDA2, LLaDAMoE
+from hasten.pipelines.text_models.qwen import A2D, SDAR, Bundled, Dream, FastDLLM2
 
 FAMILIES: tuple[type[Family], ...] = (Bundled, LLaDA, LLaDAMoE, LLaDA2, Dream, SDAR, FastDLLM2, A2D, MDLM, BD3LM)
 """In the order in which they are asked."""
@@ -35,7 +35,7 @@ def choose(
     if getattr(model.config, "model_type", None) == "diffusion_gemma":
         raise ModelError(
             "DiffusionGemma has no mask token: it is written from noise. Use"
-            " hasten.pipelines.text_gemma_pipeline.DiffusionGemmaPipeline, which takes the same arguments."
+            " hasten.pipelines.text.gemma_pipeline.DiffusionGemmaPipeline, which takes the same arguments."
         )
     named = ", ".join(getattr(model.config, "architectures", None) or [type(model).__name__])
     known = ", ".join(family.family for family in FAMILIES if family is not Bundled)

@@ -24,7 +24,7 @@ from hasten.pipelines.stack_gate import Gate, GateList
 from hasten.session import Attachment
 
 if TYPE_CHECKING:
-    from hasten.pipelines.text_host import TextHost
+    from hasten.pipelines.text_models.host import TextHost
 
 TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2
 """Layers that get their tokens in another order may differ by this much (relative, max norm)."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hasten.limits import Limits
+from hasten.pipelines.causal.mask import Rule, read
+from hasten.pipelines.causal.rows import Done, Row
+from hasten.pipelines.causal.site import Site
 from hasten.pipelines.host import hardware
-from hasten.pipelines.text_mask import Rule, read
-from hasten.pipelines.text_rows import Done, Row
-from hasten.pipelines.text_site import Site
 from hasten.recipe import Recipe
 from hasten.session import Attachment
 from hasten.sparse_attn.text.causal import CausalAttention

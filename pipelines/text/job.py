@@ -19,15 +19,15 @@ from hasten.errors import LimitError, RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.noise import seeds
 from hasten.pipelines.host import hardware
-from hasten.pipelines.text_arguments import PLAIN, Decoding
-from hasten.pipelines.text_guide import Guide
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_loop import Evaluate, OnStep, TextLoop
-from hasten.pipelines.text_output import Sheet, TextOutput
-from hasten.pipelines.text_prompts import Prompts
-from hasten.pipelines.text_repeats import LEAST, repeats, sentence
-from hasten.pipelines.text_shaping import Guided, HoldEnd
-from hasten.pipelines.text_stream import Criterion, Reader
+from hasten.pipelines.text.arguments import PLAIN, Decoding
+from hasten.pipelines.text.loop import Evaluate, OnStep, TextLoop
+from hasten.pipelines.text.output import Sheet, TextOutput
+from hasten.pipelines.text.prompts import Prompts
+from hasten.pipelines.text.shaping import Guided, HoldEnd
+from hasten.pipelines.text.stream import Criterion, Reader
+from hasten.pipelines.text_models.guide import Guide
+from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.repeats import LEAST, repeats, sentence
 from hasten.recipe import Recipe
 from hasten.report_diffusion import Generation, TextDiffusionReport
 from hasten.samplers.commit import Unmask

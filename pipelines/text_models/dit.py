@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hasten.caching.store import Pass
 from hasten.canvas import TextFacts
 from hasten.errors import RefusedError
-from hasten.pipelines.text_family import Family, Sizes, logits_of
+from hasten.pipelines.text_models.family import Family, Sizes, logits_of
 from hasten.session import Attachment
 
 EPS = 1e-3

@@ -19,8 +19,8 @@ from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hasten.errors import HastenError
-from hasten.pipelines.text_mask import Rule
-from hasten.pipelines.text_rows import Done
+from hasten.pipelines.causal.mask import Rule
+from hasten.pipelines.causal.rows import Done
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.segments import plain
 from hasten.sparse_attn.text.exact import exact
@@ -28,7 +28,7 @@ from hasten.sparse_attn.text.reader import ReaderState
 from hasten.step import Step
 
 if TYPE_CHECKING:
-    from hasten.pipelines.text_session import TextSession
+    from hasten.pipelines.causal.session import TextSession
 
 CALL = "hasten_call"
 """Keyword that an attached module's forward hands through to our attention function: which site, with which cache."""

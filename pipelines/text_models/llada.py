@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.caching.store import Pass
-from hasten.pipelines.text_family import Family, Sizes, block_causal, logits_of
+from hasten.pipelines.text_models.family import Family, Sizes, block_causal, logits_of
 from hasten.session import Attachment
 
 

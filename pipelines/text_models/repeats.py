@@ -17,9 +17,9 @@ from torch import Tensor
 from hasten.caching.kv import Recompute
 from hasten.caching.store import KVStore
 from hasten.canvas import Canvas
-from hasten.pipelines import text_pass
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_pass import Wanted
+from hasten.pipelines.text import calls
+from hasten.pipelines.text.calls import Wanted
+from hasten.pipelines.text_models.host import TextHost
 
 LEAST = 0.8
 """Of a prompt's tokens. A model that was taught to repeat does so nearly always, and what it does not repeat it takes for
@@ -53,7 +53,7 @@ def repeats(host: TextHost, prompts: Sequence[Tensor]) -> float | None:
     never = torch.tensor(sorted({*facts.forbidden, *([] if facts.mask_id is None else [facts.mask_id])}), device=host.device)
     with host.attached():
         for call in Recompute().start(facts, store).plan(canvas, canvas.look()):
-            now = text_pass.plain(call, canvas, Wanted(canvas.used, canvas.slots), facts, store)
+            now = calls.plain(call, canvas, Wanted(canvas.used, canvas.slots), facts, store)
             token = host.run(now, store).float().index_fill(-1, never.long(), -float("inf")).argmax(-1)
             real = now.target < canvas.slots
             stands = canvas.ids[now.members[:, None], now.target.clamp(max=canvas.slots - 1)]

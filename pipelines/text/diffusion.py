@@ -16,18 +16,18 @@ import torch
 
 from hasten.errors import UsageError
 from hasten.limits import Limits
-from hasten.pipelines import text_families
 from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.pipelines.text_arguments import PLAIN, canonical, decoding, whole
-from hasten.pipelines.text_callback import on_step_end
-from hasten.pipelines.text_guide import Guide
-from hasten.pipelines.text_host import TextHost
-from hasten.pipelines.text_job import Job, fitting
-from hasten.pipelines.text_loop import OnStep
-from hasten.pipelines.text_output import TextOutput
-from hasten.pipelines.text_probe import probe as ask
-from hasten.pipelines.text_prompts import check, collect
-from hasten.pipelines.text_stream import criteria, streamers
+from hasten.pipelines.text.arguments import PLAIN, canonical, decoding, whole
+from hasten.pipelines.text.callback import on_step_end
+from hasten.pipelines.text.job import Job, fitting
+from hasten.pipelines.text.loop import OnStep
+from hasten.pipelines.text.output import TextOutput
+from hasten.pipelines.text.prompts import check, collect
+from hasten.pipelines.text.stream import criteria, streamers
+from hasten.pipelines.text_models import families
+from hasten.pipelines.text_models.guide import Guide
+from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.probe import probe as ask
 from hasten.recipe import Recipe
 from hasten.report_diffusion import TextDiffusionReport
 
@@ -56,7 +56,7 @@ class TextDiffusionPipeline:
         guide_tokenizer: Any = None, limits: Limits | None = None, mask_token_id: int | None = None,
         block: int | None = None, shifted: bool | None = None, probe: bool = True,
     ) -> None:  # fmt: skip
-        family = text_families.choose(model, tokenizer, mask_token_id=mask_token_id, block=block, shifted=shifted)
+        family = families.choose(model, tokenizer, mask_token_id=mask_token_id, block=block, shifted=shifted)
         found = ask(family, tokenizer) if probe else None
         self.model, self.tokenizer = model, tokenizer
         self.host: TextHost = family if found is None else found.host
@@ -80,7 +80,7 @@ class TextDiffusionPipeline:
         float32, bfloat16 or float16; None is bfloat16 on CUDA and float32 elsewhere. more: as for the constructor.
         Raises `ModelError` for a model that is unknown or unsafe to load.
         """
-        from hasten.pipelines.text_loading import open_text
+        from hasten.pipelines.text_models.loading import open_text
 
         model, tokenizer = open_text(name_or_path, revision, device, dtype, trust_remote_code)
         return cls(model, tokenizer, recipe, **more)
@@ -130,10 +130,10 @@ class TextDiffusionPipeline:
 
         streamer: transformers' protocol, for one text, or a list with one for each: gets tokens when they are final, and
         every canvas in `put_draft` if it has that. stopping_criteria: called for each text alone, ids [1, n], at every
-        token. callback_on_step_end(pipe, step, timestep, tensors): which tensors, see `text_callback.TENSORS`.
+        token. callback_on_step_end(pipe, step, timestep, tensors): which tensors, see `callback.TENSORS`.
         output_type: "text", or "seq" for tokens alone. output_history: keep every canvas.
 
-        The papers' and libraries' other names are understood, too (`text_arguments.ALIASES`: gen_length, block_size,
+        The papers' and libraries' other names are understood, too (`arguments.ALIASES`: gen_length, block_size,
         num_inference_steps, confidence_threshold, alg, ...). Raises `UsageError` or `LimitError` before anything is
         computed, and nothing is ignored in silence.
         """

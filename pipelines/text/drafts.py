@@ -16,8 +16,8 @@ from torch import Tensor
 from hasten.caching.kv import Rows, TokenKV
 from hasten.canvas import Canvas, Row, TextFacts
 from hasten.errors import RecipeError, RefusedError
-from hasten.pipelines import text_pass
-from hasten.pipelines.text_pass import Wanted
+from hasten.pipelines.text import calls
+from hasten.pipelines.text.calls import Wanted
 from hasten.samplers.commit import Unmask
 from hasten.samplers.revise import RevisePolicy
 from hasten.samplers.scores import Draw, Logits, Scores, measure
@@ -25,7 +25,7 @@ from hasten.samplers.text_blocks import InBlocks
 from hasten.samplers.verify import Verifier
 
 if TYPE_CHECKING:
-    from hasten.pipelines.text_loop import TextLoop
+    from hasten.pipelines.text.loop import TextLoop
 
 Choose = Callable[[Scores, Canvas], Tensor]
 """What the commit rule writes, bool [B, L], given what is known of a canvas."""
@@ -99,10 +99,10 @@ class Drafts:
         device = canvas.ids.device
         members = torch.tensor(call.members, device=device)
         if call.keep == "none":  # nothing is shared: each draft is a text of its own
-            now, copies = text_pass.copies(call, numbers, many, most, wanted, loop.facts, loop.store)
+            now, copies = calls.copies(call, numbers, many, most, wanted, loop.facts, loop.store)
         else:
             texts = many.ids.view(len(canvas.ids), most, -1)
-            now = text_pass.drafts(call, texts, numbers, canvas, wanted, loop.facts, loop.store)
+            now = calls.drafts(call, texts, numbers, canvas, wanted, loop.facts, loop.store)
             copies = (members[:, None] * most + torch.arange(most, device=device)).flatten()
         values = loop.evaluate(now, loop.store)
         loop.count(members, now)

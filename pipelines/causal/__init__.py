@@ -1,0 +1,1 @@
+"""The attention seam to causal language models of transformers."""
