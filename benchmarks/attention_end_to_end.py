@@ -16,10 +16,10 @@ import warnings
 
 from hasten.cli.bench import own_prompts
 from hasten.cli.output import Output
+from hasten.pipelines.bench.measure import bench_recipes
+from hasten.pipelines.bench.shots import Sample
 from hasten.pipelines.generate import makes_video
-from hasten.pipelines.measure import bench_recipes
 from hasten.pipelines.recipes import attention, recipe
-from hasten.pipelines.shots import Sample
 from hasten.pipelines.tiny_models import call_defaults, load
 from hasten.recipe import Recipe
 

@@ -18,9 +18,9 @@ from hasten import metrics
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Spread
 from hasten.forecast import Forecast, Hold, LeaveOneOut, Polynomial
-from hasten.pipelines.candidates import ours
+from hasten.pipelines.bench.candidates import ours
+from hasten.pipelines.bench.shots import shoot
 from hasten.pipelines.recipes.network import sada, seacache
-from hasten.pipelines.shots import shoot
 from hasten.pipelines.solver import other_scheduler
 from hasten.pipelines.tiny_models import call_defaults, load
 from hasten.recipe import Recipe

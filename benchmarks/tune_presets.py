@@ -27,8 +27,8 @@ from hasten import metrics
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Listed, Schedule, Spread
 from hasten.forecast import Forecast, Hold, Polynomial
-from hasten.pipelines.candidates import fewer_steps, ours
-from hasten.pipelines.shots import Sample, Shot, shoot
+from hasten.pipelines.bench.candidates import fewer_steps, ours
+from hasten.pipelines.bench.shots import Sample, Shot, shoot
 from hasten.pipelines.tiny_models import call_defaults, load
 from hasten.recipe import Guidance, Recipe
 from hasten.samplers.guidance import HeldGuidance

@@ -24,9 +24,9 @@ from hasten.caching.width import StraightWidth, WidthReuse
 from hasten.drift import Drift
 from hasten.forecast import Hold, Polynomial
 from hasten.forecast_adams import Adams
-from hasten.pipelines.candidates import ours
+from hasten.pipelines.bench.candidates import ours
+from hasten.pipelines.bench.shots import Sample, shoot
 from hasten.pipelines.recipes.network import sada
-from hasten.pipelines.shots import Sample, shoot
 from hasten.pipelines.tiny_models import call_defaults, load
 from hasten.recipe import Recipe, ReusePolicy
 

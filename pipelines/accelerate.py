@@ -16,10 +16,10 @@ from hasten.caching.network import NetworkReuse
 from hasten.clock import Clock
 from hasten.errors import ModelError, UsageError
 from hasten.limits import Limits
-from hasten.pipelines.denoiser_gate import DenoiserGate
-from hasten.pipelines.guidance_seam import GuidanceSeam
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.seams.denoiser_gate import DenoiserGate
+from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.solver import swap_scheduler
 from hasten.recipe import Recipe
 from hasten.samplers.solver import Solver

@@ -24,14 +24,14 @@ from hasten.pipelines.attention_masks import Padding, readable_keys, understand,
 from hasten.pipelines.attention_sites import Site, Sites
 from hasten.pipelines.attention_tokens import CROSS, PATCH, TEXT_ONLY, Key, Learned, learn
 from hasten.pipelines.host import Call
-from hasten.pipelines.writes import kind_of, twin
+from hasten.pipelines.seams.writes import kind_of, twin
 from hasten.sparse_attn.mask import Mask
 from hasten.sparse_attn.policy import SparseAttention, SparseState
 from hasten.sparse_attn.segments import Tokens
 from hasten.step import Step
 
 if TYPE_CHECKING:
-    from hasten.pipelines.denoiser_gate import DenoiserGate
+    from hasten.pipelines.seams.denoiser_gate import DenoiserGate
 
 CHANNELS = ("in_channels", "in_visual_dim", "latent_channels")
 """What configurations call the channels of the latents."""

@@ -22,8 +22,8 @@ from hasten.caching.rules_partition import cheapest_groups, holding_cost
 from hasten.errors import ModelError, UsageError
 from hasten.forecast_affine import Affine, ChannelTable
 from hasten.pipelines.accelerate import accelerate
+from hasten.pipelines.bench.oracle import as_rule
 from hasten.pipelines.host import Output, denoisers
-from hasten.pipelines.oracle import as_rule
 from hasten.recipe import Recipe
 from hasten.step import Step
 

@@ -14,8 +14,8 @@ from hasten.drift import Drift
 from hasten.errors import RefusedError
 from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.generate import Request, generate
-from hasten.pipelines.profile_seam import ProfileSeam
 from hasten.pipelines.recipes import blocks as recipes
+from hasten.pipelines.seams.profile import ProfileSeam
 from hasten.recipe import Recipe
 from hasten.step import Step
 

@@ -31,8 +31,8 @@ def overhead(
     """What an accelerate() with nothing enabled costs; it must be bit-identical."""
     output = Output("bench overhead", json)
     with output.open():
+        from hasten.pipelines.bench.overhead import bench_overhead
         from hasten.pipelines.loading import open_pipeline
-        from hasten.pipelines.overhead import bench_overhead
         from hasten.pipelines.tiny_models import call_defaults
 
         pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
@@ -68,10 +68,10 @@ def recipes(
     output = Output("bench recipes", json)
     with output.open():
         from hasten.cli.prompts import collect
+        from hasten.pipelines.bench.measure import bench_recipes
+        from hasten.pipelines.bench.shots import Sample
         from hasten.pipelines.generate import makes_video
         from hasten.pipelines.loading import open_pipeline
-        from hasten.pipelines.measure import bench_recipes
-        from hasten.pipelines.shots import Sample
         from hasten.pipelines.tiny_models import call_defaults
 
         pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
@@ -131,12 +131,12 @@ def cache(
     """Caches against the plain run, fewer steps, the oracle and the peers; and whether the bars are met."""
     output = Output("bench cache", json)
     with output.open():
-        from hasten.pipelines.bars import bars
-        from hasten.pipelines.bench_cache import all_presets, bench_cache, preset
+        from hasten.pipelines.bench.bars import bars
+        from hasten.pipelines.bench.cache import all_presets, bench_cache, preset
+        from hasten.pipelines.bench.peers import sweep
+        from hasten.pipelines.bench.shots import Sample
         from hasten.pipelines.generate import makes_video
         from hasten.pipelines.loading import open_pipeline
-        from hasten.pipelines.peers import sweep
-        from hasten.pipelines.shots import Sample
         from hasten.pipelines.tiny_models import call_defaults
 
         chosen = dict(preset(text) for text in presets or all_presets())
@@ -190,7 +190,7 @@ def cache(
 
 def _drawn(model: str, rows: list[dict[str, Any]]) -> str:
     """Speed-up against PSNR: our presets as one thick line each, then peers and controls."""
-    from hasten.pipelines.bars import curves
+    from hasten.pipelines.bench.bars import curves
     from hasten.report_curve import draw_curves
 
     drawn = [row for row in rows if row.get("control") != "other_seed" and row["recipe"] != "plain"]

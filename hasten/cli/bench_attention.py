@@ -76,7 +76,7 @@ def attention(
     with output.open():
         import torch
 
-        from hasten.pipelines import bench_attention as bench
+        from hasten.pipelines.bench import attention as bench
         from hasten.pipelines.loading import pick_device, pick_dtype
         from hasten.sparse_attn.measure.calibrate import clock_of
 

@@ -52,8 +52,8 @@ def dllm(
     output = Output("bench dllm", json)
     with output.open():
         from hasten.errors import UsageError
-        from hasten.pipelines import bench_dllm as bench
-        from hasten.pipelines.bench_dllm_bars import bars
+        from hasten.pipelines.bench import dllm as bench
+        from hasten.pipelines.bench.dllm_bars import bars
         from hasten.pipelines.text_models.families import choose
         from hasten.pipelines.text_models.loading import open_text
 

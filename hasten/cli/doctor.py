@@ -11,7 +11,7 @@ from hasten.cli.output import JsonOption, Output, hardware, versions
 from hasten.errors import UsageError
 
 if TYPE_CHECKING:
-    from hasten.pipelines.backends import Check
+    from hasten.pipelines.doctor.backends import Check
 
 MARKS = {"ok": "ok", "failed": "FAILED", "absent": "absent", "refused": "refused", "inapplicable": "n/a"}
 
@@ -39,8 +39,8 @@ def doctor(
     with out.open():
         if compiled and model is None:
             raise UsageError("--compile belongs to a model's checks; name one with --model, or leave it out.")
-        from hasten.pipelines.backends import backends
-        from hasten.pipelines.doctor import conformance
+        from hasten.pipelines.doctor.backends import backends
+        from hasten.pipelines.doctor.conformance import conformance
         from hasten.pipelines.loading import check_name, open_pipeline, pick_device
 
         place = pick_device(device)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from hasten.caching.depth import Depth, Values, put
 from hasten.caching.store import KVStore, Pass
 from hasten.errors import RefusedError
-from hasten.pipelines.stack_gate import Gate, GateList
+from hasten.pipelines.seams.stack_gate import Gate, GateList
 from hasten.session import Attachment
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.pipelines import bench_attention as bench
-from hasten.pipelines import bench_attention_parts as parts
-from hasten.pipelines.bench_attention_gpu import bench_models, recipes, scaled_step
-from hasten.pipelines.model_shapes import MODELS, small
+from hasten.pipelines.bench import attention as bench
+from hasten.pipelines.bench import attention_parts as parts
+from hasten.pipelines.bench.attention_gpu import bench_models, recipes, scaled_step
+from hasten.pipelines.bench.model_shapes import MODELS, small
 from hasten.sparse_attn.measure.roofline import MACHINES
 from hasten.sparse_attn.measure.trial import Trial
 

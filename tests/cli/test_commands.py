@@ -14,8 +14,8 @@ import torch
 import hasten as package
 from hasten.cli import explain
 from hasten.cli.output import cell, strict
-from hasten.pipelines import backends
 from hasten.pipelines.compare import compare
+from hasten.pipelines.doctor import backends
 from hasten.pipelines.recipes import catalogue
 from tests.hosts import PIXART_CALL, WAN_CALL, small_pixart, small_wan
 
@@ -168,7 +168,7 @@ def test_doctor_on_a_model(hasten: Any, wan: Path) -> None:
 
 
 def test_doctor_says_what_is_wrong_with_a_model(hasten: Any, wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.pipelines.doctor.unchanged", _wrong)
+    monkeypatch.setattr("hasten.pipelines.doctor.conformance.unchanged", _wrong)
     ran = hasten("doctor", "--quick", "--device", "cpu", "--model", wan)
     assert ran.code == 1
     assert "1 wrong: unchanged after all checks." in ran.out and "FAILED" in ran.out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from diffusers import FirstBlockCacheConfig
 
-from hasten.pipelines.foreign import diffusers_cache
-from hasten.pipelines.shots import Sample
+from hasten.pipelines.bench.foreign import diffusers_cache
+from hasten.pipelines.bench.shots import Sample
 from tests.hosts import WAN_CALL
 
 CALL = {**WAN_CALL, "num_inference_steps": 4, "max_sequence_length": 16}

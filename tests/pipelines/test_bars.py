@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hasten.pipelines.bars import (
+from hasten.pipelines.bench.bars import (
     Bar,
     Point,
     against_fewer_steps,

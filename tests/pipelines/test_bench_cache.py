@@ -12,13 +12,13 @@ import torch
 from diffusers import TaylorSeerCacheConfig
 
 from hasten.errors import RecipeError, RefusedError, UsageError
-from hasten.pipelines import bars
-from hasten.pipelines.bench_cache import Bench, all_presets, bench_cache, controls, preset
-from hasten.pipelines.candidates import Candidate
-from hasten.pipelines.foreign import diffusers_cache, unavailable
+from hasten.pipelines.bench import bars
+from hasten.pipelines.bench.cache import Bench, all_presets, bench_cache, controls, preset
+from hasten.pipelines.bench.candidates import Candidate
+from hasten.pipelines.bench.foreign import diffusers_cache, unavailable
+from hasten.pipelines.bench.shots import Sample
 from hasten.pipelines.recipes import names
 from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.pipelines.shots import Sample
 from tests.hosts import PIXART_CALL, small_pixart, small_wan
 from tests.pipelines.bench_calls import CALL, FIRST_BLOCK, SAMPLES
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from hasten.errors import RecipeError
-from hasten.pipelines import bench_dllm
-from hasten.pipelines.bench_dllm import Bench, Workload, table
-from hasten.pipelines.bench_dllm_bars import bars
+from hasten.pipelines.bench import dllm as bench_dllm
+from hasten.pipelines.bench.dllm import Bench, Workload, table
+from hasten.pipelines.bench.dllm_bars import bars
 from tests.text_models import prompts, tiny_llama
 
 

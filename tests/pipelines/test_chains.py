@@ -12,7 +12,7 @@ from torch import nn
 import hasten
 from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
-from hasten.pipelines.structure import BlockCall, Stack, Watcher
+from hasten.pipelines.seams.structure import BlockCall, Stack, Watcher
 from hasten.recipe import Recipe
 from tests.conformance.small import every
 

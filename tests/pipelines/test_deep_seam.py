@@ -23,7 +23,7 @@ from hasten.caching.rules import Every, Spread
 from hasten.drift import Drift
 from hasten.forecast import Polynomial
 from hasten.pipelines.recipes.modules import deep_cache
-from hasten.pipelines.unet_layers import Cut, cut
+from hasten.pipelines.seams.unet_layers import Cut, cut
 from hasten.recipe import Recipe
 from tests.contract import seeded
 from tests.hosts import UNET_CALL, small_unet, small_wan

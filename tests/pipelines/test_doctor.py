@@ -21,13 +21,14 @@ from hasten import clock
 from hasten.caching.network import BranchHistory, NetworkReuse, NetworkState
 from hasten.caching.stack import StackReuse
 from hasten.errors import ModelError
-from hasten.pipelines import doctor, doctor_network, doctor_promises, doctor_runs, doctor_weights
 from hasten.pipelines.accelerate import Session
-from hasten.pipelines.backends import Check
-from hasten.pipelines.denoiser_gate import SEAMS, DenoiserGate
-from hasten.pipelines.doctor_model import REMEMBERING, STEPS, Model
-from hasten.pipelines.network_seam import NetworkSeam
-from hasten.pipelines.stack_gate import Gate, GateList
+from hasten.pipelines.doctor import conformance as doctor
+from hasten.pipelines.doctor import network, promises, runs, weights
+from hasten.pipelines.doctor.backends import Check
+from hasten.pipelines.doctor.model import REMEMBERING, STEPS, Model
+from hasten.pipelines.seams.denoiser_gate import SEAMS, DenoiserGate
+from hasten.pipelines.seams.network import NetworkSeam
+from hasten.pipelines.seams.stack_gate import Gate, GateList
 from tests.hosts import (
     FLUX_CALL,
     PIXART_CALL,
@@ -113,15 +114,15 @@ def test_pipelines_that_cannot_be_tried() -> None:
 
 def test_recipe_that_does_nothing_says_so() -> None:
     model = model_of()
-    never = doctor_promises.never_skipping()["whole network"]
-    assert "reuse skipped nothing" in doctor_promises.method(model, "never", never).detail
-    assert "skipped nothing" not in doctor_promises.method(model, "other", REMEMBERING["blocks"]).detail
+    never = promises.never_skipping()["whole network"]
+    assert "reuse skipped nothing" in promises.method(model, "never", never).detail
+    assert "skipped nothing" not in promises.method(model, "other", REMEMBERING["blocks"]).detail
 
 
 def test_seam_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     monkeypatch.delitem(SEAMS, StackReuse)
-    found = doctor_promises.method(model, "unknown", REMEMBERING["blocks"])
+    found = promises.method(model, "unknown", REMEMBERING["blocks"])
     assert found.status == "failed" and "KeyError" in found.detail and "left on the model" not in found.detail
 
 
@@ -137,7 +138,7 @@ def by_order(self: Any, *args: Any) -> tuple[int, bool]:
     return len(self.called) - 1, True
 
 
-@pytest.mark.parametrize("body", [doctor_network.isolated, doctor_network.counted, doctor_network.toggled])
+@pytest.mark.parametrize("body", [network.isolated, network.counted, network.toggled])
 def test_branches_that_are_mixed_up(body: Body, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock._Branches, "enter", all_one_branch)
     found = tried(body)
@@ -148,20 +149,20 @@ def test_branches_that_are_mixed_up(body: Body, monkeypatch: pytest.MonkeyPatch)
 def test_branches_known_by_their_order_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     monkeypatch.setattr(clock._Branches, "enter", by_order)
-    assert tried(doctor_network.isolated, model).status == "ok"
-    assert tried(doctor_network.toggled, model).status == "failed"
+    assert tried(network.isolated, model).status == "ok"
+    assert tried(network.toggled, model).status == "failed"
 
 
 def test_injections_that_are_held_with_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(small_vace)
-    sound = tried(doctor_network.injected, model)
+    sound = tried(network.injected, model)
     assert sound.status == "ok" and "control_hidden_states" in sound.detail
 
     def whole(gate: DenoiserGate, policy: StackReuse) -> NetworkSeam:
         return NetworkSeam(gate, NetworkReuse(rule=policy.rule, forecast=policy.forecast))
 
     monkeypatch.setitem(SEAMS, StackReuse, whole)
-    found = tried(doctor_network.injected, model)
+    found = tried(network.injected, model)
     assert (found.status, "nobody was told" in found.detail) == ("failed", True)
 
 
@@ -182,7 +183,7 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DenoiserGate, "forget", lambda self: None)
 
 
-@pytest.mark.parametrize("body", [doctor_runs.interrupted, doctor_runs.unguided, doctor_promises.exception])
+@pytest.mark.parametrize("body", [runs.interrupted, runs.unguided, promises.exception])
 def test_runs_that_use_what_another_has_left(body: Body, stale: None) -> None:
     found = tried(body)
     assert (found.status, "not bit-identical" in found.detail) == ("failed", True), found
@@ -190,13 +191,13 @@ def test_runs_that_use_what_another_has_left(body: Body, stale: None) -> None:
 
 def test_another_size_that_uses_what_another_has_left(stale: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BranchHistory, "fits", lambda self, x: True)
-    assert tried(doctor_runs.resized).status == "failed"
+    assert tried(runs.resized).status == "failed"
 
 
 def test_evaluations_of_heun_that_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     times = clock.solver_times
     monkeypatch.setattr(clock, "solver_times", lambda scheduler: times(scheduler)[:STEPS])
-    found = tried(doctor_runs.heun)
+    found = tried(runs.heun)
     assert (found.status, "evaluations were followed" in found.detail) == ("failed", True), found
 
 
@@ -210,14 +211,14 @@ def test_second_thread_that_is_taken_for_the_loop(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(clock.Clock, "enter", anybody)
     monkeypatch.setattr(clock.Clock, "_ours", lambda self, timestep: True)
     monkeypatch.setattr(clock._Branches, "enter", all_one_branch)
-    found = tried(doctor_runs.second_thread)
+    found = tried(runs.second_thread)
     assert (found.status, "other thread's output" in found.detail) == ("failed", True), found
 
 
 def test_session_that_takes_the_first_run_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     follow = clock.Clock.follow
     monkeypatch.setattr(clock.Clock, "follow", lambda self, scheduler, begun=True: follow(self, scheduler))
-    found = tried(doctor_runs.shared)
+    found = tried(runs.shared)
     assert (found.status, "followed the other's run" in found.detail) == ("failed", True), found
 
 
@@ -231,16 +232,16 @@ def test_lora_that_does_not_reach_the_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
     model = model_of()
     monkeypatch.setattr(GateList, "__init__", bare)
-    assert tried(doctor_weights.lora, model).status == "failed"
+    assert tried(weights.lora, model).status == "failed"
     assert not any("lora" in name for name, _ in model.network.named_modules())
 
 
-@pytest.mark.parametrize("name", doctor_weights.OFFLOADS)
+@pytest.mark.parametrize("name", weights.OFFLOADS)
 def test_offloaded_weights_and_wrong_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
 
     def body(model: Model) -> str:
-        return doctor_weights.offloaded(model, doctor_weights.OFFLOADS[name])
+        return weights.offloaded(model, weights.OFFLOADS[name])
 
     assert tried(body, model).status == "ok"
     answer = NetworkState.answer
@@ -256,7 +257,7 @@ def test_offloaded_weights_and_wrong_numbers(name: str, monkeypatch: pytest.Monk
 
 def test_gates_that_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
-    assert tried(doctor_weights.graphs, model).status == "ok"
+    assert tried(weights.graphs, model).status == "ok"
     call = Gate.__call__
 
     def again(self: Gate, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +265,7 @@ def test_gates_that_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(Gate, "__call__", again)
-    found = tried(doctor_weights.graphs, model)
+    found = tried(weights.graphs, model)
     assert (found.status, "without hasten" in found.detail) == ("failed", True), found
 
 
@@ -286,7 +287,7 @@ def spoil(model: Model) -> None:
 def test_sessions_that_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     monkeypatch.setattr(Session, "close", lambda self: None)
-    found = tried(doctor_promises.restored, model)
+    found = tried(promises.restored, model)
     assert found.status == "failed" and "left behind" in found.detail and "left on the model" in found.detail
     assert model.snapshot.differences() == []
     assert tried(doctor.unchanged, model).status == "ok"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.pipelines.guidance_seam import GuidanceSeam
+from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.recipe import Recipe
 from hasten.samplers.guidance import GuidanceInterval, HeldGuidance
 from hasten.step import Step

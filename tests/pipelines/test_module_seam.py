@@ -13,12 +13,12 @@ import hasten
 from hasten.caching.modules import FAMILIES, ModuleReuse
 from hasten.caching.rules import Every
 from hasten.forecast import Polynomial
-from hasten.pipelines.module_gate import ModuleGates
 from hasten.pipelines.recipes.modules import (
     pyramid_attention_broadcast,
     taylor_seer,
     taylor_seer_differences,
 )
+from hasten.pipelines.seams.module_gate import ModuleGates
 from hasten.recipe import Recipe
 from tests.contract import seeded
 from tests.hosts import WAN_CALL, flux_arguments, small_pixart, small_unet, small_wan, wan_arguments

@@ -12,7 +12,7 @@ import hasten
 from hasten.caching.network import NetworkReuse
 from hasten.errors import RefusedError
 from hasten.forecast import Forecast, Hold, LeaveOneOut, Polynomial
-from hasten.pipelines.oracle import Recording, as_rule, distance, record, response, search
+from hasten.pipelines.bench.oracle import Recording, as_rule, distance, record, response, search
 from hasten.recipe import Recipe
 from tests.contract import seeded
 from tests.hosts import WAN_CALL, small_pixart, small_wan

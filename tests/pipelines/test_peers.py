@@ -9,10 +9,10 @@ import pytest
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
 from hasten.errors import RefusedError
-from hasten.pipelines import peers
-from hasten.pipelines.candidates import Candidate
-from hasten.pipelines.foreign import because, cache_dit, diffusers_cache
-from hasten.pipelines.shots import shoot
+from hasten.pipelines.bench import peers
+from hasten.pipelines.bench.candidates import Candidate
+from hasten.pipelines.bench.foreign import because, cache_dit, diffusers_cache
+from hasten.pipelines.bench.shots import shoot
 from hasten.pipelines.work import watch
 from tests.hosts import FLUX_CALL, PIXART_CALL, small_flux, small_pixart, small_unet, small_wan
 from tests.pipelines.bench_calls import CALL, FIRST_BLOCK, SAMPLES

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import hasten
 from hasten.caching.rules import Every
 from hasten.caching.width import Shares, StraightWidth, Width, WidthReuse
-from hasten.pipelines.module_gate import find_sites
-from hasten.pipelines.width_gate import WidthGates
-from hasten.pipelines.width_twin import Narrowing, narrowing_of
+from hasten.pipelines.seams.module_gate import find_sites
+from hasten.pipelines.seams.width_gate import WidthGates
+from hasten.pipelines.seams.width_twin import Narrowing, narrowing_of
 from hasten.pipelines.work import watch
 from hasten.recipe import Recipe
 from hasten.step import Step

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from hasten.pipelines.candidates import ours
-from hasten.pipelines.shots import shoot
+from hasten.pipelines.bench.candidates import ours
+from hasten.pipelines.bench.shots import shoot
 from hasten.pipelines.work import watch
 from tests.hosts import small_wan
 from tests.pipelines.bench_calls import CALL, SAMPLES

@@ -18,7 +18,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
 from hasten.pipelines.host import Call, Layout
-from hasten.pipelines.writes import Writes, kind_of, twin
+from hasten.pipelines.seams.writes import Writes, kind_of, twin
 from hasten.recipe import Recipe
 from tests.conformance.models import a_h_image
 from tests.conformance.small import SMALL, Small, normal
