@@ -1,0 +1,203 @@
+"""Who plays whom: teacher, student, target and critic on one frozen base, or on copies.
+
+With adapters, every trained role is a LoRA of its own on the same weights, and the teacher is the base with none of them
+(or with the style that was given as `base`): a role costs its adapter alone. With `full`, a role is a copy of the
+network. Either way a role is asked for by name, and answers as a velocity on the circle (`paths.py`).
+
+Shapes: B rows; x [B, ...] on the circle; tau float64 [B] radians; F float32 [B, ...].
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hasten.distill.host_call import Condition, HostCall
+from hasten.distill.paths import guided, spread
+from hasten.errors import ModelError, UsageError
+
+TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+"""Kinds of layers that an adapter is put on where no names are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA: rank, alpha (its scale is alpha / rank), and the layers it is on: ends of their names, None for all
+    linear and convolutional ones."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    layers: tuple[str, ...] | None = None
+
+
+class Role:
+    """One player: a network and the adapters that are on while it plays.
+
+    adapters: names, () for the base as it is. `trained`: whether its weights are to be changed.
+    """
+
+    def __init__(self, name: str, host: HostCall, stage: Stage | None, adapters: tuple[str, ...], trained: bool) -> None:
+        self.name, self.host, self.stage, self.adapters, self.trained = name, host, stage, adapters, trained
+
+    def playing(self) -> AbstractContextManager[None]:
+        """While open, the network is this role."""
+        return nullcontext() if self.stage is None else self.stage.on(self.adapters)
+
+    def answer(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        """What the network itself says, in its own terms (`host.path.output`). x on the circle."""
+        path = self.host.path
+        with self.playing():
+            return self.host(spread(path.scale(tau), x) * x, path.time(tau), condition)
+
+    def velocity(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        """F = dx / dtau."""
+        p, q = (spread(factor, x) for factor in self.host.path.factors(self._within(tau)))
+        return p * x + q * self.answer(x, tau, condition)
+
+    def data(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        """x0 as the role sees it from here: cos(tau) x - sin(tau) F."""
+        return spread(tau.cos(), x) * x - spread(tau.sin(), x) * self.velocity(x, tau, condition)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> what is trained of this role: its last adapter's weights, or all of its network's."""
+        named = dict(self.host.network.named_parameters())
+        if self.stage is None:
+            return named
+        own = self.adapters[-1] if self.trained else None
+        return {name: value for name, value in named.items() if own in name.split(".")}
+
+    def _within(self, tau: Tensor) -> Tensor:
+        end = getattr(self.host.path, "end", None)
+        return tau if end is None else tau.clamp(max=end)
+
+
+class Guided:
+    """A role that is guided: u + s (c - u), in one evaluation of twice as many rows.
+
+    s: a number, or float [B]; rows with s = 1 could do without, but a batch is evaluated as one.
+    """
+
+    def __init__(self, role: Role, empty: Condition, s: float | Tensor) -> None:
+        self.role, self.empty, self.s = role, empty, s
+
+    def velocity(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        """F under guidance. The change from answers to velocities is linear, so either may be guided."""
+        if isinstance(self.s, float) and self.s == 1.0:
+            return self.role.velocity(x, tau, condition)
+        both = Condition.join([condition, self.empty.rows(torch.zeros(len(x), dtype=torch.int64))])
+        c, u = self.role.velocity(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
+        return guided(u, c, self.s)
+
+
+class Stage:
+    """A network with named adapters, of which some are on. Switching costs one pass over the adapted layers, and
+    nothing where the wanted ones are on already."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.requires_grad_(False)
+        self._layers: list[Any] = []
+        self._trained: list[nn.Parameter] = []
+        self._active: tuple[str, ...] = ()
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Put a new adapter, which changes nothing yet, on the network. Raises `UsageError` for layers that it lacks."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        wanted = list(adapter.layers) if adapter.layers else self._all()
+        config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=wanted)
+        try:
+            with warnings.catch_warnings():  # peft warns where there is an adapter already; here that is the point
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, self.network, adapter_name=name)
+        except ValueError as error:
+            raise UsageError(f"The adapter {name!r} fits no layer of {type(self.network).__name__}: {error}") from error
+        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        self._set(())
+
+    def train(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients for these, whichever adapters are on: a loss may be differentiated when another role plays."""
+        self._trained += parameters
+        self._set(self._active)
+
+    @contextmanager
+    def on(self, names: tuple[str, ...]) -> Iterator[None]:
+        """These adapters and no others, until the context ends; then those that were on before."""
+        before = self._active
+        if names != before:
+            self._set(names)
+        try:
+            yield
+        finally:
+            if names != before:
+                self._set(before)
+
+    def _set(self, names: tuple[str, ...]) -> None:
+        for layer in self._layers:
+            layer.set_adapter(list(names), inference_mode=True)
+            layer.enable_adapters(bool(names))
+        self._active = names
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def _all(self) -> list[str]:
+        """Full names of the layers that an adapter can be on and that are no adapter's own."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        found = [
+            name
+            for name, module in self.network.named_modules()
+            if isinstance(module, BaseTunerLayer) or type(module).__name__ in TARGETS
+        ]
+        tuned = tuple(f"{name}." for name in found)
+        return [name for name in found if not name.startswith(tuned)]
+
+
+class Roles(dict[str, Role]):
+    """name -> role, of one training."""
+
+    @classmethod
+    def on_one_base(cls, host: HostCall, trained: Iterable[str], adapter: Adapter, base: Iterable[str] = ()) -> Self:
+        """teacher, and each of `trained` as an adapter on the teacher's own weights.
+
+        base: adapters that are already on the network and that every role keeps (a style), the teacher too.
+        """
+        stage = Stage(host.network)
+        stays = tuple(base)
+        roles = cls(teacher=Role("teacher", host, stage, stays, False))
+        for name in trained:
+            stage.add(name, adapter)
+            roles[name] = Role(name, host, stage, (*stays, name), True)
+            stage.train(roles[name].parameters().values())
+        return roles
+
+    @classmethod
+    def of_copies(cls, host: HostCall, trained: Iterable[str]) -> Self:
+        """teacher, and each of `trained` as a whole copy of it: as much memory again for every role."""
+        host.network.requires_grad_(False)
+        roles = cls(teacher=Role("teacher", host, None, (), False))
+        for name in trained:
+            twin = replace(host, network=copy.deepcopy(host.network).requires_grad_(True))
+            roles[name] = Role(name, twin, None, (), True)
+        return roles
+
+    def of(self, name: str) -> Role:
+        """This role. Raises `ModelError` where the training has none of that name."""
+        if name not in self:
+            raise ModelError(f"This training has no role {name!r}; it has {', '.join(self)}.")
+        return self[name]
+
+
+@torch.no_grad()
+def follow(target: Role, student: Role, decay: float) -> None:
+    """target <- decay target + (1 - decay) student, weight by weight (an exponential average)."""
+    own: list[Tensor] = list(target.parameters().values())
+    new: list[Tensor] = list(student.parameters().values())
+    torch._foreach_lerp_(own, new, 1 - decay)
