@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hasten.pipelines.compare import compare
     from hasten.pipelines.recipes import recipe
     from hasten.pipelines.text.diffusion import TextDiffusionPipeline
+    from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
     from hasten.pipelines.tiny_models import load
     from hasten.recipe import Recipe
     from hasten.report import Report
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Budget": "hasten.budget",
+    "DiffusionGemmaPipeline": "hasten.pipelines.text.gemma_pipeline",
     "Event": "hasten.trace",
     "HastenError": "hasten.errors",
     "LimitError": "hasten.errors",
@@ -68,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "Budget",
+    "DiffusionGemmaPipeline",
     "Event",
     "HastenError",
     "LimitError",

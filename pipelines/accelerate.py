@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hasten.pipelines.causal.session import TextSession
-    from hasten.pipelines.text.diffusion import TextDiffusionPipeline, TextDiffusionSession
     from hasten.pipelines.text.llada2 import LLaDA2Session
+    from hasten.pipelines.text.pipeline import TextPipeline
+    from hasten.pipelines.text.session import TextDiffusionSession
     from hasten.report import Report
 
 
@@ -45,7 +46,7 @@ AXES = ("sampler", "guidance", "reuse", "attention")
 # Where the types of diffusers and transformers are not looked at (they are Any), the later ones cannot be told apart.
 @overload
 def accelerate(
-    host: TextDiffusionPipeline, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
+    host: TextPipeline, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
 ) -> TextDiffusionSession: ...
 @overload
 def accelerate(
@@ -71,9 +72,10 @@ def accelerate(
 ) -> Session | TextSession | TextDiffusionSession | LLaDA2Session:
     """Make `host` generate faster while the returned session is open.
 
-    host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline`; or
-    a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a YAML file, or a `Budget`;
-    on a causal language model it has no axis but `attention`, on text diffusion those of `hasten.pipelines.text.job`.
+    host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
+    `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
+    YAML file, or a `Budget`; on a causal language model it has no axis but `attention`, on text diffusion those of
+    `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
     parallelism is found by itself. Only this instance is touched, and closing the session (leaving `with`, an exception,
@@ -83,8 +85,8 @@ def accelerate(
     `UsageError` when an axis of the recipe has no seam on this host, `RefusedError` when a method cannot be right on it.
     """
     found = find_recipe(recipe)
-    if _is_named(host, "TextDiffusionPipeline"):
-        from hasten.pipelines.text.diffusion import TextDiffusionSession
+    if _is_named(host, "TextPipeline"):
+        from hasten.pipelines.text.session import TextDiffusionSession
 
         return TextDiffusionSession(host, found, limits)
     if _is_named(host, "LLaDA2Pipeline"):

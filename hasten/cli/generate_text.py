@@ -15,8 +15,9 @@ from hasten.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from hasten.pipelines.generate import Prompt
-    from hasten.pipelines.text.diffusion import TextDiffusionPipeline, TextDiffusionSession
     from hasten.pipelines.text.output import TextOutput
+    from hasten.pipelines.text.pipeline import TextPipeline
+    from hasten.pipelines.text.session import TextDiffusionSession
 
 TOGETHER = 8
 """Texts in one batch. What a text becomes does not depend on it."""
@@ -67,7 +68,7 @@ class TextTask:
             if key not in known:
                 raise UsageError(f"--call {key}: texts have no such argument.{nearest(key, known)}")
 
-    def open(self) -> TextDiffusionPipeline:
+    def open(self) -> TextPipeline:
         """The pipeline, with the recipe on it."""
         from hasten.pipelines.loading import silence
         from hasten.pipelines.recipes import recipe as find
@@ -101,7 +102,7 @@ class TextTask:
             self._tell(session, out)
         return rows
 
-    def _write(self, pipe: TextDiffusionPipeline, prompts: list[Prompt], session: TextDiffusionSession) -> list[dict[str, Any]]:
+    def _write(self, pipe: TextPipeline, prompts: list[Prompt], session: TextDiffusionSession) -> list[dict[str, Any]]:
         import torch
 
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]

@@ -22,7 +22,9 @@ from hasten.pipelines.text.callback import on_step_end
 from hasten.pipelines.text.job import Job, fitting
 from hasten.pipelines.text.loop import OnStep
 from hasten.pipelines.text.output import TextOutput
+from hasten.pipelines.text.pipeline import TextPipeline
 from hasten.pipelines.text.prompts import check, collect
+from hasten.pipelines.text.session import TextDiffusionSession
 from hasten.pipelines.text.stream import criteria, streamers
 from hasten.pipelines.text_models import families
 from hasten.pipelines.text_models.guide import Guide
@@ -35,7 +37,7 @@ NEW_TOKENS = 128
 """Tokens to generate where nothing is said, if the model has positions for them: LLaDA's default."""
 
 
-class TextDiffusionPipeline:
+class TextDiffusionPipeline(TextPipeline):
     """Generates text with a masked language model.
 
     model: any of the families that hasten knows (LLaDA, LLaDA-MoE, LLaDA2, Dream, SDAR, Fast-dLLM v2, MDLM, BD3-LM, and
@@ -62,28 +64,20 @@ class TextDiffusionPipeline:
         self.host: TextHost = family if found is None else found.host
         self.notes = found.sentences if found is not None else []
         self.limits = limits or Limits()
-        self.recipe = fitting(PLAIN if recipe is None else find_recipe(recipe), self.host, tokenizer)
+        self.recipe: Recipe = fitting(PLAIN if recipe is None else find_recipe(recipe), self.host, tokenizer)
         self.guide = Guide(guide, family.facts, guide_tokenizer, tokenizer) if guide is not None else None
         self.interrupt = False
         self.sessions: list[TextDiffusionSession] = []
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | Path, recipe: str | Path | Recipe | None = None, *, revision: str | None = None,
-        device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False, **more: Any,
-    ) -> Self:  # fmt: skip
-        """The pipeline of a bundled text model, of a folder that `save_pretrained` wrote, or of a hub id (which alone is
-        fetched), with its tokenizer. safetensors only.
+    def of(cls, model: Any, tokenizer: Any, recipe: str | Path | Recipe | None = None, **more: Any) -> TextPipeline:
+        """The pipeline for a model that is loaded: a `DiffusionGemmaPipeline` for a DiffusionGemma."""
+        if not families.starts_from_noise(model):
+            return cls(model, tokenizer, recipe, **more)
+        # Here, because the oldest transformers that we take do not have this model yet.
+        from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
 
-        trust_remote_code: LLaDA, Dream, SDAR and others bring their own classes; they run only if you say so here, in
-        Python. Read them first, and pin a `revision`. device: None takes the first accelerator, else the CPU. dtype:
-        float32, bfloat16 or float16; None is bfloat16 on CUDA and float32 elsewhere. more: as for the constructor.
-        Raises `ModelError` for a model that is unknown or unsafe to load.
-        """
-        from hasten.pipelines.text_models.loading import open_text
-
-        model, tokenizer = open_text(name_or_path, revision, device, dtype, trust_remote_code)
-        return cls(model, tokenizer, recipe, **more)
+        return DiffusionGemmaPipeline.of(model, tokenizer, recipe, **more)
 
     @property
     def device(self) -> torch.device:
@@ -139,8 +133,7 @@ class TextDiffusionPipeline:
         """
         own = {name: value for name, value in locals().items() if name not in ("self", "others", "return_dict_in_generate")}
         output = self._job(canonical(others, own)).run()
-        if self.sessions and recipe is None:
-            self.sessions[-1].reports.append(output.report)
+        self.noted(output.report, recipe)
         return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
 
     __call__ = generate
@@ -149,8 +142,7 @@ class TextDiffusionPipeline:
 
     def _job(self, given: dict[str, Any]) -> Job:
         """The call's arguments, under our names, checked and put together."""
-        limits = self.sessions[-1].limits if self.sessions else self.limits
-        host = self._host(given)
+        limits, host = self.allowed, self._host(given)
         facts, numbers = host.facts, decoding(given)
         numbers.check(facts, limits)
         prompts = collect(
@@ -159,7 +151,7 @@ class TextDiffusionPipeline:
         usual = [max(1, min(NEW_TOKENS, facts.context - length)) for length in prompts.lengths]
         new = _lengths(given.get("max_new_tokens", usual), len(prompts.ids), limits)
         check(prompts, new, facts, limits)
-        recipe = numbers.applied(self._recipe(given.get("recipe")), facts)
+        recipe = numbers.applied(self.chosen(given.get("recipe")), facts)
         if self.guide is not None:
             self.guide.check(max(map(sum, zip(prompts.lengths, new, strict=True))))
         return Job(
@@ -170,11 +162,11 @@ class TextDiffusionPipeline:
             words=_wants_words(given.get("output_type")), notes=list(self.notes),
         )  # fmt: skip
 
-    def _recipe(self, named: Any) -> Recipe:
-        """The one of the call, else that of the innermost session, else the pipeline's own."""
-        if named is not None:
-            return fitting(find_recipe(named), self.host, self.tokenizer)
-        return self.sessions[-1].recipe if self.sessions else self.recipe
+    def fitted(self, recipe: Recipe) -> Recipe:
+        return fitting(recipe, self.host, self.tokenizer)
+
+    def nothing(self, recipe: Recipe) -> TextDiffusionReport:
+        return TextDiffusionReport([], recipe, type(self.model).__name__, self.host.family, notes=list(self.notes))
 
     def _host(self, given: dict[str, Any]) -> TextHost:
         """The model as this call describes it."""
@@ -205,51 +197,6 @@ class TextDiffusionPipeline:
             return self.interrupt
 
         return after
-
-
-class TextDiffusionSession:
-    """A recipe on a pipeline for some time: what `hasten.accelerate` returns for it. A context manager.
-
-    Within, every `generate` uses the recipe; `report()` says what it saved.
-    """
-
-    def __init__(self, pipe: TextDiffusionPipeline, recipe: Recipe, limits: Limits | None = None) -> None:
-        self.host, self.recipe = pipe, fitting(recipe, pipe.host, pipe.tokenizer)
-        self.reports: list[TextDiffusionReport] = []
-        self.limits = limits or pipe.limits
-        self._closed = False
-        pipe.sessions.append(self)
-
-    @property
-    def closed(self) -> bool:
-        """Does the pipeline go its own way again?"""
-        return self._closed
-
-    @property
-    def skipped(self) -> float:
-        """Share of the work of one token per evaluation, without a cache, that was left out so far, 0 to 1."""
-        return max(0.0, 1.0 - self.report().of_sequential)
-
-    def report(self) -> TextDiffusionReport:
-        """What the generations so far cost, ready to print, to save as JSON or as a page."""
-        from hasten.report_diffusion import together
-
-        if self.reports:
-            return together(self.reports)
-        host = self.host.host
-        return TextDiffusionReport([], self.recipe, type(host.model).__name__, host.family, notes=list(self.host.notes))
-
-    def close(self) -> None:
-        """Give the pipeline its own recipe back. Safe to call twice; the report stays."""
-        if not self._closed:
-            self._closed = True
-            self.host.sessions.remove(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def _lengths(given: Any, texts: int, limits: Limits) -> list[int]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,22 +21,27 @@ from hasten.pipelines.host import hardware
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text.arguments import ALIASES, canonical, whole
 from hasten.pipelines.text.output import TextOutput
+from hasten.pipelines.text.pipeline import TextPipeline
 from hasten.pipelines.text.prompts import Prompts, check, collect
+from hasten.pipelines.text.session import TextDiffusionSession
 from hasten.pipelines.text.stream import streamers
 from hasten.pipelines.text_models.gemma import Denoising, GemmaLoop, Written, takes
 from hasten.recipe import Recipe
 from hasten.report_diffusion import Generation, TextDiffusionReport
 
+FAMILY = "DiffusionGemma"
+
 NEW_TOKENS = 256
 """Tokens to generate where nothing is said: transformers' default for this model."""
 
 
-class DiffusionGemmaPipeline:
+class DiffusionGemmaPipeline(TextPipeline):
     """Generates text with a `DiffusionGemmaForBlockDiffusion`, in evaluation mode.
 
     recipe: its `commit` says which slots are accepted at an evaluation; None takes those of least entropy, as
-    transformers does. denoising: numbers of evaluations and temperatures. Raises `ModelError` for another model,
-    `RefusedError` for a recipe that has more than `commit`.
+    transformers does. denoising: numbers of evaluations and temperatures; None: what the model's generation_config.json
+    says, else transformers' defaults. Raises `ModelError` for another model, `RefusedError` for a recipe that has more than
+    `commit`.
     """
 
     def __init__(
@@ -48,8 +53,27 @@ class DiffusionGemmaPipeline:
             raise ModelError(f"{name} is no DiffusionGemmaForBlockDiffusion. Use TextDiffusionPipeline.")
         self.model, self.tokenizer, self.limits = model, tokenizer, limits or Limits()
         self.denoising = denoising or Denoising()
-        self.recipe = None if recipe is None else find_recipe(recipe)
-        self.facts = GemmaLoop(model, self.recipe).facts
+        self.facts = GemmaLoop(model).facts
+        self.recipe: Recipe = self.fitted(Recipe() if recipe is None else find_recipe(recipe))
+        self.sessions: list[TextDiffusionSession] = []
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, recipe: str | Path | Recipe | None = None, **more: Any) -> Self:
+        """The pipeline for a model that is loaded. Raises `UsageError` for arguments that masked models alone have."""
+        unknown = sorted(set(more) - {"denoising", "limits", "probe"})
+        if unknown:
+            raise UsageError(
+                f"{', '.join(unknown)} say{'s' if len(unknown) == 1 else ''} nothing to DiffusionGemma, which has no mask token"
+                " and blocks of its own. Its pipeline takes recipe, denoising and limits."
+            )
+        return cls(model, tokenizer, recipe, denoising=more.get("denoising"), limits=more.get("limits"))
+
+    def fitted(self, recipe: Recipe) -> Recipe:
+        GemmaLoop(self.model, recipe)
+        return recipe
+
+    def nothing(self, recipe: Recipe) -> TextDiffusionReport:
+        return TextDiffusionReport([], recipe, type(self.model).__name__, FAMILY, "encoder")
 
     def generate(
         self, input_ids: Any = None, attention_mask: Any = None, *, prompts: str | Sequence[str] | None = None,
@@ -77,20 +101,21 @@ class DiffusionGemmaPipeline:
                 )
         given = canonical(others, own)
         new, steps = given.get("max_new_tokens", NEW_TOKENS), given.get("steps")
-        whole("max_new_tokens", new, 1, self.limits.max_tokens)
-        whole("steps", steps, 1, self.limits.max_steps)
+        whole("max_new_tokens", new, 1, self.allowed.max_tokens)
+        whole("steps", steps, 1, self.allowed.max_steps)
         asked = collect(
             given.get("input_ids"), given.get("attention_mask"), given.get("prompts"), given.get("messages"),
             self.tokenizer, self.facts,
         )  # fmt: skip
         each = [new] * len(asked.ids)
-        check(asked, each, self.facts, self.limits)
+        check(asked, each, self.facts, self.allowed)
         how = self.denoising if steps is None else replace(self.denoising, steps=steps)
-        loop = GemmaLoop(self.model, self.recipe if recipe is None else find_recipe(recipe), how)
+        loop = GemmaLoop(self.model, self.chosen(given.get("recipe")), how)
         reader = _Reader(streamers(given.get("streamer"), len(asked.ids)), asked, each, loop)
         began = time.perf_counter()
         found = loop.run(asked.ids, each, seeds(given.get("generator"), len(asked.ids)), reader)
         output = self._output(found, asked, loop, time.perf_counter() - began)
+        self.noted(output.report, given.get("recipe"))
         return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
 
     __call__ = generate
@@ -110,7 +135,7 @@ class DiffusionGemmaPipeline:
         if self.tokenizer is not None:
             words = [self.tokenizer.decode(text.tolist(), skip_special_tokens=True) for text in written]
         report = TextDiffusionReport(
-            [cost], loop.recipe, type(self.model).__name__, "DiffusionGemma", "encoder", True, 0, [],
+            [cost], loop.recipe, type(self.model).__name__, FAMILY, "encoder", True, 0, [],
             hardware(str(self.model.device)),
         )  # fmt: skip
         return TextOutput(

@@ -14,6 +14,11 @@ FAMILIES: tuple[type[Family], ...] = (Bundled, LLaDA, LLaDAMoE, LLaDA2, Dream, S
 """In the order in which they are asked."""
 
 
+def starts_from_noise(model: Any) -> bool:
+    """Is it a DiffusionGemma, which has no mask token? Asked by name: not every version of transformers has the class."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "diffusion_gemma"
+
+
 def choose(
     model: Any, tokenizer: Any = None, *, mask_token_id: int | None = None, block: int | None = None,
     shifted: bool | None = None,
@@ -32,10 +37,10 @@ def choose(
         for family in FAMILIES:
             if getattr(family, claims)(model):
                 return family.of(model, tokenizer, Told(mask_token_id, block, shifted))
-    if getattr(model.config, "model_type", None) == "diffusion_gemma":
+    if starts_from_noise(model):
         raise ModelError(
-            "DiffusionGemma has no mask token: it is written from noise. Use"
-            " hasten.pipelines.text.gemma_pipeline.DiffusionGemmaPipeline, which takes the same arguments."
+            "DiffusionGemma has no mask token: it is written from noise. Use hasten.DiffusionGemmaPipeline(model, tokenizer), or"
+            " hasten.TextDiffusionPipeline.from_pretrained, which chooses it."
         )
     named = ", ".join(getattr(model.config, "architectures", None) or [type(model).__name__])
     known = ", ".join(family.family for family in FAMILIES if family is not Bundled)

@@ -95,7 +95,10 @@ class GemmaLoop:
                 " `commit` is used."
             )
         commit = recipe.commit or Unmask(rule=EntropyBound())
-        assert isinstance(commit, Unmask)
+        if not isinstance(commit, Unmask):
+            raise UsageError(f"The recipe has commit of kind {commit.kind!r}, which is not for texts. Take 'unmask'.")
+        if any(rule.guided for rule in commit.rules):
+            raise RefusedError("Guided commit rules ask a second model, which DiffusionGemma's loop has not. Take another recipe.")
         self.model, self.recipe, self.rule, self.score = model, recipe, commit.rule, commit.score
         self.how = denoising or Denoising()
         text = model.config.get_text_config(decoder=True)

@@ -41,6 +41,8 @@ def _loaded(source: str, common: dict[str, Any], dtype: Any, device: Any) -> tup
         causal = "AutoModelForCausalLM" in named or classes[0].endswith("ForCausalLM")
         masked = not causal and "AutoModelForMaskedLM" in named  # MDLM and BD3-LM name no other
         loader = library.AutoModelForCausalLM if causal else library.AutoModelForMaskedLM if masked else library.AutoModel
+        if getattr(config, "model_type", None) == "diffusion_gemma":  # AutoModel would leave its head out
+            loader = library.DiffusionGemmaForBlockDiffusion
         model = loader.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **common)
         tokenizer = library.AutoTokenizer.from_pretrained(source, **common)
     return model.eval().to(device), tokenizer

@@ -17,8 +17,9 @@ from hasten.errors import LimitError, ModelError, RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines import tiny_models
 from hasten.pipelines.text.arguments import ALIASES
-from hasten.pipelines.text.diffusion import TextDiffusionPipeline, TextDiffusionSession
+from hasten.pipelines.text.diffusion import TextDiffusionPipeline
 from hasten.pipelines.text.output import TextOutput
+from hasten.pipelines.text.session import TextDiffusionSession
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Either, Threshold, Unmask
 from hasten.samplers.scores import Margin, Softened

@@ -13,7 +13,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-from hasten.errors import ModelError, RefusedError, UsageError
+import hasten
+from hasten.errors import LimitError, ModelError, RefusedError, UsageError
+from hasten.limits import Limits
 from hasten.noise import gumbel, seeds
 from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
 from hasten.pipelines.text_models.families import choose
@@ -22,7 +24,9 @@ from hasten.recipe import Recipe
 from hasten.samplers.commit import Threshold, Unmask
 from hasten.samplers.commit_history import Settled
 from hasten.samplers.commit_sure import EntropyBound
+from hasten.samplers.commit_told import Agreed
 from hasten.samplers.revise import RevisePolicy
+from tests.pipelines.text_pipes import tokenizer
 from tests.text_hosts import FAMILIES
 from tests.text_hosts.diffusion_gemma import CANVAS
 
@@ -210,3 +214,55 @@ def test_pipeline_says_what_it_does_not_take() -> None:
         DiffusionGemmaPipeline(FAMILIES["llada"](1).model)
     ids = pipe.generate(prompts(4)[0], max_denoising_steps=2, max_new_tokens=3, return_dict_in_generate=False)
     assert ids.shape[0] == 1  # type: ignore[attr-defined]
+
+
+# --- the front door --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = tmp_path_factory.mktemp("gemma")
+    FAMILIES["diffusion-gemma"](1).model.save_pretrained(made)
+    tokenizer().save_pretrained(made)
+    return made
+
+
+def test_the_front_door_chooses_by_the_config(folder: Any) -> None:
+    made = hasten.TextDiffusionPipeline.from_pretrained(folder, device="cpu", probe=False)
+    assert type(made) is hasten.DiffusionGemmaPipeline
+    given = prompts(5)[0]
+    same = pipeline().generate(given, max_new_tokens=9, steps=3, generator=torch.Generator().manual_seed(4))
+    out = made(given, max_new_tokens=9, steps=3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(out.sequences, same.sequences)
+    assert out.texts is not None and made.to("cpu").device.type == "cpu"
+    with pytest.raises(UsageError, match="block say"):
+        hasten.TextDiffusionPipeline.from_pretrained(folder, device="cpu", block=4)
+    with pytest.raises(RefusedError, match="takes blocks, kv from no recipe"):
+        hasten.TextDiffusionPipeline.from_pretrained(folder, "fast-dllm", device="cpu")
+    with pytest.raises(ModelError, match=r"hasten\.DiffusionGemmaPipeline"):
+        hasten.TextDiffusionPipeline(made.model)
+
+
+def test_a_session_on_it() -> None:
+    pipe, few = pipeline(), Recipe(name="few", commit=Unmask(rule=Threshold(above=1.0)))
+    with hasten.accelerate(pipe, few) as run:
+        assert run.report().family == "DiffusionGemma" and "Nothing was generated" in str(run.report())
+        inside = pipe.generate(prompts(6)[0], max_new_tokens=CANVAS, generator=torch.Generator().manual_seed(1))
+        pipe.generate(prompts(6)[0], max_new_tokens=CANVAS, recipe=Recipe())  # has a recipe of its own
+        with pytest.raises(RefusedError, match="takes kv from no recipe"):
+            hasten.accelerate(pipe, "dual-cache")
+    assert run.closed and not pipe.sessions
+    assert run.report().recipe == few and run.report().evaluations == int(inside.nfe.sum())
+    direct = pipe.generate(prompts(6)[0], max_new_tokens=CANVAS, recipe=few, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(direct.sequences, inside.sequences)
+
+
+def test_a_session_sets_the_limits() -> None:
+    pipe = pipeline()
+    with hasten.accelerate(pipe, Recipe(), limits=Limits(max_tokens=4)), pytest.raises(LimitError, match="max_new_tokens"):
+        pipe.generate(prompts(4)[0], max_new_tokens=5)
+
+
+def test_rules_that_ask_somebody_else_are_refused() -> None:
+    with pytest.raises(RefusedError, match="second model"):
+        pipeline(recipe=Recipe(commit=Unmask(rule=Agreed())))
