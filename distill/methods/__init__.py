@@ -1,0 +1,1 @@
+"""The ways of training, a file each: losses on roles, without loop or optimiser."""
