@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hasten.errors import ModelError, nearest
-from hasten.pipelines.quiet import quiet
+from hasten.pipelines.quiet import no_bars, quiet
 
 _BUNDLED = Path(__file__).parent / "bundled"
 
@@ -43,22 +43,47 @@ def card(name: str) -> dict[str, Any]:
     return content
 
 
-def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
-    """The pipeline of a bundled model, from package data alone (no network): a diffusers pipeline, or a
-    `TextDiffusionPipeline`. A causal language model has none; `text` opens it."""
+def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
+    """The pipeline of a bundled model, from package data alone (no network): a diffusers pipeline, a
+    `TextDiffusionPipeline` or a `MaskedImagePipeline`. A causal language model has none; `text` opens it.
+
+    name: also a folder that `save_pretrained` wrote, of a diffusers pipeline or of a text diffusion model. dtype: None is
+    float32; device: None is the CPU. Progress bars of other libraries are left out."""
+    if str(name) not in names() and Path(name).is_dir():
+        return _folder(Path(name), dtype or torch.float32, device or "cpu")
+    name = str(name)
     folder = path(name)
     if card(name)["kind"] == "text":
         return _text_diffusion(name, dtype, device)
+    if card(name)["kind"] == "masked-image":
+        from hasten.pipelines.masked_images import MaskedImagePipeline
+
+        return MaskedImagePipeline.from_pretrained(folder, device=device, dtype=dtype)
     import diffusers
 
     library: Any = diffusers
     # The files are float32. `torch_dtype` is the spelling that all versions since our floor take; 0.42 says it is old.
     chosen = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
     # FluxPipeline names an image processor that nothing here uses; transformers warns where torchvision is absent.
-    with warnings.catch_warnings(), quiet("transformers.utils.import_utils"):
+    with warnings.catch_warnings(), quiet("transformers.utils.import_utils"), no_bars():
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **chosen)
     return pipe if device is None else pipe.to(device)
+
+
+def _folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """The pipeline of somebody's own folder."""
+    import transformers.utils.logging  # noqa: F401  so that there is a switch for its bars
+
+    from hasten.pipelines.loading import open_pipeline
+    from hasten.pipelines.text.diffusion import TextDiffusionPipeline
+    from hasten.pipelines.text_models.loading import is_text_folder
+
+    place, precision = str(device), str(dtype).removeprefix("torch.")
+    with no_bars():
+        if is_text_folder(folder):
+            return TextDiffusionPipeline.from_pretrained(folder, device=place, dtype=precision)
+        return open_pipeline(str(folder), device=place, dtype=precision)
 
 
 def _text_diffusion(name: str, dtype: torch.dtype | None, device: str | torch.device | None) -> Any:
@@ -89,7 +114,7 @@ def text(
         folder = path(str(name_or_path))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet("transformers.utils.import_utils"):
+    with quiet("transformers.utils.import_utils"), no_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval().to(device or "cpu"), tokenizer

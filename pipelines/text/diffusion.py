@@ -17,6 +17,7 @@ import torch
 from hasten.errors import UsageError
 from hasten.limits import Limits
 from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.text import generation_config as configs
 from hasten.pipelines.text.arguments import PLAIN, canonical, decoding, whole
 from hasten.pipelines.text.callback import on_step_end
 from hasten.pipelines.text.job import Job, fitting
@@ -101,8 +102,8 @@ class TextDiffusionPipeline(TextPipeline):
         min_new_tokens: int | None = None, mask_token_id: int | None = None, eos_token_id: Any = None,
         pad_token_id: int | None = None, generator: Any = None, streamer: Any = None, stopping_criteria: Any = None,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
-        output_type: str | None = None, output_history: bool | None = None, return_dict_in_generate: bool = True,
-        **others: Any,
+        output_type: str | None = None, output_history: bool | None = None, return_dict_in_generate: bool | None = None,
+        generation_config: Any = None, **others: Any,
     ) -> TextOutput:  # fmt: skip
         """Generate a text behind each prompt; a `TextOutput`, or its `sequences` with return_dict_in_generate=False.
 
@@ -127,21 +128,32 @@ class TextDiffusionPipeline(TextPipeline):
         token. callback_on_step_end(pipe, step, timestep, tensors): which tensors, see `callback.TENSORS`.
         output_type: "text", or "seq" for tokens alone. output_history: keep every canvas.
 
+        generation_config: a transformers.GenerationConfig or a dictionary; its fields stand for arguments that are not given.
+        What the model's own generation_config.json says of drawing tokens counts last.
+
         The papers' and libraries' other names are understood, too (`arguments.ALIASES`: gen_length, block_size,
         num_inference_steps, confidence_threshold, alg, ...). Raises `UsageError` or `LimitError` before anything is
         computed, and nothing is ignored in silence.
         """
-        own = {name: value for name, value in locals().items() if name not in ("self", "others", "return_dict_in_generate")}
-        output = self._job(canonical(others, own)).run()
-        self.noted(output.report, recipe)
-        return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
+        own = {name: value for name, value in locals().items() if name not in ("self", "others", "generation_config")}
+        given = configs.layered(canonical(others, own), configs.settings(generation_config, own))
+        given, drawn = self._as_the_model_says(given)
+        output = self._job(given, drawn).run()
+        self.noted(output.report, given.get("recipe"))
+        return output if given.get("return_dict_in_generate", True) else output.sequences  # type: ignore[return-value]
 
     __call__ = generate
 
     # --- what a call comes to ---------------------------------------------------------------------
 
-    def _job(self, given: dict[str, Any]) -> Job:
-        """The call's arguments, under our names, checked and put together."""
+    def _as_the_model_says(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The arguments, with what the model's generation_config.json says of drawing tokens; and a sentence if it does."""
+        both = configs.layered(given, configs.of_model(self.model))
+        used = {name: value for name, value in both.items() if name not in given}
+        return both, [configs.sentence(used)] if used else []
+
+    def _job(self, given: dict[str, Any], notes: list[str]) -> Job:
+        """The call's arguments, under our names, checked and put together. notes: for the report."""
         limits, host = self.allowed, self._host(given)
         facts, numbers = host.facts, decoding(given)
         numbers.check(facts, limits)
@@ -159,7 +171,7 @@ class TextDiffusionPipeline(TextPipeline):
             generator=given.get("generator"), guide=self.guide if _asks_guide(recipe) else None,
             streamers=streamers(given.get("streamer"), len(prompts.ids)), criteria=criteria(given.get("stopping_criteria")),
             on_step=self._on_step(given), history=bool(given.get("output_history")),
-            words=_wants_words(given.get("output_type")), notes=list(self.notes),
+            words=_wants_words(given.get("output_type")), notes=[*self.notes, *notes],
         )  # fmt: skip
 
     def fitted(self, recipe: Recipe) -> Recipe:

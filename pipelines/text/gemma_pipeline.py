@@ -14,18 +14,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hasten.canvas import TextFacts
 from hasten.errors import ModelError, UsageError
 from hasten.limits import Limits
 from hasten.noise import seeds
 from hasten.pipelines.host import hardware
 from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.text import generation_config as configs
 from hasten.pipelines.text.arguments import ALIASES, canonical, whole
 from hasten.pipelines.text.output import TextOutput
 from hasten.pipelines.text.pipeline import TextPipeline
 from hasten.pipelines.text.prompts import Prompts, check, collect
 from hasten.pipelines.text.session import TextDiffusionSession
 from hasten.pipelines.text.stream import streamers
-from hasten.pipelines.text_models.gemma import Denoising, GemmaLoop, Written, takes
+from hasten.pipelines.text_models.gemma import SAID, Denoising, GemmaLoop, Written, takes
 from hasten.recipe import Recipe
 from hasten.report_diffusion import Generation, TextDiffusionReport
 
@@ -52,7 +54,8 @@ class DiffusionGemmaPipeline(TextPipeline):
             name = type(model).__name__
             raise ModelError(f"{name} is no DiffusionGemmaForBlockDiffusion. Use TextDiffusionPipeline.")
         self.model, self.tokenizer, self.limits = model, tokenizer, limits or Limits()
-        self.denoising = denoising or Denoising()
+        said = configs.fields(model.generation_config)
+        self.denoising = denoising or Denoising().told(said)
         self.facts = GemmaLoop(model).facts
         self.recipe: Recipe = self.fitted(Recipe() if recipe is None else find_recipe(recipe))
         self.sessions: list[TextDiffusionSession] = []
@@ -78,21 +81,18 @@ class DiffusionGemmaPipeline(TextPipeline):
     def generate(
         self, input_ids: Any = None, attention_mask: Any = None, *, prompts: str | Sequence[str] | None = None,
         messages: Any = None, max_new_tokens: int | None = None, recipe: str | Path | Recipe | None = None,
-        steps: int | None = None, generator: Any = None, streamer: Any = None, return_dict_in_generate: bool = True,
-        **others: Any,
+        steps: int | None = None, eos_token_id: Any = None, pad_token_id: int | None = None, generator: Any = None,
+        streamer: Any = None, return_dict_in_generate: bool | None = None, generation_config: Any = None, **others: Any,
     ) -> TextOutput:  # fmt: skip
         """Generate a text behind each prompt; a `TextOutput`, or its `sequences` with return_dict_in_generate=False.
 
         Texts of a batch do not know of each other. Arguments as `TextDiffusionPipeline.generate`; steps (or
         max_denoising_steps): evaluations of a canvas at most; max_new_tokens: 256 by default. A streamer gets tokens
-        when their canvas is over, and each evaluation's most probable ones in `put_draft` if it has that. Raises
-        `UsageError` or `LimitError` before anything is computed.
+        when their canvas is over, and each evaluation's most probable ones in `put_draft` if it has that.
+        generation_config: as there, with the fields of `DiffusionGemmaGenerationConfig` besides. Raises `UsageError` or
+        `LimitError` before anything is computed.
         """
-        own = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "prompts": prompts, "messages": messages,
-            "max_new_tokens": max_new_tokens, "recipe": recipe, "steps": steps, "generator": generator,
-            "streamer": streamer,
-        }  # fmt: skip
+        own = {name: value for name, value in locals().items() if name not in ("self", "others", "generation_config")}
         for name in others:
             if ALIASES.get(name, name) not in own:
                 raise UsageError(
@@ -100,30 +100,54 @@ class DiffusionGemmaPipeline(TextPipeline):
                     f" end of a canvas are in `Denoising`; generate takes {', '.join(own)}."
                 )
         given = canonical(others, own)
+        how, further = self._told(generation_config, own, given)
+        given = configs.layered(given, further)
         new, steps = given.get("max_new_tokens", NEW_TOKENS), given.get("steps")
         whole("max_new_tokens", new, 1, self.allowed.max_tokens)
         whole("steps", steps, 1, self.allowed.max_steps)
+        facts = self._facts(given)
         asked = collect(
-            given.get("input_ids"), given.get("attention_mask"), given.get("prompts"), given.get("messages"),
-            self.tokenizer, self.facts,
-        )  # fmt: skip
+            given.get("input_ids"), given.get("attention_mask"), given.get("prompts"), given.get("messages"), self.tokenizer, facts
+        )
         each = [new] * len(asked.ids)
-        check(asked, each, self.facts, self.allowed)
-        how = self.denoising if steps is None else replace(self.denoising, steps=steps)
-        loop = GemmaLoop(self.model, self.chosen(given.get("recipe")), how)
+        check(asked, each, facts, self.allowed)
+        loop = GemmaLoop(self.model, self.chosen(given.get("recipe")), how if steps is None else replace(how, steps=steps))
+        loop.facts, loop.eos, loop.pad = facts, facts.eos_ids, facts.pad_id
         reader = _Reader(streamers(given.get("streamer"), len(asked.ids)), asked, each, loop)
         began = time.perf_counter()
         found = loop.run(asked.ids, each, seeds(given.get("generator"), len(asked.ids)), reader)
         output = self._output(found, asked, loop, time.perf_counter() - began)
         self.noted(output.report, given.get("recipe"))
-        return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
+        return output if given.get("return_dict_in_generate", True) else output.sequences  # type: ignore[return-value]
 
     __call__ = generate
+
+    def _told(self, config: Any, own: dict[str, Any], given: dict[str, Any]) -> tuple[Denoising, dict[str, Any]]:
+        """How canvases are denoised, and further arguments, by a `generation_config=`; arguments that are given win."""
+        said = configs.fields(config)
+        mine = {name: said.pop(name) for name in SAID if name in said and name != "max_denoising_steps"}
+        if "sampler_config" in mine and self.chosen(given.get("recipe")).commit is not None:
+            if "recipe" not in given:
+                raise UsageError(
+                    "generation_config has a sampler_config, and the recipe a commit rule: both say which slots are accepted."
+                    " Leave one of them out."
+                )
+            del mine["sampler_config"]
+        return self.denoising.told(mine), configs.settings(said, own)
+
+    def _facts(self, given: dict[str, Any]) -> TextFacts:
+        """What the loop must know of the model, with the call's end and padding tokens."""
+        vocab, eos, pad = self.facts.vocab, given.get("eos_token_id"), given.get("pad_token_id")
+        ends = self.facts.eos_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        for token in ends:
+            whole("eos_token_id", token, 0, vocab - 1)
+        whole("pad_token_id", pad, 0, vocab - 1)
+        return replace(self.facts, eos_ids=ends, pad_id=self.facts.pad_id if pad is None else pad)
 
     def _output(self, found: Written, asked: Prompts, loop: GemmaLoop, seconds: float) -> TextOutput:
         written = [text[len(ids) :] for text, ids in zip(found.texts, asked.ids, strict=True)]
         longest = max(len(text) for text in written)
-        sequences = torch.full((len(written), asked.width + longest), self.facts.pad_id, device=self.model.device)
+        sequences = torch.full((len(written), asked.width + longest), loop.pad, device=self.model.device)
         commits = torch.full((len(written), longest), -1)
         for row, (ids, text) in enumerate(zip(asked.ids, written, strict=True)):
             sequences[row, asked.width - len(ids) : asked.width + len(text)] = found.texts[row]

@@ -88,7 +88,8 @@ class Family(TextHost):
             sizes = Sizes(sizes.layers, sizes.heads, sizes.logits, min(sizes.tokens, len(tokenizer)), sizes.context)
         mask = mask_token(model, tokenizer, told, cls.mask_token_of(config), sizes.logits)
         ends = end_tokens(config, getattr(model, "generation_config", None), tokenizer)
-        pad = first(getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), *ends, 0)
+        places = (config, getattr(model, "generation_config", None), tokenizer)
+        pad = first(*(getattr(place, "pad_token_id", None) for place in places), *ends, 0)
         return TextFacts(
             layers=sizes.layers, vocab=sizes.logits, mask_id=mask, eos_ids=ends, pad_id=pad,
             forbidden=tuple(sorted({mask, *range(sizes.tokens, sizes.logits)})),

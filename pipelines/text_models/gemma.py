@@ -10,8 +10,8 @@ Shapes: B texts, C slots of a canvas, V tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ from hasten.samplers.scores import Draw, Logits, Scores, ScoreState, best, measu
 
 @dataclass(frozen=True, slots=True)
 class Denoising:
-    """How a canvas is denoised; the defaults are transformers'.
+    """How a canvas is denoised; the defaults are those of the released model.
 
     steps: evaluations of a canvas at most. hot, cold: temperatures at its first and (but for one step) last evaluation.
     stable: evaluations for which the most probable tokens must have stayed the same, and confident: mean entropy in
-    nats below which they must be, for a canvas to be over. forever: never over before the last step.
+    nats below which they must be, for a canvas to be over. forever: never over before the last step. bound: of the entropies
+    that accepted slots may share, where no recipe says which are accepted.
     """
 
     steps: int = 48
@@ -44,14 +45,33 @@ class Denoising:
     stable: int = 1
     confident: float = 0.005
     forever: bool = False
+    bound: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.stable < 0 or not 0 < self.cold or not 0 < self.hot:
+        if self.steps < 1 or self.stable < 0 or not 0 < self.cold or not 0 < self.hot or self.bound < 0:
             raise UsageError(f"Denoising takes at least 1 step and temperatures above 0, got {self}.")
+
+    def told(self, said: Mapping[str, Any]) -> Denoising:
+        """The same, but for what a `DiffusionGemmaGenerationConfig` says (`SAID`); None in it says nothing."""
+        found = {ours: said[theirs] for theirs, ours in SAID.items() if said.get(theirs) is not None}
+        if "bound" in found:
+            sampler = found.pop("bound")
+            bound = sampler.get("entropy_bound") if isinstance(sampler, Mapping) else getattr(sampler, "entropy_bound", None)
+            if bound is None:
+                raise UsageError(f"sampler_config must be an EntropyBoundSamplerConfig, got {sampler!r}.")
+            found["bound"] = bound
+        return replace(self, **found)
 
     def temperature(self, left: int) -> float:
         """With `left` steps to go, this one included."""
         return self.cold + (self.hot - self.cold) * left / self.steps
+
+
+SAID = {
+    "max_denoising_steps": "steps", "t_min": "cold", "t_max": "hot", "stability_threshold": "stable",
+    "confidence_threshold": "confident", "sampler_config": "bound",
+}  # fmt: skip
+"""Fields of transformers' `DiffusionGemmaGenerationConfig` -> ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +114,13 @@ class GemmaLoop:
                 " blocks are its canvases, and every slot is open until the canvas is over. Leave them out;"
                 " `commit` is used."
             )
-        commit = recipe.commit or Unmask(rule=EntropyBound())
+        self.how = denoising or Denoising()
+        commit = recipe.commit or Unmask(rule=EntropyBound(bound=self.how.bound))
         if not isinstance(commit, Unmask):
             raise UsageError(f"The recipe has commit of kind {commit.kind!r}, which is not for texts. Take 'unmask'.")
         if any(rule.guided for rule in commit.rules):
             raise RefusedError("Guided commit rules ask a second model, which DiffusionGemma's loop has not. Take another recipe.")
         self.model, self.recipe, self.rule, self.score = model, recipe, commit.rule, commit.score
-        self.how = denoising or Denoising()
         text = model.config.get_text_config(decoder=True)
         self.length, self.vocab = int(model.config.canvas_length), int(text.vocab_size)
         self.context = int(text.max_position_embeddings)

@@ -17,6 +17,7 @@ import hasten
 from hasten.errors import LimitError, ModelError, RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.noise import gumbel, seeds
+from hasten.pipelines.quiet import no_bars
 from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
 from hasten.pipelines.text_models.families import choose
 from hasten.pipelines.text_models.gemma import Denoising, GemmaLoop, takes
@@ -241,6 +242,25 @@ def test_the_front_door_chooses_by_the_config(folder: Any) -> None:
         hasten.TextDiffusionPipeline.from_pretrained(folder, "fast-dllm", device="cpu")
     with pytest.raises(ModelError, match=r"hasten\.DiffusionGemmaPipeline"):
         hasten.TextDiffusionPipeline(made.model)
+
+
+def test_load_opens_a_folder_without_a_bar(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    for active in (True, False):
+        before, hub = logging._tqdm_active, are_progress_bars_disabled()
+        logging._tqdm_active = active
+        try:
+            assert type(hasten.load(folder)) is hasten.DiffusionGemmaPipeline
+            with pytest.raises(ModelError), no_bars():
+                assert not logging.is_progress_bar_enabled()
+                raise ModelError("on the way")
+            assert logging._tqdm_active is active and are_progress_bars_disabled() is hub
+        finally:
+            logging._tqdm_active = before
+    hasten.load("tiny-lists")
+    assert "Loading" not in capsys.readouterr().err
 
 
 def test_a_session_on_it() -> None:
