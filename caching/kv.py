@@ -1,7 +1,7 @@
 """Which tokens of a text are computed again at a step, and whose keys and values are taken from earlier.
 
 Windows are here; other ideas have files of their own: `kv_front.py` (what lies behind is never computed again),
-`kv_scattered.py` (slots that do not stand together), `kv_suffix.py` (few of what follows), `kv_values.py` and `kv_attention.py` (other tokens in other layers).
+`kv_scattered.py` (slots that do not stand together), `kv_suffix.py` (few of what follows), `kv_values.py` and `kv_attention.py` (other tokens in other layers), `kv_rollout.py` (where attention flows to).
 
 Shapes: B texts, L slots, m of the texts in one call.
 """
@@ -96,6 +96,10 @@ class TokenKVState:
     def rank(self, rank: Tensor, count: Tensor, canvas: Canvas) -> None:
         """After the calls, before slots are written: how sure each slot is (float32 [B, L], -inf where nothing is known),
         and how many the commit rule is going to write in this evaluation and the next `ahead` ones (int64 [B])."""
+
+    def sure(self, confidence: Tensor, canvas: Canvas) -> None:
+        """After the calls, before slots are written: the probability of the token that would be written into each slot,
+        float32 [B, L]; NaN where this step's evaluations said nothing."""
 
     def changed(self, written: Tensor, erased: Tensor, canvas: Canvas) -> None:
         """These slots (bool [B, L]) have been written; those have become masks again or got another token.

@@ -1,7 +1,7 @@
 """Which written slots are taken back or replaced.
 
-Shapes: B texts, L slots. Policies that take slots back are in `revise_erase.py`, those that replace tokens in
-`revise_edit.py`.
+Shapes: B texts, L slots. Policies that take back what looks wrong are in `revise_erase.py`, those that take back what was
+written unsurely in `revise_unsure.py`, those that replace tokens in `revise_edit.py`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,14 @@ class RevisePolicy(Revise):
 
 
 class ReviseState:
-    """The state of a `RevisePolicy`. may, bool [B, L]: slots that can be revised now."""
+    """The state of a `RevisePolicy`. may, bool [B, L]: slots that can be revised now. seed, int64 [B]: of each text's
+    noise."""
 
-    def least(self, scores: Scores, may: Tensor, canvas: Canvas) -> Tensor | None:
-        """How many slots each text should write in this step at least, int64 [B]; None: one."""
+    seed: Tensor
+
+    def least(self, scores: Scores, chosen: Tensor, may: Tensor, canvas: Canvas) -> Tensor | None:
+        """How many slots each text should write in this step at least, int64 [B]; None: one. chosen, bool [B, L]: those that
+        the commit rule takes."""
         return None
 
     def revise(self, scores: Scores, written: Tensor, may: Tensor, canvas: Canvas) -> Revision:
@@ -74,15 +78,16 @@ class Reviser:
     last step without one.
     """
 
-    def __init__(self, policy: RevisePolicy, facts: TextFacts, canvas: Canvas) -> None:
+    def __init__(self, policy: RevisePolicy, facts: TextFacts, canvas: Canvas, seed: Tensor | None = None) -> None:
         self.state, self.budget = policy.start(facts), policy.budget
+        self.state.seed = torch.zeros_like(canvas.start) if seed is None else seed.to(canvas.start.device)
         self.mask_id = facts.mask_id if facts.mask_id is not None else facts.pad_id  # without masks noise follows
         self.times = torch.zeros_like(canvas.committed)
         self.moved = torch.zeros_like(canvas.open)
 
-    def least(self, scores: Scores, canvas: Canvas) -> Tensor | None:
-        """How many slots each text should write at least, int64 [B]; None: one."""
-        return self.state.least(scores, self._may(canvas), canvas)
+    def least(self, scores: Scores, chosen: Tensor, canvas: Canvas) -> Tensor | None:
+        """How many slots each text should write at least, int64 [B]; None: one. chosen, bool [B, L]: what the rule takes."""
+        return self.state.least(scores, chosen, self._may(canvas), canvas)
 
     def revise(self, scores: Scores, written: Tensor, canvas: Canvas) -> Tensor:
         """Change the canvas; returns slots whose token is no longer what it was, bool [B, L]."""

@@ -70,7 +70,7 @@ class _RemaskState(ReviseState):
     def __init__(self, below: float) -> None:
         self.below = below
 
-    def least(self, scores: Scores, may: Tensor, canvas: Canvas) -> Tensor | None:
+    def least(self, scores: Scores, chosen: Tensor, may: Tensor, canvas: Canvas) -> Tensor | None:
         return (may & scores.seen & (scores.present < self.below)).sum(1) + 1
 
     def revise(self, scores: Scores, written: Tensor, may: Tensor, canvas: Canvas) -> Revision:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from hasten.caching.kv import Dual, Prefix, Vicinity
 from hasten.caching.kv_attention import AttentionDrift
 from hasten.caching.kv_front import BlockCausal, Freeze, Nested
+from hasten.caching.kv_rollout import Rollout
 from hasten.caching.kv_scattered import Delayed, Groups
+from hasten.caching.kv_suffix import SparseSuffix
 from hasten.caching.kv_values import ValueDrift
 from hasten.pipelines.recipes.text import sub_blocks, threshold
 from hasten.recipe import Recipe
@@ -41,6 +43,21 @@ def dllm_cache(prompt_every: int = 50, every: int = 7, share: float = 0.25) -> R
     return Recipe(
         kv=ValueDrift(prompt_every=prompt_every, every=every, share=share), paper="dLLM-Cache, arXiv 2506.06295"
     )
+
+
+def value_cache(every: int = 7, share: float = 0.25) -> Recipe:
+    """dLLM-Cache without a frozen prompt: of all tokens, those whose values drift most, and everything now and then."""
+    return Recipe(kv=ValueDrift(prompt_every=None, every=every, share=share), paper="dLLM-Cache, arXiv 2506.06295")
+
+
+def d2_cache(most: int = 32, spread: float = 10.0, mass: float = 0.1, gap: int = 4) -> Recipe:
+    """d2Cache: open slots near what is known, and the tokens that attention flows to."""
+    return Recipe(kv=Rollout(most=most, spread=spread, mass=mass, gap=gap), paper="d2Cache, arXiv 2509.23094")
+
+
+def dpad(window: int = 128, decay: float = 3.0) -> Recipe:
+    """DPad: the prefix cache, and of what follows the block fewer slots the farther away they are."""
+    return Recipe(kv=SparseSuffix(window=window, decay=decay), paper="DPad, arXiv 2508.14148")
 
 
 def free_cache() -> Recipe:

@@ -99,7 +99,7 @@ class TextLoop:
                 " it keeps nothing of. Take another cache or another reviser."
             )
         assert recipe.verify is None or isinstance(recipe.verify, Verifier)
-        self.revise = Reviser(recipe.revise, self.facts, canvas) if recipe.revise is not None else None
+        self.revise = Reviser(recipe.revise, self.facts, canvas, draw.seed) if recipe.revise is not None else None
         self.shadows = recipe.revise is not None and recipe.revise.shadows
         self.verify: drafts.Drafts | None = None
         if recipe.verify is not None:
@@ -154,6 +154,7 @@ class TextLoop:
             for part in self._split(call, rows):
                 self._evaluate(part, rows, before)
         self.blocks.settle(canvas, self.scores)
+        self.kv.sure(torch.where(self.scores.seen & canvas.masked, self.scores.confidence, float("nan")), canvas)
         if self.kv.ahead:
             planned = self.rule.planned(canvas, self.kv.ahead + 1)
             assert planned is not None
@@ -161,8 +162,9 @@ class TextLoop:
         if self.guide is not None:
             proposed = torch.where(canvas.masked & self.scores.seen, self.scores.token, canvas.ids)
             self.scores.guide = self.guide(proposed, canvas)
-        least = self.revise.least(self.scores, canvas) if self.revise is not None else None
-        chosen = self._at_least(least, self.rule.select(self.scores, canvas), self.scores, canvas)
+        chosen = self.rule.select(self.scores, canvas) & self.scores.among(canvas)
+        least = self.revise.least(self.scores, chosen, canvas) if self.revise is not None else None
+        chosen = self._at_least(least, chosen, self.scores, canvas)
         canvas.write(chosen, self.scores.token, self.scores.confidence)
         self.score.note(chosen, self.scores, canvas)
         erased = torch.zeros_like(chosen) if self.revise is None else self.revise.revise(self.scores, chosen, canvas)
