@@ -152,7 +152,7 @@ class TextDiffusionPipeline(TextPipeline):
         used = {name: value for name, value in both.items() if name not in given}
         return both, [configs.sentence(used)] if used else []
 
-    def _job(self, given: dict[str, Any], notes: list[str]) -> Job:
+    def _job(self, given: dict[str, Any], notes: Sequence[str] = ()) -> Job:
         """The call's arguments, under our names, checked and put together. notes: for the report."""
         limits, host = self.allowed, self._host(given)
         facts, numbers = host.facts, decoding(given)
