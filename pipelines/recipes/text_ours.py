@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from hasten.caching.kv import Recompute
 from hasten.caching.kv_echo import Echo
-from hasten.pipelines.recipes.text import eb_sampler, freedave
+from hasten.pipelines.recipes.text import freedave
 from hasten.recipe import Recipe
+from hasten.samplers.commit import Either, Threshold, Unmask
+from hasten.samplers.commit_sure import EntropyBound
 from hasten.samplers.text_blocks import Fixed, InBlocks
 from hasten.samplers.text_ends import AtPredictedEnd
 
@@ -20,16 +22,19 @@ def text_exact(most: int = 4) -> Recipe:
     return freedave(most) | Recipe(kv=Recompute())
 
 
-def text_balanced(bound: float = 0.1, size: int = 32) -> Recipe:
-    """Ours: an entropy bound, the echo cache, and ends that are cut when two slots behind agree."""
-    return _with_echo(bound, size)
+def text_balanced(above: float = 0.86, bound: float = 0.05, size: int = 32) -> Recipe:
+    """Ours: slots that are sure alone or jointly, the echo cache, and ends that are cut when two slots behind agree."""
+    return _with_echo(above, bound, size)
 
 
-def text_fast(bound: float = 0.3, size: int = 32) -> Recipe:
-    """Ours: as `text-balanced`, with a wider entropy bound."""
-    return _with_echo(bound, size)
+def text_fast(above: float = 0.75, bound: float = 0.05, size: int = 32) -> Recipe:
+    """Ours: as `text-balanced`, content with less sure slots."""
+    return _with_echo(above, bound, size)
 
 
-def _with_echo(bound: float, size: int) -> Recipe:
+def _with_echo(above: float, bound: float, size: int) -> Recipe:
+    """A threshold takes what is sure by itself, the entropy bound what is sure together: of slots that exclude each
+    other it takes one and the settled, where a threshold waits (a step less for each answer to `shuffle`)."""
+    rule = Either(rules=(Threshold(above=above), EntropyBound(bound=bound)))
     blocks = InBlocks(rule=Fixed(size=size), end=AtPredictedEnd(steps=1, run=2))
-    return Recipe(commit=eb_sampler(bound).commit, blocks=blocks, kv=Echo(), paper="EB-Sampler, arXiv 2505.24857")
+    return Recipe(commit=Unmask(rule=rule), blocks=blocks, kv=Echo(), paper="EB-Sampler, arXiv 2505.24857")
