@@ -1,7 +1,8 @@
 """The skeleton that Dream, SDAR, Fast-dLLM v2, LLaDA-MoE and LLaDA2 share: layers of attention and MLP over rotary
 positions.
 
-A family brings its attention, its MLP and its head class; everything else it is given goes to the attention as it is.
+A family brings its attention, its MLP and the signature of its forward; everything else it is given goes to the
+attention as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from tests.text_hosts.facts import EOS, MASK, PAD, VOCAB
 from tests.text_hosts.layers import GatedMLP, RMSNorm, Rotary
@@ -79,6 +80,36 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, **kwargs)
         return self.norm(x)
+
+
+class DecoderLM(PreTrainedModel):
+    """A decoder under a linear head. A family gives `config_class`, the decoder, and a forward with its own signature."""
+
+    base_model_prefix = "model"
+    _supports_sdpa = True
+
+    def __init__(self, config: Any, decoder: Decoder) -> None:
+        super().__init__(config)
+        self.model = decoder
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self.model, self.model.embed)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def logits(self, x: Tensor, keep: int | Tensor = 0) -> Tensor:
+        """Of the last `keep` tokens (0: of all), or of those at these indices."""
+        return self.lm_head(x[:, -keep:] if isinstance(keep, int) else x[:, keep])
+
+
+def begun(cache: Any, wanted: bool | None) -> tuple[Any, int]:
+    """The cache that a forward goes on with, made where it is wanted and there is none; and the tokens in it."""
+    if wanted and cache is None:
+        cache = DynamicCache()
+    return cache, 0 if cache is None else cache.get_seq_length()
 
 
 def dispatched(gate: Callable[[Tensor], tuple[Tensor, Tensor]], experts: nn.ModuleList, x: Tensor) -> Tensor:

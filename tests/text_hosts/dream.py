@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from tests.text_hosts.decoder import Decoder, configured
+from tests.text_hosts.decoder import Decoder, DecoderLM, configured
 from tests.text_hosts.facts import Facts, Host, filled
 from tests.text_hosts.layers import Rotary, heads, rotate, shared
 
@@ -73,22 +73,11 @@ class DreamSdpaAttention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
-class DreamModel(PreTrainedModel):
+class DreamModel(DecoderLM):
     config_class = DreamConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
 
     def __init__(self, config: DreamConfig) -> None:
-        super().__init__(config)
-        self.model = Decoder(config, DreamSdpaAttention)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, Decoder(config, DreamSdpaAttention))
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
@@ -102,7 +91,7 @@ class DreamModel(PreTrainedModel):
         x = self.model.run(
             x, position_ids, past, attention_mask=as_pairs(attention_mask), past_key_value=past_key_values
         )
-        return MaskedLMOutput(logits=self.lm_head(x[:, -num_logits_to_keep:]))
+        return MaskedLMOutput(logits=self.logits(x, num_logits_to_keep))
 
 
 class PatchedDreamModel(DreamModel):
@@ -124,7 +113,7 @@ class PatchedDreamModel(DreamModel):
             x, torch.arange(length, device=x.device)[None], attention_mask=attention_mask,
             past_key_value=past_key_values, dual_cache=dual_cache, replace_position=replace_position, kept=kept,
         )  # fmt: skip
-        found = MaskedLMOutput(logits=self.lm_head(x[:, -num_logits_to_keep:]))
+        found = MaskedLMOutput(logits=self.logits(x, num_logits_to_keep))
         found.past_key_values = kept
         return found
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.text_hosts.decoder import Decoder, configured
+from tests.text_hosts.decoder import Decoder, DecoderLM, begun, configured
 from tests.text_hosts.facts import MASK, Facts, Host, filled
 from tests.text_hosts.layers import heads, rotate
 
@@ -73,23 +73,12 @@ class Fast_dLLM_QwenAttention(nn.Module):
         return self.o_proj(attended.flatten(2))
 
 
-class Fast_dLLM_QwenForCausalLM(PreTrainedModel):
+class Fast_dLLM_QwenForCausalLM(DecoderLM):
     config_class = Fast_dLLM_QwenConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
     _supports_attention_backend = True
 
     def __init__(self, config: Fast_dLLM_QwenConfig) -> None:
-        super().__init__(config)
-        self.model = Decoder(config, Fast_dLLM_QwenAttention)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, Decoder(config, Fast_dLLM_QwenAttention))
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -100,13 +89,10 @@ class Fast_dLLM_QwenForCausalLM(PreTrainedModel):
         mask_id: int = 151665, **kwargs: Any,
     ) -> Any:  # fmt: skip
         x = self.model.embedded(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        if use_block_cache and block_past_key_values is None:
-            block_past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_key_values, past = begun(past_key_values, use_cache)
+        block_past_key_values, inside = begun(block_past_key_values, use_block_cache)
         first = past + (replace_position or 0) if use_block_cache else past
-        if use_block_cache and block_past_key_values.get_seq_length():
+        if use_block_cache and inside:
             mask = None
         else:
             mask = block_mask(input_ids.shape[1], block_size, past, x.device)  # type: ignore[union-attr]
@@ -115,9 +101,8 @@ class Fast_dLLM_QwenForCausalLM(PreTrainedModel):
             update_past_key_values=update_past_key_values, block_past_key_values=block_past_key_values,
             replace_position=replace_position,
         )  # fmt: skip
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         found = CausalLMOutputWithPast(
-            logits=self.lm_head(x[:, kept]), past_key_values=past_key_values if use_cache else None
+            logits=self.logits(x, logits_to_keep), past_key_values=past_key_values if use_cache else None
         )
         found.block_past_key_values = block_past_key_values if use_block_cache else None
         return found

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.text_hosts.decoder import Decoder, configured, dispatched
+from tests.text_hosts.decoder import Decoder, DecoderLM, begun, configured, dispatched
 from tests.text_hosts.facts import MASK, Facts, Host, block_causal, filled
 from tests.text_hosts.layers import GatedMLP, RMSNorm, rotate
 
@@ -106,24 +106,13 @@ def feed_forward(config: Any, layer: int) -> nn.Module:
     return GatedMLP(config.hidden_size, config.intermediate_size)
 
 
-class LLaDA2MoeModelLM(PreTrainedModel):
+class LLaDA2MoeModelLM(DecoderLM):
     config_class = LLaDA2MoeConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
     _supports_attention_backend = True
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__(config)
         turned = int(config.head_dim * config.partial_rotary_factor)
-        self.model = Decoder(config, LLaDA2MoeAttention, feed_forward, "attention", "word_embeddings", turned)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.word_embeddings
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, Decoder(config, LLaDA2MoeAttention, feed_forward, "attention", "word_embeddings", turned))
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -134,13 +123,11 @@ class LLaDA2MoeModelLM(PreTrainedModel):
     ) -> Any:  # fmt: skip
         use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.model.embedded(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_key_values, past = begun(past_key_values, use_cache)
         mask = as_pairs(attention_mask, x, past)
         x = self.model.run(x, position_ids, past, attention_mask=mask, past_key_value=past_key_values)
         return MoeCausalLMOutputWithPast(
-            logits=self.lm_head(x).float(), past_key_values=past_key_values if use_cache else None
+            logits=self.logits(x).float(), past_key_values=past_key_values if use_cache else None
         )
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from tests.text_hosts.decoder import Decoder, configured, dispatched
+from tests.text_hosts.decoder import Decoder, DecoderLM, configured, dispatched
 from tests.text_hosts.facts import MASK, Facts, Host, filled
 from tests.text_hosts.layers import GatedMLP, RMSNorm, heads, rotate, shared
 
@@ -88,22 +88,11 @@ def feed_forward(config: Any, layer: int) -> nn.Module:
     return GatedMLP(config.hidden_size, config.dense_intermediate_size)
 
 
-class LLaDAMoEModelLM(PreTrainedModel):
+class LLaDAMoEModelLM(DecoderLM):
     config_class = LLaDAMoEConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
 
     def __init__(self, config: LLaDAMoEConfig) -> None:
-        super().__init__(config)
-        self.model = Decoder(config, LLaDAMoESdpaAttention, feed_forward)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, Decoder(config, LLaDAMoESdpaAttention, feed_forward))
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -116,7 +105,7 @@ class LLaDAMoEModelLM(PreTrainedModel):
         assert not use_cache and past_key_values is None and cache_position is None, "no cache"
         x = self.model.embedded(input_ids, inputs_embeds)
         x = self.model.run(x, position_ids, attention_mask=attention_mask)
-        return MoeCausalLMOutputWithPast(logits=self.lm_head(x))
+        return MoeCausalLMOutputWithPast(logits=self.logits(x))
 
 
 def plain(model: Any, ids: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.text_hosts.decoder import Decoder, configured
+from tests.text_hosts.decoder import Decoder, DecoderLM, begun, configured
 from tests.text_hosts.facts import Facts, Host, block_causal, filled
 from tests.text_hosts.layers import RMSNorm, dense_attention, heads, rotate
 
@@ -80,22 +80,11 @@ class SDARAttention(nn.Module):
         return self.o_proj(attended)
 
 
-class SDARForCausalLM(PreTrainedModel):
+class SDARForCausalLM(DecoderLM):
     config_class = SDARConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
 
     def __init__(self, config: SDARConfig) -> None:
-        super().__init__(config)
-        self.model = Decoder(config, SDARAttention)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, Decoder(config, SDARAttention))
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -106,16 +95,13 @@ class SDARForCausalLM(PreTrainedModel):
     ) -> Any:  # fmt: skip
         use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.model.embedded(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_key_values, past = begun(past_key_values, use_cache)
         x = self.model.run(
             x, position_ids, past, attention_mask=attention_mask, past_key_value=past_key_values,
             store_kv=kwargs.get("store_kv", False),
         )  # fmt: skip
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            logits=self.lm_head(x[:, kept]), past_key_values=past_key_values if use_cache else None
+            logits=self.logits(x, logits_to_keep), past_key_values=past_key_values if use_cache else None
         )
 
 
