@@ -1,0 +1,134 @@
+"""The configuration of a training: strict, read from YAML, with the spellings that other trainers' users know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from hasten.distill.method import Method
+from hasten.distill.methods import load_all
+from hasten.distill.pretrain_config import Strict, parse_as, read_config
+from hasten.distill.settings import TrainSettings
+from hasten.errors import UsageError, nearest
+from hasten.part import parse
+
+ALIASES = {
+    # diffusers' scripts and trl
+    "pretrained_model_name_or_path": "model",
+    "teacher": "model",
+    "max_train_steps": "train.steps",
+    "train_batch_size": "train.batch",
+    "gradient_accumulation_steps": "train.accumulate",
+    "learning_rate": "train.lr",
+    "lr_warmup_steps": "train.warmup",
+    "adam_weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.clip",
+    "ema_decay": "train.average",
+    "mixed_precision": "train.precision",
+    "gradient_checkpointing": "train.checkpointing",
+    "seed": "train.seed",
+    "rank": "student.rank",
+    "lora_alpha": "student.alpha",
+    "lora_target_modules": "student.layers",
+    "train_data_dir": "data.folder",
+    "prompts": "data.prompts",
+    "base_lora": "student.base_lora",
+    # kohya's
+    "network_dim": "student.rank",
+    "network_alpha": "student.alpha",
+    "network_weights": "student.base_lora",
+}
+"""Other trainers' names -> ours."""
+
+
+class StudentConfig(Strict):
+    """What is trained. full: the whole network instead of an adapter, with a copy for every role.
+
+    rank, alpha: of the adapters; None for alpha is rank (a scale of 1). layers: ends of the names of the layers they
+    are on, None for all. base_lora: a LoRA (file or folder) that teacher and student both keep.
+    """
+
+    full: bool = False
+    rank: int = Field(32, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    layers: tuple[str, ...] | None = None
+    base_lora: str | None = None
+
+
+class DataConfig(Strict):
+    """What it is trained on. prompts: a list, or the name of a file with one a line. count: samples that the teacher
+    makes, for methods that need latents or pairs and where no folder is given. folder: own pictures or clips with
+    captions. call: arguments of the teacher's pipeline (steps, guidance, size). drop: share of rows without prompt.
+    """
+
+    prompts: tuple[str, ...] | str = ()
+    count: int = Field(512, ge=1)
+    folder: str | None = None
+    call: dict[str, Any] = {}
+    drop: float = Field(0.0, ge=0, lt=1)
+
+
+class TrainConfig(Strict):
+    """One training. model: a bundled model, a folder, or a hub id. method: its kind and numbers."""
+
+    model: str
+    method: Method
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    train: TrainSettings = TrainSettings()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Method:
+        load_all()
+        return parse(Method, value, "method")
+
+
+def load_config(
+    method: str, file: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The configuration in `file` (or an empty one) with `overrides` in it, for this method.
+
+    overrides: dotted names of ours, or other trainers' names (`ALIASES`, dashes or underscores). Raises `UsageError`
+    naming what is unknown, contradicts, or is missing.
+    """
+    given = {_ours(name): value for name, value in (overrides or {}).items()}
+    raw, where = read_config(file, given) if file is not None else (_tree(given), "the options")
+    kind = (raw.setdefault("method", {}) or {}).setdefault("kind", method)
+    if kind != method:
+        raise UsageError(f"{where} is for method {kind!r}, and {method!r} was asked for. Use hasten train {kind}.")
+    if "model" not in raw:
+        raise UsageError(f"{where}: there is no model. Say --model tiny-flux, a folder, or a hub id.")
+    if isinstance(raw.get("data", {}).get("prompts"), str) and not Path(raw["data"]["prompts"]).is_file():
+        raise UsageError(f"There is no prompts file {raw['data']['prompts']!r}: a text file with one prompt a line.")
+    return parse_as(TrainConfig, raw, where)
+
+
+def methods() -> list[str]:
+    """Names of all ways of training."""
+    load_all()
+    return sorted(Method.members())
+
+
+def _ours(name: str) -> str:
+    plain = name.replace("-", "_")
+    if plain in ALIASES:
+        return ALIASES[plain]
+    if "." in name or plain in TrainConfig.model_fields:
+        return name
+    known = [*ALIASES, *TrainConfig.model_fields]
+    raise UsageError(f"Unknown option --{name}.{nearest(plain, known)} Dotted names work, too: --set train.lr=1e-4.")
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    raw: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = raw
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return raw

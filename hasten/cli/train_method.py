@@ -1,0 +1,71 @@
+"""`hasten train METHOD`: one command for each way of training a student."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hasten.cli.output import JsonOption, Output
+from hasten.cli.places import writable
+from hasten.cli.values import assignments
+from hasten.errors import UsageError
+
+METHODS = {
+    "pairs": "Learn what the teacher makes of stored noise, in one call or a few: the plainest distillation.",
+}
+"""Method -> what it does, for --help; a test compares it with the methods that there are."""
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def add(app: typer.Typer) -> None:
+    """Put a command for each method on `hasten train`."""
+    for method, what in METHODS.items():
+        app.command(method, help=what, context_settings=EXTRA)(_command(method))
+
+
+def _command(method: str) -> Any:
+    def command(
+        context: typer.Context,
+        out: Annotated[Path, typer.Option(help="Folder for data, checkpoints and the student.")],
+        config: Annotated[Path | None, typer.Option(help="YAML file with model, method, student, data, train.")] = None,
+        model: Annotated[str | None, typer.Option(help="Teacher: a bundled model, a folder, or a hub id.")] = None,
+        set_: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any value: train.lr=1e-4, method.calls=4.")
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+        json: JsonOption = None,
+    ) -> None:
+        output = Output(f"train {method}", json)
+        with output.open():
+            from hasten.distill.train_config import load_config
+            from hasten.distill.training import train
+
+            named = _named(context.args) | ({"model": model} if model is not None else {})
+            settings = load_config(method, config, named | assignments(set_ or [], "--set"))
+            started = time.perf_counter()
+            with writable(out.absolute()):
+                done = train(settings, out, resume=resume, say=output.note)
+            seconds = time.perf_counter() - started
+            output.say(f"The student is in {out / 'latest'} after {settings.train.steps} steps ({seconds:.0f} s).")
+            output.finish([{"model": settings.model, "method": method, "folder": str(out), "seconds": seconds,
+                            "rows": len(done.data)}])  # fmt: skip
+
+    return command
+
+
+def _named(words: list[str]) -> dict[str, Any]:
+    """`--learning_rate 1e-4 --rank=8 --full` as a mapping; values are read as YAML. `UsageError` for stray words."""
+    found: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UsageError(f"{word!r} belongs to no option. Options are --name value or --set key=value.")
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            word = f"{word}={rest.pop(0)}"
+        found.append(word.removeprefix("--") if "=" in word else f"{word.removeprefix('--')}=true")
+    return assignments(found, "option")
