@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
+from pydantic import Field, PrivateAttr
 
 from hasten.errors import RecipeError
 from hasten.part import Part, parse
@@ -22,6 +23,13 @@ CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndTok
 
 class Axis(Part):
     """Base of the parts that stand directly on a recipe's axis."""
+
+    def joined(self, other: Axis) -> Axis | None:
+        """One part that does what both say, for `a | b`; None where this kind of part cannot say it, which is usual.
+
+        Raises `RecipeError` with the reason where it could, but both say the same thing differently.
+        """
+        return None
 
 
 class Sampler(Axis):
@@ -60,6 +68,29 @@ class Verify(Axis):
     """Axis `verify`: how drafts of several slots are checked in one evaluation."""
 
 
+class Adapter(Axis):
+    """Axis `adapter`: a LoRA that is on the network while the recipe is on the host, a distilled student's for example.
+
+    path: a .safetensors file in diffusers' names, or a folder that has one; a relative one starts at the folder of the
+    recipe's file, where it came from a file. scale: factor on what the LoRA changes.
+    """
+
+    path: str = Field(min_length=1)
+    scale: float = 1.0
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def place(self) -> Path:
+        """Where to look. The recipe's own folder is not written out with the recipe: it says nothing to others."""
+        return self._folder / Path(self.path).expanduser()
+
+    def beside(self, folder: Path) -> Adapter:
+        """The same, with relative paths that start at `folder`."""
+        found = self.model_copy()
+        found._folder = folder
+        return found
+
+
 class Runtime(Axis):
     """Axis `runtime`: how the same numbers are computed (compilation, precision, offload)."""
 
@@ -67,9 +98,9 @@ class Runtime(Axis):
 class Recipe(Part):
     """A frozen composition of parts, at most one per axis.
 
-    `a | b` joins recipes with disjoint axes; the same axis in both raises `RecipeError`. `paper` and
-    `models` describe, they do not act. The remaining axes of the design (draft, adapter) join here when
-    their first part does.
+    `a | b` joins recipes with disjoint axes; the same axis in both raises `RecipeError`, unless its two parts act on
+    different things and make one (`Axis.joined`). `paper` and `models` describe, they do not act. The remaining axis of
+    the design (draft) joins here when its first part does.
     """
 
     kind: ClassVar[str] = ""
@@ -86,6 +117,7 @@ class Recipe(Part):
     revise: Revise | None = None
     blocks: Blocks | None = None
     verify: Verify | None = None
+    adapter: Adapter | None = None
     runtime: Runtime | None = None
 
     @property
@@ -95,17 +127,26 @@ class Recipe(Part):
         return {name: part for name, part in parts.items() if part is not None}
 
     def __or__(self, other: Recipe) -> Recipe:
-        both = sorted(set(self.axes) & set(other.axes))
-        if both:
-            raise RecipeError(
-                f"Both recipes set {', '.join(both)} ({self.name or 'left'!r} and {other.name or 'right'!r});"
-                " a recipe has one part per axis. Drop it from one of them."
-            )
+        axes = self.axes | other.axes
+        for axis in self.axes:
+            if axis in other.axes:
+                axes[axis] = self._both(other, axis)
         names = [name for name in (self.name, other.name) if name]
         papers = [paper for paper in (self.paper, other.paper) if paper]
         return Recipe(
-            name="+".join(names), paper="; ".join(papers), models=self.models or other.models, **self.axes, **other.axes
+            name="+".join(names), paper="; ".join(papers), models=self.models or other.models, **axes
         )
+
+    def _both(self, other: Recipe, axis: str) -> Axis:
+        """The part of an axis that both recipes set; `RecipeError` where there is none that does what both say."""
+        mine, theirs = self.axes[axis], other.axes[axis]
+        reason = "a recipe has one part per axis. Drop it from one of them."
+        try:
+            if part := mine.joined(theirs) or theirs.joined(mine):
+                return part
+        except RecipeError as error:
+            reason = str(error)
+        raise RecipeError(f"Both recipes set {axis} ({self.name or 'left'!r} and {other.name or 'right'!r}); {reason}")
 
     def replace(self, assignments: dict[str, Any], where: str = "--set") -> Recipe:
         """A copy with dotted keys changed, for example `{"reuse.rule.threshold": 0.1}`."""
@@ -118,7 +159,13 @@ class Recipe(Part):
             if not isinstance(inner, dict):
                 raise RecipeError(f"{where}: there is no {dotted!r} in recipe {self.name!r}; its axes: {list(self.axes)}.")
             inner[last] = value
-        return parse(Recipe, data, where)
+        return parse(Recipe, data, where)._beside(self.adapter)
+
+    def _beside(self, adapter: Adapter | None) -> Recipe:
+        """The same recipe with its adapter looked for where `adapter` is."""
+        if self.adapter is None or adapter is None:
+            return self
+        return self.model_copy(update={"adapter": self.adapter.beside(adapter._folder)})
 
     def to_yaml(self) -> str:
         """The serialised form; `from_yaml` gives an equal recipe back."""
@@ -127,7 +174,7 @@ class Recipe(Part):
 
 
 AXES = (
-    "sampler", "guidance", "reuse", "attention", "kv", "commit", "revise", "blocks", "verify", "runtime",
+    "sampler", "guidance", "reuse", "attention", "kv", "commit", "revise", "blocks", "verify", "adapter", "runtime",
 )  # fmt: skip
 
 
@@ -162,9 +209,12 @@ def _scan(text: str, where: str) -> None:
 
 
 def read(path: Path) -> Recipe:
-    """Read a recipe file; a missing one is a `RecipeError`."""
+    """Read a recipe file, whose adapter is looked for beside it; a missing one is a `RecipeError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from None
-    return from_yaml(text, where=str(path))
+    found = from_yaml(text, where=str(path))
+    if found.adapter is None:
+        return found
+    return found.model_copy(update={"adapter": found.adapter.beside(path.parent)})

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from hasten.recipe import Attention
+from hasten.errors import RecipeError
+from hasten.recipe import Attention, Axis
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.sparse_attn.scorers.spans import Depth
 from hasten.sparse_attn.text.reader import Reader
@@ -34,3 +35,28 @@ class CausalAttention(Attention):
     def acts_on(self, layer: int, layers: int) -> bool:
         """Is layer number `layer` of `layers` one of the sparse ones?"""
         return not any(depth.holds(layer, layers) for depth in self.dense)
+
+    def joined(self, other: Axis) -> CausalAttention | None:
+        """Prompts read as one part says, caches as the other. A `SparseAttention`, made for diffusion models, says it of
+        prompts. Raises `RecipeError` where both are about prompts, both about caches, or about different layers."""
+        if isinstance(other, SparseAttention):
+            other = CausalAttention(prompt=other)
+        if not isinstance(other, CausalAttention):
+            return None
+        twice = [name for name in ("prompt", "cache") if getattr(self, name) and getattr(other, name)]
+        if twice:
+            words = {"prompt": "what prompts read of themselves", "cache": "what new tokens read of the cache"}
+            raise RecipeError(
+                f"both say {' and '.join(words[name] for name in twice)}. Two of them join where one is about prompts alone"
+                " and the other about caches alone, as in minference+squeezed."
+            )
+        if self.dense != other.dense:
+            raise RecipeError("they keep different layers dense. Give both the same `dense`.")
+        prompts, caches = (self if self.prompt else other), (self if self.cache else other)
+        return caches.model_copy(update={"prompt": prompts._prompt(caches.min_tokens)})
+
+    def _prompt(self, min_tokens: int) -> SparseAttention | None:
+        """The part for prompts, for a policy of `min_tokens` and with what it has of its own here."""
+        if self.prompt is None or self.prompt.min_tokens is not None or self.min_tokens == min_tokens:
+            return self.prompt
+        return self.prompt.model_copy(update={"min_tokens": self.min_tokens})
