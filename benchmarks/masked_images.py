@@ -1,11 +1,14 @@
-"""Masked images: what ReCAP saves and costs against computing everything, on a tiny-mask that was trained here.
+"""Masked images: what ReCAP saves and costs against computing everything, on tiny-mask.
 
-    python benchmarks/masked_images.py FOLDER [--images 200] [--steps 16 24 32] [--guidance 1.0] [--sheet sheet.png]
+    python benchmarks/masked_images.py [MODEL] [--images 200] [--steps 16 24 32] [--guidance 2.5] [--sheet sheet.png]
 
-FOLDER is what `hasten train pretrain --config tiny-mask` made. A row per number of steps and recipe: share of images in
-which the judge reads the digit that was asked for, Frechet distance and recall against unseen real digits (their own, and
-those of real digits put through the codebook, stand first), computed token-layers of an image, seconds of an image. Both
-recipes have the same seeds. Writes `benchmarks/results/cpu-2core/masked_images.json`.
+MODEL is the bundled model or what `hasten train pretrain --config tiny-mask` made. Rows of each number of steps: maskgit;
+recap-tokens as its authors have it (half of the steps compute everything, one local step a group), and with more left out
+(a quarter, three local steps); and as a control maskgit in as many steps as cost what each of these costs. A row says in
+how many images the judge reads the digit that was asked for, the Frechet distance and recall against unseen real digits
+(their own, and those of real digits put through the codebook, stand first), the share of codes that are those of maskgit in
+as many steps, and the work. All rows have the same seeds, but for the last: maskgit again with others.
+Writes `benchmarks/results/cpu-2core/masked-images.json`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +25,88 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hasten.pipelines import tiny_models
 from hasten.pipelines.host import hardware
 from hasten.pipelines.judge import Judge, frechet, recall
-from hasten.pipelines.masked_images import MaskedImagePipeline, maskgit, recap
-from hasten.recipe import Recipe
+from hasten.pipelines.masked_images import MaskedImagePipeline
+from hasten.pipelines.recipes import recipe as find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core" / "masked_images.json"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core" / "masked-images.json"
 FIRST_SEED = 70_000
+"""Guidance and temperatures were chosen on seeds from 10,000."""
+
+Row = dict[str, Any]
 
 
-def generate(pipe: MaskedImagePipeline, recipe: Recipe, count: int, batch: int, scale: float) -> tuple[Tensor, dict[str, Any]]:
-    """`count` images [n, S, S], all classes alike, each with its own seed; and what they cost."""
-    parts, tokens, layers, began = [], 0, 0.0, time.perf_counter()
-    for start in range(0, count, batch):
-        numbers = range(start, min(start + batch, count))
-        made = pipe(
-            [number % pipe.words.classes for number in numbers], recipe=recipe, guidance_scale=scale, output_type="pt",
-            generator=[torch.Generator().manual_seed(FIRST_SEED + number) for number in numbers],
-        )  # fmt: skip
-        parts.append(made.images[:, 0])
-        tokens += int(made.tally.tokens.sum())
-        layers += float(made.tally.layers.sum())
-    calls = 1 if scale == 1 else 2
-    cost = {
-        "tokens": round(calls * tokens / count, 1),
-        "token_layers": round(calls * layers / count, 1),
-        "seconds": round((time.perf_counter() - began) / count, 4),
-    }
-    return torch.cat(parts), cost
+class Bench:
+    """A pipeline under measurement. images: how many for each row, all classes alike, each with its own seed."""
+
+    def __init__(self, pipe: MaskedImagePipeline, real: Tensor, images: int, batch: int, guidance: float, temperature: float):
+        self.pipe, self.real, self.images, self.batch = pipe, real, images, batch
+        self.guidance, self.temperature = guidance, temperature
+        self.judge = Judge.load()
+
+    def row(self, recipe: str, seed: int = FIRST_SEED) -> tuple[Row, Tensor]:
+        """What a recipe's images are worth, and what they cost; and their codes, int64 [n, L]."""
+        parts, tokens, layers, began = [], 0, 0.0, time.perf_counter()
+        for start in range(0, self.images, self.batch):
+            numbers = range(start, min(start + self.batch, self.images))
+            made = self.pipe(
+                [number % self.pipe.words.classes for number in numbers], recipe=find_recipe(recipe),
+                guidance_scale=self.guidance, temperature=self.temperature, output_type="pt",
+                generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
+            )  # fmt: skip
+            parts.append(made.codes)
+            tokens += int(made.tally.tokens.sum())
+            layers += float(made.tally.layers.sum())
+        seconds, codes = time.perf_counter() - began, torch.cat(parts)
+        branches = 1 if self.guidance == 1 else 2
+        cost = {
+            "token_forwards": round(branches * tokens / self.images, 1),
+            "token_layers": round(branches * layers / self.images, 1),
+            "seconds": round(seconds / self.images, 4),
+        }
+        return {"recipe": recipe, "n": self.images, **self._quality(codes), **cost}, codes
+
+    def _quality(self, codes: Tensor) -> Row:
+        images = self.pipe.codebook.decode(codes)
+        readings = self.judge.read_all(images[..., None].expand(-1, -1, -1, 3))
+        fake = torch.stack([reading.features for reading in readings])
+        right = sum(reading.digit == number % self.pipe.words.classes for number, reading in enumerate(readings))
+        return {"prompt_accuracy": round(right / len(images), 4), **distances(self.real, fake)}
+
+    def rows(self, steps: int) -> Iterator[tuple[Row, Tensor]]:
+        """All rows of one number of steps."""
+        plain, base = self.row(f"maskgit:steps={steps}")
+        yield plain, base
+        for shape in ("", f",full={steps // 4},local=3"):
+            found, codes = self.row(f"recap-tokens:steps={steps}{shape}")
+            share = found["token_layers"] / plain["token_layers"]
+            yield found | {"computed_fraction": round(share, 4), "agreement": same(codes, base)}, codes
+            fewer = round(steps * share)
+            control, codes = self.row(f"maskgit:steps={fewer}")
+            share = control["token_layers"] / plain["token_layers"]
+            more = {"control": "fewer_steps", "computed_fraction": round(share, 4), "agreement": same(codes, base)}
+            yield control | more, codes
 
 
-def quality(images: Tensor, judge: Judge, real: Tensor, classes: int) -> dict[str, float]:
-    """What the judge says of images [n, S, S] whose classes go round."""
-    readings = judge.read_all(images[..., None].expand(-1, -1, -1, 3))
-    fake = torch.stack([reading.features for reading in readings])
-    right = sum(reading.digit == number % classes for number, reading in enumerate(readings))
-    return {
-        "digit_accuracy": round(right / len(images), 4),
-        "frechet": round(frechet(real, fake), 3),
-        "recall": round(recall(real, fake), 4),
-    }
+def same(codes: Tensor, base: Tensor) -> float:
+    """Share of slots with the same code."""
+    return round(float((codes == base).float().mean()), 4)
 
 
-def references(stored: dict[str, Tensor]) -> list[dict[str, Any]]:
+def distances(real: Tensor, fake: Tensor) -> Row:
+    """Frechet distance and recall of features [n, 48]."""
+    return {"frechet": round(frechet(real, fake), 3), "recall": round(recall(real, fake), 4)}
+
+
+def references(stored: dict[str, Tensor]) -> list[Row]:
     """The same numbers of real digits, as they are and through the codebook."""
     real = stored["features"]
     half = len(real) // 2
-    rows = {"real digits (half against half)": (real[:half], real[half:]), "real digits, coded": (real, stored["features.coded"])}
-    return [
-        {"name": name, "n": len(b), "frechet": round(frechet(a, b), 3), "recall": round(recall(a, b), 4)}
-        for name, (a, b) in rows.items()
-    ]
+    rows = {"real digits, half against half": (real[:half], real[half:]), "real digits, coded": (real, stored["features.coded"])}
+    return [{"recipe": name, "control": "real", "n": len(b), **distances(a, b)} for name, (a, b) in rows.items()]
 
 
 def sheet(rows: list[Tensor], per: int = 20, scale: int = 2) -> Image.Image:
@@ -84,41 +118,42 @@ def sheet(rows: list[Tensor], per: int = 20, scale: int = 2) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", nargs="?", default="tiny-mask")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--steps", type=int, nargs="+", default=[16, 24, 32])
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--noise", type=float, default=4.5, help="temperature of the order of slots")
+    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the tokens")
     parser.add_argument("--sheet", type=Path, default=None)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    pipe, judge = MaskedImagePipeline.from_pretrained(options.folder), Judge.load()
-    stored = load_file(options.folder / "reference.safetensors")
-    rows, shown = references(stored), []
-    for row in rows:
-        print(json.dumps(row), flush=True)
+    folder = tiny_models.path(options.model) if options.model in tiny_models.names() else Path(options.model)
+    stored = load_file(folder / "reference.safetensors")
+    pipe = MaskedImagePipeline.from_pretrained(folder)
+    bench = Bench(pipe, stored["features"], options.images, options.batch, options.guidance, options.temperature)
+    document: Row = {
+        "command": "masked-images", "guidance": options.guidance, "temperature": options.temperature,
+        "batch": options.batch, "versions": {"torch": torch.__version__}, "hardware": hardware("cpu"),
+    }  # fmt: skip
+    rows, shown, base = references(stored), [], None
+
+    def save() -> None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+
     for steps in options.steps:
-        for name, recipe in (("maskgit", maskgit(steps, options.noise)), ("recap", recap(steps, options.noise))):
-            images, cost = generate(pipe, recipe, options.images, options.batch, options.guidance)
-            said = quality(images, judge, stored["features"], pipe.words.classes)
-            rows.append({"name": name, "steps": steps, "n": options.images, **said, **cost})
-            shown.append(images)
+        for row, codes in bench.rows(steps):
+            base = codes if base is None else base
+            rows.append({"model": options.model, "steps": steps, **row})
+            shown.append(pipe.codebook.decode(codes))
             print(json.dumps(rows[-1]), flush=True)
+        save()
+    assert base is not None
+    row, codes = bench.row(f"maskgit:steps={options.steps[0]}", FIRST_SEED + 10 * options.images)
+    rows.append({"model": options.model, "steps": options.steps[0], **row, "control": "other_seed", "agreement": same(codes, base)})
     if options.sheet is not None:
         sheet(shown).save(options.sheet, optimize=True)
-    document = {
-        "command": "masked_images",
-        "guidance": options.guidance,
-        "noise": options.noise,
-        "batch": options.batch,
-        "steps_trained": json.loads((options.folder / "training.json").read_text())["step"],
-        "versions": {"torch": torch.__version__},
-        "hardware": hardware("cpu"),
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    save()
 
 
 if __name__ == "__main__":

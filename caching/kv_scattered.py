@@ -42,12 +42,12 @@ class Groups(TokenKV):
 
     An evaluation of all slots ranks them; the group is as many of the first as the commit rule writes in it and in the
     `local` evaluations after it, which compute the group, read the keys of the rest, and can write only into the group.
-    full: the first evaluations of a text, which all compute everything. Defaults: the authors' for 16 evaluations. It is
+    local 0: every evaluation computes everything. full: the first evaluations of a text, which all do. Defaults: the authors' for 16 evaluations. It is
     `Dual` with a set of slots instead of a block. Wants a commit rule that knows its numbers beforehand (a quota).
     """
 
     kind: ClassVar[str] = "groups"
-    local: int = Field(1, ge=1)
+    local: int = Field(1, ge=0)
     full: int = Field(8, ge=0)
 
     def start(self, facts: TextFacts, store: KVStore) -> TokenKVState:

@@ -24,7 +24,7 @@ from hasten.distill.pretrain_loop import Loop, Task, Weights, one_process, step_
 from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.text_objective import masked, predict
 from hasten.distill.text_pretrain import optimizers
-from hasten.pipelines.judge import Judge
+from hasten.pipelines.judge import DIGITS, Judge
 from hasten.pipelines.masked_codes import Codebook, Words
 
 REFERENCE = 512
@@ -145,7 +145,7 @@ def build_model(config: MaskedImageConfig) -> Any:
             num_attention_heads=c.heads, num_key_value_heads=c.heads, max_position_embeddings=c.positions,
             tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=words.mask,
             mask_token_id=words.mask, hasten_diffusion={"kind": "full", "shifted": False},
-            hasten_images={"codes": words.codes, "classes": words.classes},
+            hasten_images={"codes": words.codes, "classes": words.classes, "names": list(DIGITS)},
         )
     )
 

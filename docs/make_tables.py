@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from doc_tables import attention, caches, dllm, kernels, recipes, runs
+from doc_tables import attention, caches, dllm, kernels, masked_images, recipes, runs
 from doc_tables.results import ROOT
 
 MARK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -36,6 +36,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels.kernels,
     "dllm-bars": dllm.bars,
     "dllm": dllm.dllm,
+    "masked-images": masked_images.masked_images,
 }
 
 

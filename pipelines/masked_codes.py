@@ -5,6 +5,7 @@ Shapes: n images of S x S grey pixels in [0, 1], cut into L = (S / p)^2 patches 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.errors import ModelError, UsageError
+from hasten.pipelines import tiny_models
 
 FILE = "codebook.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The vocabulary: the codes first, then a token for each class, one for no class, and the mask."""
+    """The vocabulary: the codes first, then a token for each class, one for no class, and the mask. names: of the classes."""
 
     codes: int
     classes: int
+    names: tuple[str, ...] = ()
 
     @property
     def nothing(self) -> int:
@@ -40,10 +43,30 @@ class Words:
         """All tokens."""
         return self.codes + self.classes + 2
 
+    def class_of(self, prompt: str) -> int:
+        """The class that a prompt names with a word ("a seven") or a numeral ("7"), the first of them.
+
+        Raises `UsageError` where it names none.
+        """
+        for word in re.findall(r"[a-z]+|\d+", prompt.lower()):
+            if word in self.names:
+                return self.names.index(word)
+            if word.isdigit() and int(word) < self.classes:
+                return int(word)
+        known = f" or a word: {', '.join(self.names)}" if self.names else ""
+        raise UsageError(f"The prompt {prompt!r} names no class. Write a number from 0 to {self.classes - 1}{known}.")
+
     @property
     def never(self) -> tuple[int, ...]:
         """Tokens that no slot of an image may get."""
         return tuple(range(self.codes, self.size))
+
+
+def is_masked_image(name_or_path: str | Path) -> bool:
+    """Is it a masked image model: a bundled one, or a folder with a codebook? A look at the disk, nothing is loaded."""
+    known = tiny_models.names()
+    folder = tiny_models.path(str(name_or_path)) if str(name_or_path) in known else Path(name_or_path).expanduser()
+    return (folder / FILE).is_file() and (folder / "config.json").is_file()
 
 
 class Codebook:

@@ -15,35 +15,24 @@ from torch import Tensor
 
 from hasten import noise
 from hasten.caching.kv import TokenKV
-from hasten.caching.kv_scattered import Groups
 from hasten.caching.store import KVStore, Pass
 from hasten.canvas import Canvas
-from hasten.errors import ModelError, UsageError
+from hasten.errors import ModelError, RefusedError, UsageError
+from hasten.pipelines import tiny_models
 from hasten.pipelines.masked_codes import Codebook, Words
+from hasten.pipelines.quiet import quiet
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.recipes.text_images import maskgit
 from hasten.pipelines.text.loop import Tally, TextLoop
 from hasten.pipelines.text_models.families import choose
 from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
-from hasten.samplers.commit import Unmask
-from hasten.samplers.commit_images import Annealed, Curve
 from hasten.samplers.scores import Draw
-from hasten.samplers.text_blocks import InBlocks, Whole
 
 Output = Literal["pil", "np", "pt"]
 
-
-def maskgit(steps: int = 12, temperature: float = 4.5, power: float | None = None, kv: TokenKV | None = None) -> Recipe:
-    """MaskGIT: a cosine (or 1 - r^power) of open slots, the surest first with noise that fades out, everything computed."""
-    commit = Unmask(rule=Curve(steps=steps, power=power), score=Annealed(steps=steps, temperature=temperature))
-    return Recipe(commit=commit, blocks=InBlocks(rule=Whole()), kv=kv, paper="MaskGIT, arXiv 2202.04200")
-
-
-def recap(
-    steps: int = 16, temperature: float = 4.5, power: float | None = None, local: int = 1, full: int | None = None
-) -> Recipe:
-    """ReCAP: the same, and behind the first `full` steps (half of them) only those slots whose turn it is are computed."""
-    groups = Groups(local=local, full=steps // 2 if full is None else full)
-    return maskgit(steps, temperature, power, groups).model_copy(update={"paper": "ReCAP, arXiv 2505.19089"})
+AXES = ("commit", "blocks", "kv")
+"""Axes that act on images written token by token. Those that a recipe leaves open are `maskgit`'s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +57,7 @@ class MaskedImagePipeline:
                 f"The config of this {type(model).__name__} does not say how its tokens make images: hasten_images ="
                 ' {"codes": ..., "classes": ...} is missing. Take a model that `hasten train pretrain --config tiny-mask` made.'
             )
-        self.words = Words(says["codes"], says["classes"])
+        self.words = Words(says["codes"], says["classes"], tuple(says.get("names", ())))
         if len(codebook.patches) != self.words.codes:
             raise ModelError(
                 f"The model has {self.words.codes} codes and the codebook {len(codebook.patches)}. They belong together:"
@@ -79,37 +68,54 @@ class MaskedImagePipeline:
         self.host.facts = replace(self.host.facts, forbidden=self.words.never)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """From a folder that `hasten train pretrain --config tiny-mask` wrote. Raises `ModelError` where it is none."""
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A bundled model, or a folder that `hasten train pretrain --config tiny-mask` wrote; nothing is fetched.
+
+        device: None is the CPU. dtype: None is float32. Raises `ModelError` where it is no masked image model.
+        """
+        folder = tiny_models.path(str(name_or_path)) if str(name_or_path) in tiny_models.names() else Path(name_or_path)
+        codebook = Codebook.load(folder)
         from transformers import AutoModelForCausalLM
 
-        codebook = Codebook.load(Path(folder))
         library: Any = AutoModelForCausalLM
-        return cls(library.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval(), codebook)
+        more = {"local_files_only": True, "use_safetensors": True}
+        with quiet("transformers.utils.import_utils"):
+            model = library.from_pretrained(str(folder), dtype=dtype or torch.float32, **more)
+        return cls(model.eval().to(device or "cpu"), codebook)
+
+    @property
+    def config(self) -> Any:
+        """The model's; `tiny_models.call_defaults` finds a bundled model's call by it."""
+        return self.model.config
 
     @torch.no_grad()
     def __call__(
-        self, classes: Sequence[int] | int, *, recipe: Recipe | None = None, guidance_scale: float = 1.0,
-        temperature: float = 1.0, generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        self, classes: Sequence[int | str] | int | str, *, recipe: str | Path | Recipe | None = None,
+        guidance_scale: float = 1.0, temperature: float = 1.0, generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: Output = "pil", callback: Callable[[int, Canvas], None] | None = None,
     ) -> MaskedImageOutput:  # fmt: skip
-        """An image for each of `classes` (0 .. C - 1; C: no class).
+        """An image for each of `classes`: numbers from 0 to C - 1 (C: no class), or words that name one ("a seven").
 
-        recipe: `maskgit` by default. guidance_scale: logits are those without a class plus this times what the class
-        adds; 1 costs nothing. temperature: of the tokens, 0 takes the most probable. generator: one, or one for each
-        image; an image does not depend on the others of its batch. output_type: PIL images, float32 array [B, S, S, 1]
-        or tensor [B, 1, S, S] in [0, 1]. callback: after each step, with its number and the canvas.
+        recipe: a name, a YAML file or a `Recipe`; None is `maskgit`. guidance_scale: logits are those without a class plus
+        this times what the class adds; 1 costs nothing. temperature: of the tokens, 0 takes the most probable. generator:
+        one, or one for each image; an image does not depend on the others of its batch. output_type: PIL images, float32
+        array [B, S, S, 1] or tensor [B, 1, S, S] in [0, 1]. callback: after each step, with its number and the canvas.
 
-        Raises `UsageError` for classes that there are none of, a negative scale or temperature, another output_type.
+        Raises `UsageError` for classes that there are none of, a negative scale or temperature, another output_type and a
+        recipe for other models; `RefusedError` for guidance with a cache that follows one evaluation layer by layer.
         """
-        told = [classes] if isinstance(classes, int) else list(classes)
+        given = [classes] if isinstance(classes, int | str) else list(classes)
+        told = [self.words.class_of(one) if isinstance(one, str) else one for one in given]
         self._check(told, guidance_scale, temperature, output_type)
+        found = fitting(find_recipe(recipe) if recipe is not None else maskgit(), guidance_scale != 1)
         device = self.host.device
         prompts = [torch.tensor([self.words.codes + number]) for number in told]
         canvas = Canvas.of(prompts, [self.codebook.slots] * len(told), self.host.facts, device)
         draw = Draw(noise.seeds(generator, len(told)).to(device), temperature)
         guided = None if guidance_scale == 1 else Guided(self.host, self.words, canvas, guidance_scale)
-        loop = TextLoop(self.host, recipe or maskgit(), canvas, draw, evaluate=guided)
+        loop = TextLoop(self.host, found, canvas, draw, evaluate=guided)
         loop.run((lambda number, state, *_: callback(number, state)) if callback is not None else None)
         codes = loop.canvas.ids[:, 1:]
         return MaskedImageOutput(shown(self.codebook.decode(codes), output_type), codes, loop.tally)
@@ -126,6 +132,27 @@ class MaskedImagePipeline:
             )
         if output_type not in ("pil", "np", "pt"):
             raise UsageError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
+
+
+def fitting(recipe: Recipe, guided: bool) -> Recipe:
+    """The recipe with `maskgit`'s parts on the axes that it leaves open, if it can act on images written token by token.
+
+    Raises `UsageError` or `RefusedError`.
+    """
+    name = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
+    others = [axis for axis in recipe.axes if axis not in AXES]
+    if others:
+        raise UsageError(
+            f"{name} sets {' and '.join(others)}, and images written token by token have {', '.join(AXES)} only. Take maskgit,"
+            " recap-tokens, or another way of text diffusion without revise and verify."
+        )
+    if guided and isinstance(recipe.kv, TokenKV) and recipe.kv.layered:
+        raise RefusedError(
+            f"guidance_scale evaluates each image twice, and the cache {recipe.kv.kind!r} decides layer by layer about one"
+            " evaluation. Take another cache, or guidance_scale=1."
+        )
+    base = maskgit()
+    return recipe.model_copy(update={axis: part for axis, part in base.axes.items() if axis not in recipe.axes})
 
 
 class Guided:

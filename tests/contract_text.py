@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import hasten.samplers.commit_history
+import hasten.samplers.commit_images
 import hasten.samplers.commit_sure
 import hasten.samplers.commit_wide
 import hasten.samplers.scores_history  # noqa: F401  imports every rule and score

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.cli.generate_masked import MaskedTask
 from hasten.cli.generate_text import TextTask
 from hasten.cli.options import Call, Device, Dtype, Fps, Lora, ModelArgument, Offload, Revision
 from hasten.cli.output import JsonOption, Output, versions
@@ -43,7 +44,7 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="N", help="Noise seed.", rich_help_panel=CHANGE)] = 0,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Solver steps. [default: the model's]", rich_help_panel=CHANGE),
+        typer.Option(metavar="N", help="Solver steps. Default: the model's.", rich_help_panel=CHANGE),
     ] = None,
     height: Annotated[int | None, typer.Option(metavar="N", help="Pixels.", rich_help_panel=CHANGE)] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Pixels.", rich_help_panel=CHANGE)] = None,
@@ -57,7 +58,7 @@ def generate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="How to go faster; see hasten recipes. [default: balanced; none for texts]"
+            metavar="NAME|FILE", help="How to go faster; see hasten recipes. Default: balanced; none for texts."
         ),
     ] = None,
     set_: Annotated[
@@ -71,7 +72,7 @@ def generate(
         typer.Option(
             metavar="PATH",
             help="A .mp4, .gif or .png file, or a folder; .txt or .jsonl for texts."
-            " [default: hasten-output; texts: the terminal]",
+            " Default: hasten-output; texts: the terminal.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -102,10 +103,21 @@ def generate(
         from hasten.cli.ranks import Ranks
         from hasten.pipelines.generate import Request
         from hasten.pipelines.loading import check_name, open_pipeline
+        from hasten.pipelines.masked_codes import is_masked_image
         from hasten.pipelines.recipes import recipe as find_recipe
         from hasten.pipelines.text_models.loading import writes_text
 
         wanted = collect(prompt or [], prompts, seed)
+        if is_masked_image(model):
+            none: dict[str, Any] = {"steps": steps, "negative-prompt": negative_prompt, "height": height, "width": width}
+            none |= {"frames": frames, "lora": lora, "report": report, "offload": None if offload == "none" else offload}
+            places = Places.of(output or Path("hasten-output"), len(wanted))
+            arguments = assignments(call or [], "--call") | ({} if guidance is None else {"guidance_scale": guidance})
+            masked = MaskedTask(
+                model, recipe, assignments(set_ or [], "--set"), wanted, arguments, places, metadata, device, dtype, none
+            )
+            _generate_masked(masked, out)
+            return
         if writes_text(model, revision):
             unfit = {"negative-prompt": negative_prompt, "height": height, "width": width, "frames": frames, "lora": lora}
             more = {"steps": steps, "cfg_scale": guidance}
@@ -161,6 +173,20 @@ def _generate_text(task: TextTask, out: Output) -> None:
         rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
         if ranks.first:
             task.save(rows)
+    if ranks.first:
+        out.finish(rows)
+    ranks.close()
+
+
+def _generate_masked(task: MaskedTask, out: Output) -> None:
+    """The same for masked images."""
+    from hasten.cli.ranks import Ranks
+
+    task.check()
+    ranks = Ranks.start(task.device)
+    with writable(task.places.folder.absolute()):
+        mine = replace(task, device=ranks.device(task.device)).run(ranks.share(task.prompts), out)
+        rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
     if ranks.first:
         out.finish(rows)
     ranks.close()

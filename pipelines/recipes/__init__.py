@@ -27,13 +27,14 @@ from hasten.pipelines.recipes import (
     network,
     text,
     text_caches,
+    text_images,
     text_ours,
     widths,
 )
 from hasten.recipe import Recipe, read
 from hasten.sparse_attn.text.causal import CausalAttention
 
-MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches, text_ours)
+MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches, text_images, text_ours)
 
 
 TEXT_DIFFUSION = frozenset({"kv", "commit", "revise", "blocks", "verify"})
