@@ -23,7 +23,7 @@ class TrainSettings(BaseModel):
     batch: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(1e-4, gt=0)
-    role_lr: dict[str, float] = {}
+    role_lr: dict[str, float] = Field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(20, ge=0)

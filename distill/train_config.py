@@ -67,7 +67,7 @@ class DataConfig(Strict):
     prompts: tuple[str, ...] | str = ()
     count: int = Field(512, ge=1)
     folder: str | None = None
-    call: dict[str, Any] = {}
+    call: dict[str, Any] = Field(default_factory=dict)
     drop: float = Field(0.0, ge=0, lt=1)
 
 
@@ -84,7 +84,7 @@ class TrainConfig(Strict):
     @classmethod
     def _method(cls, value: Any) -> Method:
         load_all()
-        return parse(Method, value, "method")
+        return parse(Method, value, "method")  # type: ignore[type-abstract]  # a member is what comes
 
 
 def load_config(
@@ -97,7 +97,7 @@ def load_config(
     """
     given = {_ours(name): value for name, value in (overrides or {}).items()}
     raw, where = read_config(file, given) if file is not None else (_tree(given), "the options")
-    kind = (raw.setdefault("method", {}) or {}).setdefault("kind", method)
+    kind = raw.setdefault("method", {}).setdefault("kind", method)
     if kind != method:
         raise UsageError(f"{where} is for method {kind!r}, and {method!r} was asked for. Use hasten train {kind}.")
     if "model" not in raw:

@@ -34,8 +34,8 @@ def train(
 
     Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
     """
+    pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True)
     with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
-        pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True)
         host, rows = prepare(config, pipe, out, say)
         roles = cast(config, pipe, host)
         say(memory(roles))

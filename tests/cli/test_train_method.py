@@ -1,0 +1,44 @@
+"""`hasten train METHOD` from start to end on a bundled model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = [
+    "--model", "tiny-flux", "--set", "data.count=4", "--set", "data.prompts=[a seven, a three]",
+    "--set", "data.call.num_inference_steps=2", "--train_batch_size", "2", "--rank=4",
+]  # fmt: skip
+
+
+def test_a_student_is_trained_stopped_and_resumed(hasten: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ran = hasten("train", "pairs", "--out", str(out), *SMALL, "--max_train_steps", "2", "--json", str(tmp_path / "r.json"))
+    assert ran.code == 0, ran.err
+    assert "The teacher makes 4 samples" in ran.err and "Memory: weights" in ran.err
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["method"] == "pairs"
+    ran = hasten("train", "pairs", "--out", str(out), *SMALL, "--max_train_steps", "3", "--resume")
+    assert ran.code == 0 and "The teacher makes" not in ran.err, ran.err
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2]
+    ran = hasten("train", "pairs", "--out", str(out), *SMALL)
+    assert ran.code == 2 and "already holds a training" in ran.sentence
+    ran = hasten("train", "pairs", "--out", str(out), *SMALL, "--resume", "--learning_rate", "1")
+    assert ran.code != 0 and "train.lr was" in ran.sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["pairs", "--out", "x", "stray"], "belongs to no option"),
+        (["pairs", "--out", "x", "--model", "tiny-fluks"], "tiny-flux"),
+        (["pairs", "--out", "x", "--config", "no.yaml"], "no configuration 'no.yaml'"),
+    ],
+)
+def test_wrong_words_are_answered(hasten: Any, words: list[str], sentence: str) -> None:
+    ran = hasten("train", *words)
+    assert ran.code == 2
+    assert sentence in ran.sentence
