@@ -136,7 +136,7 @@ class TextTask:
             f"{found.written:,} tokens in {found.evaluations:,} evaluations ({found.tokens_per_forward:.2f} each),"
             f" {found.of_sequential:.0%} of the work of one token per evaluation"
         )
-        if self.recipe is None:
+        if self.recipe is None and found.cache == "recompute":
             out.note("Without a recipe nothing is saved: see hasten recipes, for example --recipe text-balanced.")
         for warning in found.warnings:
             out.warn(warning)

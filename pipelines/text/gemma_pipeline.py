@@ -42,8 +42,8 @@ class DiffusionGemmaPipeline(TextPipeline):
 
     recipe: its `commit` says which slots are accepted at an evaluation; None takes those of least entropy, as
     transformers does. denoising: numbers of evaluations and temperatures; None: what the model's generation_config.json
-    says, else transformers' defaults. Raises `ModelError` for another model, `RefusedError` for a recipe that has more than
-    `commit`.
+    says, else transformers' defaults. Raises `ModelError` for another model, `RefusedError` for a recipe that has more
+    than `commit` and blocks, of which the latter are left out with a note.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class DiffusionGemmaPipeline(TextPipeline):
         if self.tokenizer is not None:
             words = [self.tokenizer.decode(text.tolist(), skip_special_tokens=True) for text in written]
         report = TextDiffusionReport(
-            [cost], loop.recipe, type(self.model).__name__, FAMILY, "encoder", True, 0, [],
+            [cost], loop.recipe, type(self.model).__name__, FAMILY, "encoder", True, 0, list(loop.notes),
             hardware(str(self.model.device)),
         )  # fmt: skip
         return TextOutput(

@@ -28,6 +28,8 @@ from hasten.samplers.commit import CommitState, Unmask
 from hasten.samplers.commit_sure import EntropyBound
 from hasten.samplers.scores import Draw, Logits, Scores, ScoreState, best, measure
 
+WITHOUT_BLOCKS = "The recipe's blocks and ends were left out: the blocks of DiffusionGemma are its canvases."
+
 
 @dataclass(frozen=True, slots=True)
 class Denoising:
@@ -97,7 +99,8 @@ def takes(model: Any) -> bool:
 
 
 class GemmaLoop:
-    """One generation. recipe: its `commit` accepts; DiffusionGemma has blocks, a cache and revision of its own.
+    """One generation. recipe: its `commit` accepts; DiffusionGemma has blocks, a cache and revision of its own. notes: what
+    of the recipe is left out.
 
     A text's tokens do not depend on who else is in the batch: prompts are padded on the left with a mask and with
     positions of their own, and noise is a function of the text's seed.
@@ -107,13 +110,13 @@ class GemmaLoop:
         self, model: DiffusionGemmaForBlockDiffusion, recipe: Recipe | None = None, denoising: Denoising | None = None
     ) -> None:
         recipe = recipe or Recipe()
-        others = sorted(set(recipe.axes) - {"commit"})
+        others = sorted(set(recipe.axes) - {"commit", "blocks"})
         if others:
             raise RefusedError(
-                f"DiffusionGemma takes {', '.join(others)} from no recipe: its encoder keeps the prefix exactly, its"
-                " blocks are its canvases, and every slot is open until the canvas is over. Leave them out;"
-                " `commit` is used."
+                f"DiffusionGemma takes {', '.join(others)} from no recipe: its encoder keeps the prefix exactly, and every"
+                " slot is open until its canvas is over. Leave them out; `commit` is used."
             )
+        self.notes = [WITHOUT_BLOCKS] if recipe.blocks is not None else []
         self.how = denoising or Denoising()
         commit = recipe.commit or Unmask(rule=EntropyBound(bound=self.how.bound))
         if not isinstance(commit, Unmask):

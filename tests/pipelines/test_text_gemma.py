@@ -238,7 +238,7 @@ def test_the_front_door_chooses_by_the_config(folder: Any) -> None:
     assert out.texts is not None and made.to("cpu").device.type == "cpu"
     with pytest.raises(UsageError, match="block say"):
         hasten.TextDiffusionPipeline.from_pretrained(folder, device="cpu", block=4)
-    with pytest.raises(RefusedError, match="takes blocks, kv from no recipe"):
+    with pytest.raises(RefusedError, match="takes kv from no recipe"):
         hasten.TextDiffusionPipeline.from_pretrained(folder, "fast-dllm", device="cpu")
     with pytest.raises(ModelError, match=r"hasten\.DiffusionGemmaPipeline"):
         hasten.TextDiffusionPipeline(made.model)
@@ -281,6 +281,16 @@ def test_a_session_sets_the_limits() -> None:
     pipe = pipeline()
     with hasten.accelerate(pipe, Recipe(), limits=Limits(max_tokens=4)), pytest.raises(LimitError, match="max_new_tokens"):
         pipe.generate(prompts(4)[0], max_new_tokens=5)
+
+
+def test_named_recipes_lose_their_blocks_and_the_report_says_so() -> None:
+    own = Recipe(commit=Unmask(rule=Threshold(above=0.9)))
+    named, bare = (
+        pipeline(recipe=recipe).generate(prompts(6)[0], max_new_tokens=CANVAS, generator=torch.Generator().manual_seed(1))
+        for recipe in ("threshold", own)
+    )
+    assert torch.equal(named.sequences, bare.sequences)
+    assert "blocks and ends were left out" in str(named.report) and "left out" not in str(bare.report)
 
 
 def test_rules_that_ask_somebody_else_are_refused() -> None:
