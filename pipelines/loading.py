@@ -173,6 +173,16 @@ def _load(name_or_path: str, revision: str | None, dtype: torch.dtype) -> Any:
     if kind == "bundled":
         from hasten.pipelines import tiny_models
 
+        if tiny_models.card(name_or_path)["kind"] == "text":
+            raise ModelError(
+                f"{name_or_path} is a language model, and no diffusers pipeline. Write with `hasten generate {name_or_path}`, measure"
+                " with `hasten bench dllm`, or open it in Python with hasten.load."
+            )
+        if tiny_models.card(name_or_path)["kind"] == "masked-image":
+            raise ModelError(
+                f"{name_or_path} is a masked image model, and no diffusers pipeline. Draw with `hasten generate {name_or_path}`, or"
+                " open it in Python with hasten.load."
+            )
         return tiny_models.load(name_or_path, dtype=dtype)
     from diffusers import DiffusionPipeline
 

@@ -45,7 +45,8 @@ def card(name: str) -> dict[str, Any]:
 
 def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
     """The pipeline of a bundled model, from package data alone (no network): a diffusers pipeline, a
-    `TextDiffusionPipeline` or a `MaskedImagePipeline`. A causal language model has none; `text` opens it.
+    `TextDiffusionPipeline`, a `MaskedImagePipeline`, or for a causal language model transformers' own
+    `TextGenerationPipeline`, with `model` and `tokenizer` in it. `text` opens any text model as these two.
 
     name: also a folder that `save_pretrained` wrote, of a diffusers pipeline or of a text diffusion model. dtype: None is
     float32; device: None is the CPU. Progress bars of other libraries are left out."""
@@ -54,7 +55,7 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     name = str(name)
     folder = path(name)
     if card(name)["kind"] == "text":
-        return _text_diffusion(name, dtype, device)
+        return _text_pipeline(name, dtype, device)
     if card(name)["kind"] == "masked-image":
         from hasten.pipelines.masked_images import MaskedImagePipeline
 
@@ -86,10 +87,12 @@ def _folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any
         return open_pipeline(str(folder), device=place, dtype=precision)
 
 
-def _text_diffusion(name: str, dtype: torch.dtype | None, device: str | torch.device | None) -> Any:
+def _text_pipeline(name: str, dtype: torch.dtype | None, device: str | torch.device | None) -> Any:
     model, tokenizer = text(name, dtype, device)
     if model.config.hasten_diffusion["kind"] == "causal":
-        raise ModelError(f"{name!r} is a causal language model and needs no pipeline: use tiny_models.text({name!r}).")
+        from transformers import TextGenerationPipeline
+
+        return TextGenerationPipeline(model=model, tokenizer=tokenizer, device=model.device)
     from hasten.pipelines.text.diffusion import TextDiffusionPipeline
 
     return TextDiffusionPipeline(model, tokenizer, probe=False)  # tests ask the bundled ones

@@ -103,7 +103,8 @@ class Bundled(Family):
     """An unmodified transformers class whose config has `mask_token_id` and `hasten_diffusion`.
 
     `hasten_diffusion` is {"kind": "full" | "block" | "causal", "block": slots, "shifted": true | false}. Our own small
-    models are such; so is any model of yours that was trained with the mask it names.
+    models are such; so is any model of yours that was trained with the mask it names. One of kind causal is shifted, said
+    or not: a language model whose blocks are single tokens, and which is written from left to right.
     """
 
     family: ClassVar[str] = "hasten_diffusion"
@@ -123,7 +124,7 @@ class Bundled(Family):
                 f" one of {', '.join(KINDS)}, block (slots, for kind block) and shifted (true or false)."
             )
         if told.shifted is None:
-            told = Told(told.mask_token_id, told.block, bool(says.get("shifted", False)))
+            told = Told(told.mask_token_id, told.block, kind == "causal" or bool(says.get("shifted", False)))
         return super().of(model, tokenizer, told)
 
     @classmethod

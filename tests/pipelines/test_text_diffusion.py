@@ -304,8 +304,10 @@ def test_load_opens_a_bundled_text_model(tmp_path: Any, monkeypatch: pytest.Monk
     assert torch.equal(made.generate(RAGGED, max_new_tokens=4).sequences, right)
     opened = TextDiffusionPipeline.from_pretrained("tiny-words", FAST, device="cpu", probe=False)
     assert opened.recipe == FAST
-    with pytest.raises(ModelError, match=r"use tiny_models.text\('tiny-next'\)"):
-        hasten.load("tiny-next")
+    mate = hasten.load("tiny-next")
+    assert type(mate).__name__ == "TextGenerationPipeline"
+    assert mate.model.device == torch.device("cpu")
+    assert mate("w1 w2", max_new_tokens=3, return_full_text=False)[0].keys() == {"generated_text"}
 
 
 def test_pickles_are_refused(tmp_path: Any) -> None:

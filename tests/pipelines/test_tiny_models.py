@@ -12,6 +12,7 @@ import torch
 
 from hasten.errors import ModelError
 from hasten.pipelines import tiny_models
+from hasten.pipelines.loading import open_pipeline
 
 DIFFUSERS = [name for name in ("tiny-image", "tiny-video", "tiny-flux") if name in tiny_models.names()]
 CLASSES = {"tiny-video": "WanPipeline", "tiny-image": "PixArtSigmaPipeline", "tiny-flux": "FluxPipeline"}
@@ -84,6 +85,12 @@ def test_draws_something_with_its_default_call(name: str) -> None:
 def test_half_precision_and_device() -> None:
     pipe = tiny_models.load(DIFFUSERS[0], dtype=torch.bfloat16, device="cpu")
     assert next(pipe.vae.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [name for name in ("tiny-dllm", "tiny-draft") if name in tiny_models.names()])
+def test_a_language_model_is_no_diffusers_pipeline(name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name} is a language model"):
+        open_pipeline(name)
 
 
 def test_defaults_of_a_foreign_pipeline_are_empty(tmp_path: Path) -> None:
