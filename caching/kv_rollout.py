@@ -38,7 +38,8 @@ class Rollout(TokenKV):
     alone. A slot of which nothing is known yet counts as sure, so that it is asked. They multiply L x L matrices and need
     attention weights of the model; here, rows come from queries and keys, and a vector is carried from the last layer to
     the first, which gives the same sums. Texts of a batch are not filled up to the same number of tokens. every: all again at
-    every so many steps; None: at the first only (the authors).
+    every so many steps; None: at the first only (the authors). While an evaluation runs, the mean attention of every layer is
+    held, n x L numbers for n computed tokens.
     """
 
     kind: ClassVar[str] = "rollout"

@@ -74,7 +74,8 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
 
 def _folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
     """The pipeline of somebody's own folder."""
-    import transformers.utils.logging  # noqa: F401  so that there is a switch for its bars
+    import diffusers.utils.logging  # noqa: F401  both here, so that there are switches for their bars
+    import transformers.utils.logging  # noqa: F401
 
     from hasten.pipelines.loading import open_pipeline
     from hasten.pipelines.text.diffusion import TextDiffusionPipeline

@@ -29,12 +29,16 @@ from hasten.pipelines.recipes import (
     text_caches,
     text_images,
     text_ours,
+    text_revise,
     widths,
 )
 from hasten.recipe import Recipe, read
 from hasten.sparse_attn.text.causal import CausalAttention
 
-MODULES = (diffusion, blocks, modules, network, widths, attention, attention_text, text, text_caches, text_images, text_ours)
+MODULES = (
+    diffusion, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches, text_images,
+    text_ours,
+)  # fmt: skip
 
 
 TEXT_DIFFUSION = frozenset({"kv", "commit", "revise", "blocks", "verify"})
@@ -105,7 +109,7 @@ def recipe(which: str | Path | Recipe | Budget) -> Recipe:
         return diffusion.auto(latent_error=which.tolerance).model_copy(update={"name": "auto"})
     if not isinstance(which, str | Path):
         raise RecipeError(f"A recipe is a name, a .yaml path, a Recipe or a Budget, got {which!r}. See `hasten recipes`.")
-    if isinstance(which, Path) or which.endswith((".yaml", ".yml")) or "/" in which:
+    if isinstance(which, Path) or which.endswith((".yaml", ".yml")) or "/" in which.partition(":")[0]:
         return read(Path(which))
     first, *others = [_named(name) for name in which.split("+")]
     for other in others:

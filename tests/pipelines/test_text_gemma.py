@@ -17,6 +17,7 @@ import hasten
 from hasten.errors import LimitError, ModelError, RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.noise import gumbel, seeds
+from hasten.pipelines import tiny_models
 from hasten.pipelines.quiet import no_bars
 from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
 from hasten.pipelines.text_models.families import choose
@@ -259,7 +260,8 @@ def test_load_opens_a_folder_without_a_bar(folder: Any, capsys: pytest.CaptureFi
             assert logging._tqdm_active is active and are_progress_bars_disabled() is hub
         finally:
             logging._tqdm_active = before
-    hasten.load("tiny-lists")
+    for bundled in ("tiny-lists", tiny_models.path("tiny-lists"), tiny_models.path("tiny-image")):
+        hasten.load(bundled)
     assert "Loading" not in capsys.readouterr().err
 
 
