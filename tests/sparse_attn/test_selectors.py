@@ -74,8 +74,6 @@ class TestContract(PartContract):
         assert torch.equal(keep, other)
 
     def test_a_plane_does_not_depend_on_the_others(self, part: Selector) -> None:
-        if getattr(part, "together", False):
-            pytest.skip("shares its budget by design")
         scores, blocks = example(5)
         both = part.start().keep(scores, blocks)
         assert torch.equal(both[1:], part.start().keep(scores[1:], blocks))
