@@ -17,7 +17,7 @@ from hasten.bands import Band, bands_of, network_of
 from hasten.errors import UsageError
 from hasten.recipe import Recipe
 from hasten.report_attention import Read
-from hasten.report_forms import Forms, fact_lines, installed_versions, readable_bytes, strict
+from hasten.report_forms import Traced, fact_lines, installed_versions, readable_bytes, strict
 from hasten.trace import Action, Attended, Run, Trace
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -29,7 +29,7 @@ _LINE = 100
 
 
 @dataclass
-class Report(Forms):
+class Report(Traced):
     """The account of one run (the last, by default), of the run with a given index, or of "all".
 
     hardware, versions: names to values. extras: what the caller adds; `media` ([{"label", "path"}]) and
@@ -145,15 +145,6 @@ class Report(Forms):
         return {run.index: run.seconds for run in self.runs}
 
     @property
-    def bytes_held(self) -> int:
-        """Most bytes that caches held at once."""
-        return max(self.trace.bytes_peak, self.trace.bytes_held)
-
-    @property
-    def notes(self) -> list[str]:
-        return list(self.trace.notes)
-
-    @property
     def warnings(self) -> list[str]:
         """What the reader must know before the numbers: notes of the run, and methods that did nothing."""
         found = list(self.trace.notes)
@@ -212,9 +203,8 @@ class Report(Forms):
     def __str__(self) -> str:
         """Readable text: warnings first, then the numbers, then one character per step."""
         totals = self.totals
-        name = (self.recipe.name or "unnamed recipe") if self.recipe else "no recipe"
-        lines = [f"hasten report: {name}, {self.scope}"]
-        lines += [f"  !! WARNING: {warning}" for warning in self.warnings]
+        lines = self.opening(self.scope)
+        lines += [f"  {label + ':':<11} {words}" for label, words in self.trace.facts.items()]
         lines += [
             f"  computed    {self.computed_fraction:.1%} of the block work, {self.nfe:.4g} of {self.evaluations} evaluations",
             f"  blocks      {', '.join(f'{action} {num:,.10g}' for action, num in totals.items())}",
@@ -268,6 +258,7 @@ class Report(Forms):
             "extras": self.extras,
             "attention": report_attention.to_dict(self.attended),
             "structure": self.trace.structure,
+            "facts": self.trace.facts,
             "runs": [run for run in whole["runs"] if run["index"] in chosen],
             "rows": self.rows,
             "events": [event for event in whole["events"] if event["run"] in chosen],

@@ -62,11 +62,6 @@ class TextDiffusionReport(Forms):
     # --- numbers ----------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        """Of the recipe, in words where there is none."""
-        return (self.recipe.name or "unnamed recipe") if self.recipe else "no recipe"
-
-    @property
     def steps(self) -> int:
         """Of all generations."""
         return sum(one.steps for one in self.generations)
@@ -127,8 +122,7 @@ class TextDiffusionReport(Forms):
 
     def __str__(self) -> str:
         """Readable text: warnings first, then the numbers, then one line for each generation."""
-        title = f"hasten report: {self.name}, {self.model}" + (f" ({self.family})" if self.family else "")
-        lines = [title, *(f"  !! WARNING: {warning}" for warning in self.warnings)]
+        lines = self.opening(self.model + (f" ({self.family})" if self.family else ""))
         if self.generations:
             lines += [f"  {name:<11} {value}" for name, value in self._sentences().items()]
         lines += fact_lines({"hardware": self.hardware, "versions": self.versions})

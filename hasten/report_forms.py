@@ -9,14 +9,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hasten.atomic import atomic_write
 from hasten.errors import UsageError, nearest
 
+if TYPE_CHECKING:
+    from hasten.recipe import Recipe
+    from hasten.trace import Trace
+
 
 class Forms(ABC):
     """The forms of a report. `print` it, `save` it, or read its properties."""
+
+    recipe: Recipe | None
+
+    @property
+    def name(self) -> str:
+        """Of the recipe, in words where there is none."""
+        return (self.recipe.name or "unnamed recipe") if self.recipe else "no recipe"
+
+    @property
+    @abstractmethod
+    def warnings(self) -> list[str]:
+        """What the reader must know before the numbers."""
+
+    def opening(self, about: str) -> list[str]:
+        """First lines of the text: the recipe, what the report is about, and the warnings."""
+        return [f"hasten report: {self.name}, {about}", *(f"  !! WARNING: {warning}" for warning in self.warnings)]
 
     @abstractmethod
     def __str__(self) -> str:
@@ -47,6 +67,22 @@ class Forms(ABC):
                 f" allowed: {', '.join(forms)}.{nearest(suffix, forms)}"
             )
         return atomic_write(path, forms[suffix]().rstrip("\n") + "\n")
+
+
+class Traced(Forms):
+    """A report that is counted from a trace."""
+
+    trace: Trace
+
+    @property
+    def bytes_held(self) -> int:
+        """Most bytes that were held at once for later: by caches, and by readers beside the model's own cache."""
+        return max(self.trace.bytes_peak, self.trace.bytes_held)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the session said: fallbacks, refusals, methods that did nothing."""
+        return list(self.trace.notes)
 
 
 def fact_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:

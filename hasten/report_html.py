@@ -28,7 +28,6 @@ _MEDIA = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 
 def render(report: Report) -> str:
     """The page of `report` as HTML text, UTF-8."""
-    name = (report.recipe.name or "unnamed recipe") if report.recipe else "no recipe"
     sections = [
         _tiles(report),
         _shares(report),
@@ -40,7 +39,7 @@ def render(report: Report) -> str:
         facts("Hardware", report.hardware),
         facts("Versions", report.versions),
     ]
-    return page(name, _subtitle(report), report.warnings, sections)
+    return page(report.name, _subtitle(report), report.warnings, sections)
 
 
 def _subtitle(report: Report) -> str:

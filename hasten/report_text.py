@@ -9,7 +9,7 @@ from typing import Any
 
 from hasten.recipe import Recipe
 from hasten.report_attention import DENSE
-from hasten.report_forms import Forms, fact_lines, installed_versions, readable_bytes, strict
+from hasten.report_forms import Traced, fact_lines, installed_versions, readable_bytes, strict
 from hasten.trace import Reading, Trace
 
 PHASES = {"prompt": "prompts", "cache": "new tokens"}
@@ -17,7 +17,7 @@ PHASES = {"prompt": "prompts", "cache": "new tokens"}
 
 
 @dataclass
-class TextReport(Forms):
+class TextReport(Traced):
     """The account of a whole session. `print` it, `save` it, or read its properties.
 
     model: class of the model. acts: phases that the recipe should make sparse. idle: phase -> why its calls were dense,
@@ -37,11 +37,6 @@ class TextReport(Forms):
         self.versions = self.versions or installed_versions()
 
     # --- numbers ----------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """Of the recipe, in words where there is none."""
-        return (self.recipe.name or "unnamed recipe") if self.recipe else "no recipe"
 
     @property
     def rows(self) -> list[Reading]:
@@ -64,15 +59,6 @@ class TextReport(Forms):
         """Pairs of a query and a key that were computed, over those that the model computes by itself, 0 to 1; 1.0 when
         nothing was recorded. Attention's pairs alone: the rest of the network is always computed."""
         return self.attention.density if self.attention else 1.0
-
-    @property
-    def bytes_held(self) -> int:
-        """Most bytes that readers held at once, beside the model's own cache."""
-        return max(self.trace.bytes_peak, self.trace.bytes_held)
-
-    @property
-    def notes(self) -> list[str]:
-        return list(self.trace.notes)
 
     @property
     def warnings(self) -> list[str]:
@@ -108,8 +94,7 @@ class TextReport(Forms):
 
     def __str__(self) -> str:
         """Readable text: warnings first, then the numbers, then one character per layer."""
-        lines = [f"hasten report: {self.name}, {self.model}"]
-        lines += [f"  !! WARNING: {warning}" for warning in self.warnings]
+        lines = self.opening(self.model)
         lines += [f"  {PHASES[phase]:<11} {sentence(whole)}" for phase, whole in self.phases.items()]
         if self.bytes_held:
             lines.append(f"  held        {readable_bytes(self.bytes_held)} at most, beside the model's own cache")
