@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.level import Level, solver_levels
+from hasten.level import Level
+from hasten.scheduler import is_flow, solver_levels, solver_times, solver_weights
 from hasten.session import Attachment
 from hasten.step import Step
 
@@ -217,7 +218,7 @@ class Clock:
         self._pending = False
         self.times = solver_times(self.scheduler)
         self.weights = solver_weights(self.scheduler)
-        self.levels = solver_levels(self.scheduler, self.times, flow=_is_flow(self.scheduler))
+        self.levels = solver_levels(self.scheduler, self.times, flow=is_flow(self.scheduler))
         self._index = self._first_index = _starting_index(self.scheduler, timestep, len(self.times))
         self._branches = _Branches()
         self._clue = "unknown"
@@ -282,66 +283,3 @@ def _starting_index(scheduler: Any, timestep: Any, total: int) -> int:
         if value in nodes and not first:
             return nodes.index(value)
     return 0
-
-
-def solver_times(scheduler: Any) -> list[float]:
-    """`Step.time` of each evaluation: sigma for flow matching, atan(sigma / alpha) / (pi / 2) for
-    variance-preserving and variance-exploding solvers, else the timestep over its largest value.
-    Solvers whose timesteps are not indices (Stable Video Diffusion's are log sigma / 4) are read by sigma."""
-    steps = [float(t) for t in torch.as_tensor(scheduler.timesteps).flatten().tolist()]
-    sigmas = _sigmas(scheduler, len(steps))
-    if _is_flow(scheduler) and sigmas is not None:
-        return sigmas
-    cumulative = getattr(scheduler, "alphas_cumprod", None)
-    if cumulative is not None and 0 <= min(steps, default=0) and max(steps, default=0) <= len(cumulative):
-        levels = [_level(cumulative, t) for t in steps]
-        return [math.atan2(math.sqrt(1 - a), math.sqrt(a)) / (math.pi / 2) for a in levels]
-    if sigmas is not None:
-        return [math.atan(s) / (math.pi / 2) for s in sigmas]
-    top = max(steps, default=1.0) or 1.0
-    return [t / top for t in steps]
-
-
-def solver_weights(scheduler: Any) -> list[float | None]:
-    """`Step.weight` of each evaluation: the factor with which the output enters the latents, where the
-    solver is first-order and linear in it (Euler on a flow, Euler on sigma, DDIM with eta 0)."""
-    name, num = type(scheduler).__name__, len(scheduler.timesteps)
-    config = getattr(scheduler, "config", {})
-    prediction = config.get("prediction_type", "epsilon")
-    if name == "FlowMatchEulerDiscreteScheduler" and not config.get("stochastic_sampling"):
-        sigmas = scheduler.sigmas.tolist()
-        return [sigmas[i + 1] - sigmas[i] for i in range(num)]
-    if name == "EulerDiscreteScheduler" and prediction == "epsilon":
-        sigmas = scheduler.sigmas.tolist()
-        return [sigmas[i + 1] - sigmas[i] for i in range(num)]
-    clipped = config.get("clip_sample") or config.get("thresholding")
-    if name == "DDIMScheduler" and prediction == "epsilon" and not clipped:
-        # DDIM steps to t - T // n, which is the next timestep only with "leading" spacing.
-        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        now = [_level(scheduler.alphas_cumprod, float(t)) for t in scheduler.timesteps]
-        after = [
-            float(scheduler.alphas_cumprod[int(t) - stride] if t >= stride else scheduler.final_alpha_cumprod)
-            for t in scheduler.timesteps.tolist()
-        ]
-        return [math.sqrt((1 - b) / b) - math.sqrt((1 - a) / a) for a, b in zip(now, after, strict=True)]
-    return [None] * num
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = getattr(scheduler, "config", {})
-    named = "FlowMatch" in type(scheduler).__name__
-    return bool(named or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction")
-
-
-def _sigmas(scheduler: Any, num: int) -> list[float] | None:
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None or len(sigmas) < num:
-        return None
-    return [float(s) for s in torch.as_tensor(sigmas).flatten().tolist()[:num]]
-
-
-def _level(cumulative: Tensor, t: float) -> float:
-    """alpha_cumprod at a possibly fractional timestep."""
-    low = min(max(math.floor(t), 0), len(cumulative) - 1)
-    high = min(low + 1, len(cumulative) - 1)
-    return float(cumulative[low]) * (1 - (t - low)) + float(cumulative[high]) * (t - low)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.clock import Clock, solver_times
-from hasten.level import Level, solver_levels
+from hasten.clock import Clock
+from hasten.level import Level
+from hasten.scheduler import solver_levels, solver_times
 from tests.contract import seeded
 from tests.hasten.test_step_clock import solver
 

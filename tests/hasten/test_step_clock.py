@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.clock import Clock, solver_times, solver_weights
+from hasten.clock import Clock
+from hasten.scheduler import solver_times, solver_weights
 from hasten.step import Step
 from tests.contract import seeded
 
