@@ -1,7 +1,8 @@
 """xformers as a backend: block-diagonal plans through its varlen attention.
 
 Every group of queries that reads one range of keys becomes a "sequence" of xformers' BlockDiagonalGappyKeysMask, with
-the planes laid end to end. It is taken when asked for by name.
+the planes laid end to end. It is taken when asked for by name. Written for xformers 0.0.30 to 0.0.35, whose operators for such a mask
+are those of FlashAttention 2 and 3 (`SUPPORTED_...` of `xformers.ops.fmha.flash` says what they take).
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.errors import RefusedError
 from hasten.sparse_attn.backends.jobs import Jobs, jobs_of
 from hasten.sparse_attn.plan import Compensation, Output, Plan
 
 if TYPE_CHECKING:
     from hasten.sparse_attn.backends.choice import Call
+
+MULTIPLE, WIDEST, AMPERE = 8, 256, (8, 0)
+"""Of head dimensions, and the oldest GPU, of the operators that take gaps between keys."""
 
 
 def refuses(call: Call) -> str | None:
@@ -32,6 +37,11 @@ def refuses(call: Call) -> str | None:
         return f"the tensors are {call.dtype}, xformers' varlen kernels take float16 and bfloat16."
     if call.compensated:
         return "it has no place for what stands in for blocks that are not read."
+    wide, wide_v = call.head_dims
+    if wide != wide_v or wide % MULTIPLE or wide > WIDEST:
+        return f"head dimensions are {wide} and {wide_v}; its kernels take equal ones, multiples of {MULTIPLE} up to {WIDEST}."
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(call.device) < AMPERE:
+        return "its kernels need a GPU of compute capability 8.0 or newer."
     return not_diagonal(call.plan)
 
 
@@ -55,6 +65,10 @@ def execute(
     """As `executor.execute`, for plans that `refuses` let pass."""
     fmha = importlib.import_module("xformers.ops.fmha")
     jobs = jobs_of(plan)
+    o = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
+    if not jobs.row.size:  # nobody reads anything, and a mask of no sequences is an error
+        return Output(o, lse)
     starts, order = _ranges(jobs)
     places = np.concatenate([jobs.places[jobs.first[j] : jobs.first[j] + jobs.count[j]] for j in order])
     at = torch.as_tensor(places, device=q.device)
@@ -62,15 +76,19 @@ def execute(
         q_seqlen=jobs.count[order].tolist(),
         kv_seqstarts=[*starts.tolist(), k.shape[0] * k.shape[1] * plan.keys],
         kv_seqlen=jobs.rows.tokens[jobs.row[order]].tolist(),
+        device=q.device,
     )
     found, found_lse = fmha.memory_efficient_attention_forward_requires_grad(
         q.reshape(-1, q.shape[-1])[at][None, :, None], *(x.reshape(1, -1, 1, x.shape[-1]) for x in (k, v)),
         attn_bias=bias, scale=scale,
     )  # fmt: skip
-    o = q.new_zeros(*q.shape[:3], v.shape[-1])
-    lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
+    if found_lse.shape[:2] != (1, 1):
+        raise RefusedError(
+            f"xformers gave an LSE of shape {list(found_lse.shape)}, padded for each sequence, as it does on old versions of"
+            ' PyTorch. Update both, or take backend="auto".'
+        )
     o.view(-1, v.shape[-1]).index_copy_(0, at, found[0, :, 0])
-    lse.view(-1).index_copy_(0, at, found_lse.reshape(-1)[: len(places)].float())
+    lse.view(-1).index_copy_(0, at, found_lse[0, 0, : len(places)].float())
     return Output(o, lse)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +127,9 @@ def test_flex_refuses(changes: dict[str, object], reason: str | None) -> None:
         ({"device": torch.device("cpu")}, "run on CUDA devices"),
         ({"dtype": torch.float32}, "take float16 and bfloat16"),
         ({"compensated": True}, "stands in"),
+        ({"head_dims": (64, 128)}, "take equal ones"),
+        ({"head_dims": (68, 68)}, "multiples of 8"),
+        ({"head_dims": (264, 264)}, "up to 256"),
         ({"plan": replace(diagonal(), mask=causal(64, 32))}, "mask"),
         ({"plan": case(0).plan}, "several ranges|overlapping"),
         ({}, None),
@@ -136,31 +141,53 @@ def test_xformers_refuses(monkeypatch: pytest.MonkeyPatch, changes: dict[str, ob
     assert found is None if reason is None else any(part in str(found) for part in reason.split("|"))
 
 
-def test_xformers_is_asked_for_the_ranges_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xformers is not there: what its documentation says that these two functions do stands in for it."""
+@dataclass
+class Gappy:
+    """What xformers' BlockDiagonalGappyKeysMask is told, where xformers is not there."""
 
+    q_seqlen: list[int]
+    kv_seqstarts: list[int]
+    kv_seqlen: list[int]
+
+    @classmethod
     def from_seqlens(
-        *, q_seqlen: list[int], kv_seqstarts: list[int], kv_seqlen: list[int]
-    ) -> list[tuple[int, int, int]]:
-        assert len(kv_seqstarts) == len(kv_seqlen) + 1 and kv_seqstarts == sorted(kv_seqstarts)
-        return list(zip(q_seqlen, kv_seqstarts, kv_seqlen, strict=False))
+        cls, q_seqlen: list[int], kv_seqstarts: list[int], kv_seqlen: list[int], *, device: torch.device
+    ) -> Gappy:
+        assert len(q_seqlen) == len(kv_seqlen) and len(kv_seqstarts) == len(kv_seqlen) + 1 and len(kv_seqlen)
+        assert kv_seqstarts == sorted(kv_seqstarts) and device == torch.device("cpu")
+        return cls(q_seqlen, kv_seqstarts, kv_seqlen)
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, attn_bias: list[tuple[int, int, int]], scale: float
-    ) -> tuple[Tensor, Tensor]:
-        o, lse, first = torch.empty_like(q), torch.empty(1, 1, q.shape[1]), 0
-        for queries, start, keys in attn_bias:
-            logits = q[0, first : first + queries, 0] @ k[0, start : start + keys, 0].mT * scale
-            o[0, first : first + queries, 0] = logits.softmax(-1) @ v[0, start : start + keys, 0]
-            lse[0, 0, first : first + queries] = logits.logsumexp(-1)
+    def materialize(self, shape: tuple[int, ...]) -> Tensor:
+        """0 where a query reads a key, else -inf."""
+        assert shape[-1] == self.kv_seqstarts[-1] and shape[-2] == sum(self.q_seqlen)
+        bias, first = torch.full(shape, -math.inf), 0
+        for queries, start, keys in zip(self.q_seqlen, self.kv_seqstarts, self.kv_seqlen, strict=False):
+            bias[..., first : first + queries, start : start + keys] = 0
             first += queries
-        assert first == q.shape[1]
-        return o, lse
+        return bias
 
-    fmha = ModuleType("xformers.ops.fmha")
-    fmha.attn_bias = SimpleNamespace(BlockDiagonalGappyKeysMask=SimpleNamespace(from_seqlens=from_seqlens))
-    fmha.memory_efficient_attention_forward_requires_grad = attention
-    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", fmha)
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, scale: float) -> tuple[Tensor, Tensor]:
+    """In place of xformers' operators, which run on GPUs only: by the mask that the bias says it is."""
+    logits = (q[0, :, 0] @ k[0, :, 0].mT) * scale + attn_bias.materialize((q.shape[1], k.shape[1]))
+    return (logits.softmax(-1) @ v[0, :, 0])[None, :, None], logits.logsumexp(-1)[None, None]
+
+
+@pytest.fixture(params=["ours", "xformers"])
+def fmha(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers with its operators replaced, and its mask, too, where it is not installed."""
+    if request.param == "ours":
+        module = ModuleType("xformers.ops.fmha")
+        module.attn_bias = SimpleNamespace(BlockDiagonalGappyKeysMask=Gappy)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "xformers.ops.fmha", module)
+    else:
+        module = pytest.importorskip("xformers.ops.fmha")
+        inspect.signature(module.memory_efficient_attention_forward_requires_grad).bind(0, 0, 0, attn_bias=0, scale=0.1)
+    monkeypatch.setattr(module, "memory_efficient_attention_forward_requires_grad", attention, raising=False)
+
+
+@pytest.mark.usefixtures("fmha")
+def test_xformers_is_asked_for_the_ranges_of_the_plan() -> None:
     torch.manual_seed(0)
     keep = torch.eye(4, dtype=torch.bool)[torch.randperm(4)][None]
     keep[0, 2] = False
@@ -169,3 +196,25 @@ def test_xformers_is_asked_for_the_ranges_of_the_plan(monkeypatch: pytest.Monkey
     found, wanted = xformers.execute(q, k, v, plan, 0.3), execute(q, k, v, plan, 0.3)
     assert torch.allclose(found.o, wanted.o, atol=2e-6) and torch.allclose(found.lse, wanted.lse, atol=2e-6)
     assert (found.lse[:, :, 32:48] == -math.inf).all()
+
+
+@pytest.mark.usefixtures("fmha")
+def test_xformers_is_not_asked_for_nothing() -> None:
+    plan = pack(grid(64, 32, 1, False), torch.zeros(1, 4, 4, dtype=torch.bool), (1, 2, 2), block_m=16, block_n=8)
+    q, k = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 32, 16)
+    found = xformers.execute(q, k, k, plan, 0.3)
+    assert (found.o == 0).all() and (found.lse == -math.inf).all()
+
+
+def test_the_installed_xformers_is_what_was_read() -> None:
+    """Its operators take our mask, of the head dimensions and on the GPUs that `refuses` says, and pack the LSE."""
+    module = pytest.importorskip("xformers.ops.fmha")
+    mask = module.attn_bias.BlockDiagonalGappyKeysMask
+    taking = [
+        operator for operator in (module.flash.FwOp, module.flash3.FwOp, module.cutlass.FwOp)
+        if mask in operator.SUPPORTED_ATTN_BIAS_TYPES
+    ]  # fmt: skip
+    assert taking and all(operator.VARLEN_LSE_PACKED for operator in taking)
+    assert min(operator.SUPPORTED_MAX_K for operator in taking) == xformers.WIDEST
+    assert min(operator.CUDA_MINIMUM_COMPUTE_CAPABILITY for operator in taking) == xformers.AMPERE
+    assert all(set(choice.HALF) <= operator.SUPPORTED_DTYPES for operator in taking)
