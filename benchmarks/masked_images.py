@@ -8,7 +8,7 @@ recap-tokens as its authors have it (half of the steps compute everything, one l
 how many images the judge reads the digit that was asked for, the Frechet distance and recall against unseen real digits
 (their own, and those of real digits put through the codebook, stand first), the share of codes that are those of maskgit in
 as many steps, and the work. All rows have the same seeds, but for the last: maskgit again with others.
-Writes `benchmarks/results/cpu-2core/masked-images.json`.
+Writes `benchmarks/results/cpu-2core/masked-images.json` anew after each row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hasten.atomic import atomic_write
 from hasten.pipelines import tiny_models
 from hasten.pipelines.host import hardware
 from hasten.pipelines.judge import Judge, frechet, recall
@@ -76,24 +77,30 @@ class Bench:
         right = sum(reading.digit == number % self.pipe.words.classes for number, reading in enumerate(readings))
         return {"prompt_accuracy": round(right / len(images), 4), **distances(self.real, fake)}
 
-    def rows(self, steps: int) -> Iterator[tuple[Row, Tensor]]:
-        """All rows of one number of steps."""
-        plain, base = self.row(f"maskgit:steps={steps}")
-        yield plain, base
-        for shape in ("", f",full={steps // 4},local=3"):
-            found, codes = self.row(f"recap-tokens:steps={steps}{shape}")
-            share = found["token_layers"] / plain["token_layers"]
-            yield found | {"computed_fraction": round(share, 4), "agreement": same(codes, base)}, codes
-            fewer = round(steps * share)
-            control, codes = self.row(f"maskgit:steps={fewer}")
-            share = control["token_layers"] / plain["token_layers"]
-            more = {"control": "fewer_steps", "computed_fraction": round(share, 4), "agreement": same(codes, base)}
-            yield control | more, codes
+    def rows(self, steps: Sequence[int]) -> Iterator[tuple[Row, Tensor]]:
+        """All rows: first both recipes at each number of steps, then what they are compared with."""
+        plain, saved = {}, []
+        for number in steps:
+            plain[number] = row, base = self.row(f"maskgit:steps={number}")
+            yield {"steps": number, **row}, base
+            yield self._against(plain[number], number, f"recap-tokens:steps={number}", saved)
+        for number in steps:
+            yield self._against(plain[number], number, f"recap-tokens:steps={number},full={number // 4},local=3", saved)
+        for number, share in saved:
+            row, codes = self._against(plain[number], number, f"maskgit:steps={round(number * share)}", [])
+            yield row | {"control": "fewer_steps"}, codes
+        row, codes = self._against(plain[steps[0]], steps[0], f"maskgit:steps={steps[0]}", [], FIRST_SEED + 10 * self.images)
+        yield row | {"control": "other_seed"}, codes
 
-
-def same(codes: Tensor, base: Tensor) -> float:
-    """Share of slots with the same code."""
-    return round(float((codes == base).float().mean()), 4)
+    def _against(
+        self, plain: tuple[Row, Tensor], steps: int, recipe: str, saved: list[tuple[int, float]], seed: int = FIRST_SEED
+    ) -> tuple[Row, Tensor]:
+        """A row beside maskgit in as many steps; what it computes of that goes to `saved`."""
+        row, codes = self.row(recipe, seed)
+        share = row["token_layers"] / plain[0]["token_layers"]
+        saved.append((steps, share))
+        agreement = float((codes == plain[1]).float().mean())
+        return {"steps": steps, **row, "computed_fraction": round(share, 4), "agreement": round(agreement, 4)}, codes
 
 
 def distances(real: Tensor, fake: Tensor) -> Row:
@@ -135,25 +142,15 @@ def main() -> None:
         "command": "masked-images", "guidance": options.guidance, "temperature": options.temperature,
         "batch": options.batch, "versions": {"torch": torch.__version__}, "hardware": hardware("cpu"),
     }  # fmt: skip
-    rows, shown, base = references(stored), [], None
-
-    def save() -> None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
-
-    for steps in options.steps:
-        for row, codes in bench.rows(steps):
-            base = codes if base is None else base
-            rows.append({"model": options.model, "steps": steps, **row})
-            shown.append(pipe.codebook.decode(codes))
-            print(json.dumps(rows[-1]), flush=True)
-        save()
-    assert base is not None
-    row, codes = bench.row(f"maskgit:steps={options.steps[0]}", FIRST_SEED + 10 * options.images)
-    rows.append({"model": options.model, "steps": options.steps[0], **row, "control": "other_seed", "agreement": same(codes, base)})
-    if options.sheet is not None:
-        sheet(shown).save(options.sheet, optimize=True)
-    save()
+    rows, shown = references(stored), []
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    for row, codes in bench.rows(options.steps):
+        rows.append({"model": options.model, **row})
+        shown.append(pipe.codebook.decode(codes))
+        print(json.dumps(rows[-1]), flush=True)
+        atomic_write(options.json, json.dumps(document | {"rows": rows}, indent=1) + "\n")
+        if options.sheet is not None:
+            sheet(shown).save(options.sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from hasten.distill.masked_images import draw_images, pretrain_masked
+from hasten.distill.masked_images_bundle import bundle_masked
 from hasten.distill.masked_images_config import MaskedImageConfig
 from hasten.distill.moving_digits import Digits
 from hasten.distill.text_config import load_any
-from hasten.errors import ResumeError, UsageError
+from hasten.errors import ModelError, ResumeError, UsageError
+from hasten.pipelines import tiny_models
+from hasten.pipelines.loading import open_pipeline
+from hasten.pipelines.masked_codes import is_masked_image
 from hasten.pipelines.masked_images import MaskedImagePipeline
 
 SMALL = {
@@ -30,6 +34,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(256, (30, 28, 28), generator=g).to(torch.uint8)
     made = Digits(images, torch.arange(30) % 10, 20, "noise")
     monkeypatch.setattr("hasten.distill.masked_images.load_digits", lambda data: made)
+    monkeypatch.setattr("hasten.distill.masked_images_bundle.load_digits", lambda data: made)
     monkeypatch.setattr("hasten.distill.masked_images.REFERENCE", 3)
 
 
@@ -39,7 +44,7 @@ def config(**changes: Any) -> MaskedImageConfig:
     return found
 
 
-def test_resumed_bit_identically_and_opened(tmp_path: Path) -> None:
+def test_resumed_bit_identically_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     pretrain_masked(config(), out=one, progress=False)
     assert pretrain_masked(config(), out=two, progress=False, stop_after=2) == two / "latest"
@@ -52,6 +57,27 @@ def test_resumed_bit_identically_and_opened(tmp_path: Path) -> None:
     assert images.shape == (2, 1, 32, 32)
     with pytest.raises(ResumeError, match="digits.batch"):
         pretrain_masked(config(digits__batch=5), out=two, progress=False, resume=True)
+    bundled(two, tmp_path / "models", monkeypatch)
+
+
+def bundled(out: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished training becomes a bundled model: an honest card, opened by its name, with words for classes."""
+    card = bundle_masked(out, models / "tiny-mask", data="noise", guidance_scale=3.0)
+    monkeypatch.setattr(tiny_models, "_BUNDLED", models)
+    assert card["kind"] == "masked-image" and card["data"] == "noise" and card["steps"] == {"image": 4}
+    assert card["settings"]["training"]["steps"] == 4 and len(card["sha256"]) == 3
+    assert all(tiny_models.verify("tiny-mask").values()) and is_masked_image("tiny-mask") and is_masked_image(out / "model")
+    pipe = tiny_models.load("tiny-mask", dtype=torch.bfloat16)
+    assert isinstance(pipe, MaskedImagePipeline) and pipe.model.dtype == torch.bfloat16
+    assert pipe.words.class_of("a seven") == 7 and tiny_models.call_defaults(pipe) == {"guidance_scale": 3.0}
+    with pytest.raises(ModelError, match="masked image model, and no diffusers pipeline"):
+        open_pipeline("tiny-mask")
+
+
+def test_nothing_to_bundle(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Finish the training"):
+        bundle_masked(tmp_path, tmp_path / "model", data="noise")
+    assert not is_masked_image(tmp_path) and not is_masked_image("tiny-nothing")
 
 
 def test_digits_lie_near_the_centre() -> None:
