@@ -42,8 +42,7 @@ def bundle(
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
         _forget_paths(part)
-        if config.kind == "image":
-            halve(part / "transformer" / "diffusion_pytorch_model.safetensors")
+        halve(part / "transformer" / "diffusion_pytorch_model.safetensors")
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
         card = _card(config, part, int(trained["step"]), load_digits(data).source if data else "unknown")
         (part / "hasten.json").write_text(json.dumps(card, indent=1) + "\n")

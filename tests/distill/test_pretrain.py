@@ -293,6 +293,9 @@ def test_bundle_writes_card_and_curve(trained: tuple[str, Path], tmp_path: Path)
         str(file.relative_to(tmp_path / config.name))
         for file in (tmp_path / config.name).rglob("*.safetensors")
     }
+    stored = load_file(tmp_path / config.name / "transformer" / "diffusion_pytorch_model.safetensors")
+    own = load_file(out / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == own.keys() and all(torch.equal(stored[key], own[key].half()) for key in own)
     assert not [file for file in (tmp_path / config.name).rglob("*.json") if str(out) in file.read_text()]
     curves = json.loads((tmp_path / config.name / "loss.json").read_text())
     assert set(curves) == {"vae", "denoiser"} and all(0 < len(c) <= MAX_POINTS for c in curves.values())
