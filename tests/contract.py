@@ -150,10 +150,12 @@ class RuleContract(PartContract):
 
     @pytest.mark.parametrize("change", [None, math.nan, math.inf])
     def test_unknown_change_means_compute(self, part: Rule, change: float | None) -> None:
-        if not part.needs_signal:
-            pytest.skip("decides without a signal")
-        state = part.start()
-        assert not any(state.skip(step, change) for step in steps(40))
+        unknown, still = part.start(), part.start()
+        decisions = [unknown.skip(step, change) for step in steps(40)]
+        if part.needs_signal:
+            assert not any(decisions)
+        else:
+            assert decisions == [still.skip(step, 0.0) for step in steps(40)], "it decides without a signal"
 
     def test_it_skips_something_when_nothing_moves(self, part: Rule) -> None:
         decisions = decide(part, [0.0] * 50)

@@ -18,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hasten.caching.kv_attention
 import hasten.caching.kv_echo
 import hasten.caching.kv_front
+import hasten.caching.kv_rollout
 import hasten.caching.kv_scattered
 import hasten.caching.kv_suffix
 import hasten.caching.kv_values  # noqa: F401  imports every policy
-from hasten.caching.kv import Recompute, TokenKV
+from hasten.caching.kv import TokenKV
 from hasten.caching.store import Pass
 from hasten.canvas import Canvas, Row, TextFacts
 from hasten.errors import RefusedError
@@ -30,7 +31,7 @@ from hasten.part import Part
 from hasten.pipelines.text.loop import TextLoop
 from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import KVPolicy, Recipe
-from hasten.samplers.commit import CommitRule, Quota, Threshold, Unmask
+from hasten.samplers.commit import CommitRule, Quota, Unmask
 from hasten.samplers.revise import RevisePolicy, ReviseState, Revision
 from hasten.samplers.scores import Confidence, Draw, Score, Scores
 from hasten.samplers.text_blocks import BlockRule, Fixed, InBlocks
@@ -45,6 +46,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "sparse-suffix": {"window": 6, "decay": 2.0},
     "value-drift": {"prompt_every": 5, "every": 3},
     "attention-drift": {"below": 0.995},
+    "rollout": {"most": 2, "spread": 2.0, "gap": 1},
 }
 """Arguments for small texts."""
 
@@ -200,6 +202,12 @@ def says_no(part: TokenKV, name: str) -> None:
         trial(name, part)
 
 
+def exact() -> list[ParameterSet]:
+    """Policies that promise what recomputation gives, each with every model that it is for."""
+    found = [(given.values[0], name) for given in members() for name in MODELS]
+    return [pytest.param(kv, name, id=f"{kv.kind}-{name}") for kv, name in found if kv.exact and not refused(kv, name)]
+
+
 class TokenKVContract(PartContract):
     family: type[Part] = KVPolicy
 
@@ -232,13 +240,6 @@ class TokenKVContract(PartContract):
         assert not bool(done.loop.canvas.masked.any())
         assert watches[0].read > 0 or part.kind == "recompute"
 
-    @pytest.mark.parametrize("name", MODELS)
-    def test_what_is_called_exact_is(self, part: TokenKV, name: str) -> None:
-        if not part.exact or refused(part, name):
-            pytest.skip("approximate, and says so, or refused")
-        for settings in ({}, {"revise": Restless(budget=1)}, {"rule": Threshold(above=0.05)}, {"temperature": 1.0}):
-            same(trial(name, part, **settings), trial(name, Recompute(), **settings))
-
     def test_work_is_what_the_layers_computed(self, part: TokenKV) -> None:
         """Token-layers, besides what it takes to decide (a share of a layer for each token asked about)."""
         name = "block" if refused(part, "full") else "full"
@@ -266,11 +267,12 @@ class TokenKVContract(PartContract):
 
     @pytest.mark.parametrize("name", ["full", "shifted"])
     def test_open_slots_have_logits(self, part: TokenKV, name: str) -> None:
-        """All of the active block, at every step; a group's alone where groups are."""
+        """All of the active block, at every step; with groups and certainty priors some of them."""
         name = "block" if refused(part, name) and name == "full" else "block-shifted" if refused(part, name) else name
         done = trial(name, part)
         for seen, rows in zip(done.seen, done.loop.tally.rows, strict=True):
             counts = seen.isfinite().sum(1).tolist()
             for count, row in zip(counts, rows, strict=True):
                 left = row.left if row.open else 0
-                assert 0 < count <= left or not left if part.kind == "groups" else count == left
+                some = part.kind in ("groups", "rollout")
+                assert 0 < count <= left or not left if some else count == left

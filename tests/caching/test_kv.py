@@ -23,7 +23,7 @@ from hasten.pipelines.text import calls
 from hasten.samplers.commit import Quota, Threshold
 from hasten.samplers.scores import Arbitrary
 from hasten.samplers.text_blocks import Fixed, SubBlocks, Whole, Window
-from tests.contract_kv import LAYERS, TokenKVContract, Trial, llama, members, same, trial
+from tests.contract_kv import LAYERS, Restless, TokenKVContract, Trial, exact, llama, members, same, trial
 from tests.text_models import prompts
 
 
@@ -32,6 +32,12 @@ class TestContract(TokenKVContract):
     def part(self, request: pytest.FixtureRequest) -> TokenKV:
         part: TokenKV = request.param
         return part
+
+
+@pytest.mark.parametrize(("kv", "name"), exact())
+def test_what_is_called_exact_is(kv: TokenKV, name: str) -> None:
+    for case in ({}, {"revise": Restless(budget=1)}, {"rule": Threshold(above=0.05)}, {"temperature": 1.0}):
+        same(trial(name, kv, **case), trial(name, Recompute(), **case))
 
 
 ALWAYS: list[Any] = [

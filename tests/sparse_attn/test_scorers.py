@@ -36,6 +36,10 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
+WEIGHING = sorted(kind for kind, member in Scorer.members().items() if not issubclass(member, Static | Spans | Hierarchical | Both))
+"""Scorers that say how much a block is worth; the others choose blocks by themselves."""
+
+
 @pytest.fixture(params=sorted(Scorer.members()))
 def part(request: pytest.FixtureRequest) -> Part:
     return Scorer.members()[request.param](**NEEDED.get(request.param, {}))
@@ -55,9 +59,8 @@ class TestContract(PartContract):
             assert scores.shape[1:] == (view.blocks.q.count, view.blocks.k.count)
             assert not scores.isnan().any()
 
+    @pytest.mark.parametrize("part", WEIGHING, indirect=True)
     def test_what_may_be_read_does_not_score_minus_infinity_however_little_it_is(self, part: Scorer) -> None:
-        if isinstance(part, Static | Spans | Hierarchical | Both):
-            pytest.skip("chooses by itself")
         view = view_of(9, plain(105, GRID), sharp=200.0)
         assert (started(part, view).scores(view) > -math.inf).all(), "density 1 has to be dense attention"
 
