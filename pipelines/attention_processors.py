@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hasten.pipelines.attention_ranks import by_heads
 from hasten.sparse_attn.op import Site, attend
 
-SITE, TICKET, ORIGINAL = "_hasten_site", "_hasten_ticket", "_hasten_original"
+SITE, TICKET, ORIGINAL, RANKS = "_hasten_site", "_hasten_ticket", "_hasten_original", "_hasten_ranks"
 NATIVE = AttentionBackendName.NATIVE
 
 
@@ -62,7 +63,8 @@ def stand_in(original: Any, site: Any, ticket: Tensor) -> Any:
     """
     made: Any = object.__new__(_derived(type(original)))  # type: ignore[arg-type]  # mypy: classes cannot be hashed
     object.__setattr__(made, "__dict__", original.__dict__)
-    for name, value in ((SITE, site), (TICKET, ticket), (ORIGINAL, original)):
+    ranks = by_heads(getattr(original, "_parallel_config", None), site.heads)
+    for name, value in ((SITE, site), (TICKET, ticket), (ORIGINAL, original), (RANKS, ranks)):
         object.__setattr__(made, name, value)
     return made
 
@@ -89,7 +91,7 @@ def _derived(kind: Any) -> Any:
             return own(self, *args, **kwargs)
 
     members: dict[str, Any] = {
-        "__slots__": (SITE, TICKET, ORIGINAL),
+        "__slots__": (SITE, TICKET, ORIGINAL, RANKS),
         "__call__": __call__,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -97,18 +99,28 @@ def _derived(kind: Any) -> Any:
     }
     if hasattr(kind, "_attention_backend"):
         members["_attention_backend"] = property(_backend, _set_backend)
+    if hasattr(kind, "_parallel_config"):
+        members["_parallel_config"] = property(_ranks, _set_ranks)
     return type(kind)(kind.__name__, (kind,), members)
 
 
 def _backend(processor: Any) -> Any:
-    """The backend that ends where `Catch` looks. Ranks that share a sequence keep theirs: theirs exchanges tokens."""
-    if getattr(processor, "_parallel_config", None) is not None:
-        return chosen_backend(processor._hasten_original)
+    """The backend that ends where `Catch` looks, between ranks too."""
     return NATIVE
 
 
 def _set_backend(processor: Any, value: Any) -> None:
     processor.__dict__["_attention_backend"] = value  # which the original shares
+
+
+def _ranks(processor: Any) -> Any:
+    """How the ranks exchange tokens around what `Catch` sees."""
+    return processor._hasten_ranks
+
+
+def _set_ranks(processor: Any, value: Any) -> None:
+    processor.__dict__["_parallel_config"] = value  # which the original shares
+    object.__setattr__(processor, RANKS, by_heads(value, processor._hasten_site.heads))
 
 
 def chosen_backend(original: Any) -> Any:
@@ -119,10 +131,11 @@ def chosen_backend(original: Any) -> Any:
 def dense(original: Any, q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
     """The host's own attention: q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv] -> [B, Hq, Sq, Dv].
 
-    named: further arguments of `scaled_dot_product_attention`. Runs on the backend chosen for `original`, if any.
+    named: further arguments of `scaled_dot_product_attention`. Runs on the backend chosen for `original`, if any; of ranks
+    that share a sequence, on each by itself, since they have exchanged their tokens already.
     """
     backend = chosen_backend(original)
-    dispatches = hasattr(original, "_attention_backend") and getattr(original, "_parallel_config", None) is None
+    dispatches = hasattr(original, "_attention_backend")
     active = backend if backend is not None or not dispatches else _AttentionBackendRegistry.get_active_backend()[0]
     if not dispatches or active == NATIVE or q.dim() != 4:
         return F.scaled_dot_product_attention(q, k, v, **named)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hasten.agree import alone
 from hasten.errors import HastenError
 from hasten.pipelines.attention_facts import Held, record
 from hasten.pipelines.attention_gain import declines
 from hasten.pipelines.attention_masks import Padding, readable_keys, understand, with_padding
+from hasten.pipelines.attention_ranks import Accord, is_ring
 from hasten.pipelines.attention_sites import Site, Sites
 from hasten.pipelines.attention_tokens import CROSS, PATCH, TEXT_ONLY, Key, Learned, learn
 from hasten.pipelines.host import Call
@@ -58,6 +58,11 @@ class AttentionSeam:
         if not self.sites.all:
             self.off = True
             self._say("no attention processors were found on it, so its attention stays dense")
+        if is_ring(gate.model):
+            gate.session.note(
+                f"{gate.site}: where attention may be sparse its ranks trade heads for tokens instead of passing keys round,"
+                " because a plan is about all tokens.", warn=False
+            )  # fmt: skip
         for reason in sorted(set(self.sites.refused.values())):
             names = [name for name, why in self.sites.refused.items() if why == reason]
             self._say(f"{len(names)} attention modules ({names[0]}, ...) stay dense: {reason}")
@@ -97,13 +102,14 @@ class AttentionSeam:
         """Look at the first call of each kind, before anything else sees it."""
         kind = _kind(call)
         if kind not in self.learned and self.sites.all:
-            self.learned[kind] = self._learn(call)
+            accord = Accord(self.gate.agree, _device(call))
+            self.learned[kind] = self._agreed(self._learn(call, accord), accord)
 
     def evaluate(self, call: Call, forward: Callable[[], Any], *, ours: bool = False) -> Any:
         """Run `forward`, which evaluates `call`, with its attention decided here. ours: the host has not asked for it, so
         nothing is decided anew: what was sparse at this step is sparse again, all else is dense."""
         step = self.gate.session.step
-        learned = {} if self.off or step is None else self.learned.get(_kind(call), {})
+        learned = {} if step is None else self.learned.get(_kind(call), {})
         wanted = {number for (number, _), each in learned.items() if each.q is not None}
         if step is None or not wanted:
             return forward()
@@ -115,7 +121,7 @@ class AttentionSeam:
         now = self.sites.walks.now
         return self.sites.walking(replace(now, ours=True, visits={})) if isinstance(now, Following) else nullcontext()
 
-    def _learn(self, call: Call) -> dict[Key, Learned]:
+    def _learn(self, call: Call, accord: Accord) -> dict[Key, Learned]:
         """The first call of a kind: evaluate it once more on marked latents. The result is thrown away."""
 
         if hook := _remembers(self.gate.model):
@@ -127,8 +133,7 @@ class AttentionSeam:
                 self.gate.bare(marked)
 
         try:
-            twice = self.gate.agree is alone
-            found, elsewhere = learn(twin(call), evaluate, *_latents_of(self.gate.model), twice=twice)
+            found, elsewhere = learn(twin(call), evaluate, *_latents_of(self.gate.model), agreed=accord.anywhere)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a network says to NaN is a reason to leave it alone
@@ -141,6 +146,17 @@ class AttentionSeam:
             self._say(f"{elsewhere} attention calls outside of processors stay dense")
         self._tell(found)
         return declines(found, self.policy, self.gate.model, self._say)
+
+    def _agreed(self, found: dict[Key, Learned], accord: Accord) -> dict[Key, Learned]:
+        """`found` without the sites that some rank leaves dense: dense ones exchange tokens in another way."""
+        mine = [False] * len(self.sites.all)
+        for (number, _), each in found.items():
+            mine[number] |= each.q is not None
+        kept = accord.everywhere(mine)
+        if kept == mine:
+            return found
+        self._say(f"{sum(mine) - sum(kept)} attention modules stay dense, because another rank leaves them so")
+        return {key: each for key, each in found.items() if kept[key[0]]}
 
     def _tell(self, found: dict[Key, Learned]) -> None:
         """Say which calls stay dense, and why; cross-attention and attention within the prompt go without saying."""
@@ -189,6 +205,8 @@ class Following:
         dense = partial(site.dense, q, k, v, **named)
         about = self.learned.get((site.number, visit))
         if about is None or about.q is None or about.k is None or site.name in self.seam.refused:
+            return dense()
+        if self.seam.off:  # of this rank, perhaps: the others go on, and tokens are exchanged as before
             return dense()
         reason = _unfit(about, q, k, named)
         if reason:
@@ -264,6 +282,13 @@ def _unfit(about: Learned, q: Tensor, k: Tensor, named: dict[str, Any]) -> str:
     if named.get("is_causal") and q.shape[2] != k.shape[2]:
         return "it is causal over keys that are not its queries"
     return ""
+
+
+def _device(call: Call) -> torch.device:
+    """Where the latents are."""
+    found = call.get(call.layout.sample)
+    first = found[0] if isinstance(found, list | tuple) and found else found
+    return first.device if isinstance(first, Tensor) else torch.device("cpu")
 
 
 def _latents_of(model: nn.Module) -> tuple[set[int], int]:

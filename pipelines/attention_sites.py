@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hasten.errors import UsageError
+from hasten.pipelines import attention_ranks as ranks
 from hasten.pipelines.attention_processors import SITE, Catch, dense, reason_against, stand_in
 from hasten.pipelines.host import is_whole_compiled
 from hasten.session import Attachment
@@ -21,6 +22,9 @@ from hasten.sparse_attn.op import ticket
 
 ELSEWHERE = "elsewhere"
 """Name of the site that stands for attention outside of all processors; seen in learning walks only."""
+
+HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
+"""What attention modules call the number of their heads."""
 
 
 class Walk(Protocol):
@@ -40,12 +44,14 @@ class Walk(Protocol):
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Site:
-    """One attention module. name: dotted. number: its place among the network's modules. original: its processor."""
+    """One attention module. name: dotted. number: its place among the network's modules. original: its processor. heads:
+    of its queries; None where it does not say."""
 
     name: str
     number: int
     original: Any
     walks: Walks
+    heads: int | None = None
     ticket: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,10 +98,12 @@ class Sites:
                     "Another open session already makes this network's attention sparse. Close it first, or put both"
                     " methods into one recipe."
                 )
-            if reason := reason_against(processor):
+            heads = _heads(module)
+            shared = getattr(processor, "_parallel_config", None)
+            if reason := reason_against(processor) or ranks.reason_against(shared, heads):
                 self.refused[name] = reason
                 continue
-            site = Site(name, len(self.all), processor, self.walks)
+            site = Site(name, len(self.all), processor, self.walks, heads)
             self.all.append(site)
             self._attachment.replace(module, "processor", stand_in(processor, site, site.ticket))
 
@@ -116,3 +124,9 @@ class Sites:
                 yield
         finally:
             self.walks.now = before
+
+
+def _heads(module: nn.Module) -> int | None:
+    """What an attention module says of its heads."""
+    found = next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), None)
+    return found if found is None or found > 0 else None

@@ -139,13 +139,13 @@ Evaluate = Callable[[Call, Learning], None]
 
 
 def learn(
-    call: Call, evaluate: Evaluate, channels: set[int], patch: int = PATCH, *, twice: bool = True
+    call: Call, evaluate: Evaluate, channels: set[int], patch: int = PATCH, *, agreed: Callable[[bool], bool] = bool
 ) -> tuple[dict[Key, Learned], int]:
     """What the sites of a network are given in calls like this one, and how many calls stand outside of processors.
 
     evaluate: runs the network on a call, with attention answered by the walk. channels: how many the latents may have.
-    patch: positions of the latents that make a token, about. twice: may unclear calls be looked at once more? (Not where
-    ranks share a sample: each sees other tokens, and all of them have to evaluate equally often.)
+    patch: positions of the latents that make a token, about. agreed: unclear calls are looked at once more; where ranks
+    share a sample they all do it if any has one, because they have to evaluate equally often.
     Raises whatever the network raises when it is shown NaN.
     """
     latents = Latents.of(call, channels)
@@ -154,8 +154,8 @@ def learn(
     first, marked = _walk(call, evaluate, latents, latents.mark(patch, everywhere=False))
     batch = call.get(call.layout.sample).shape[0] if latents.batched else len(call.get(call.layout.sample))
     resolver = Resolver(batch, list(boxes(marked)), call)
-    unclear = [marks for marks in first.marks.values() if not resolver.clear(marks)]
-    second = _walk(call, evaluate, latents, latents.mark(patch, everywhere=True))[0].marks if unclear and twice else {}
+    unclear = agreed(not all(resolver.clear(marks) for marks in first.marks.values()))
+    second = _walk(call, evaluate, latents, latents.mark(patch, everywhere=True))[0].marks if unclear else {}
     found: dict[Key, Learned] = {}
     for key, marks in first.marks.items():
         learned = resolver.learned(marks, second.get(key))
