@@ -113,3 +113,9 @@ class Reviser:
 
     def _may(self, canvas: Canvas) -> Tensor:
         return (canvas.status == DONE) & canvas.active & (self.times < self.budget)
+
+
+def at_least(least: Tensor | None, chosen: Tensor, scores: Scores, canvas: Canvas) -> Tensor:
+    """`chosen` (bool [B, L], slots that may be written), and the next best up to `least` (int64 [B]; None: one)."""
+    missing = (~chosen.any(1)).long() if least is None else (least.clamp(min=1) - chosen.sum(1)).clamp(min=0)
+    return chosen | best(scores.rank, scores.among(canvas) & ~chosen, missing)

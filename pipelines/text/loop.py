@@ -30,8 +30,8 @@ from hasten.pipelines.text.calls import Wanted
 from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Quota, Unmask
-from hasten.samplers.revise import RevisePolicy, Reviser
-from hasten.samplers.scores import Draw, Logits, Scores, best, measure
+from hasten.samplers.revise import RevisePolicy, Reviser, at_least
+from hasten.samplers.scores import Draw, Logits, Scores, measure
 from hasten.samplers.text_blocks import Fixed, InBlocks
 from hasten.samplers.verify import Verifier
 
@@ -164,7 +164,7 @@ class TextLoop:
             self.scores.guide = self.guide(proposed, canvas)
         chosen = self.rule.select(self.scores, canvas) & self.scores.among(canvas)
         least = self.revise.least(self.scores, chosen, canvas) if self.revise is not None else None
-        chosen = self._at_least(least, chosen, self.scores, canvas)
+        chosen = at_least(least, chosen, self.scores, canvas)
         canvas.write(chosen, self.scores.token, self.scores.confidence)
         self.score.note(chosen, self.scores, canvas)
         erased = torch.zeros_like(chosen) if self.revise is None else self.revise.revise(self.scores, chosen, canvas)
@@ -231,14 +231,7 @@ class TextLoop:
 
     def choose(self, scores: Scores, canvas: Canvas) -> Tensor:
         """What the commit rule writes, bool [B, L]: at least one slot of every text that has one."""
-        return self._at_least(None, self.rule.select(scores, canvas), scores, canvas)
-
-    def _at_least(self, least: Tensor | None, chosen: Tensor, scores: Scores, canvas: Canvas) -> Tensor:
-        """`chosen`, and the next best up to `least` (int64 [B]; None: one)."""
-        among = scores.among(canvas)
-        chosen = chosen & among
-        missing = (~chosen.any(1)).long() if least is None else (least.clamp(min=1) - chosen.sum(1)).clamp(min=0)
-        return chosen | best(scores.rank, among & ~chosen, missing)
+        return at_least(None, self.rule.select(scores, canvas) & scores.among(canvas), scores, canvas)
 
     def _finish(self, was: Tensor) -> None:
         """Cut texts that are over, and let the others go on to their next block."""

@@ -22,8 +22,8 @@ from hasten.noise import seeds
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Recipe, from_yaml
 from hasten.samplers.commit import Quota, Unmask
-from hasten.samplers.revise import RevisePolicy, Reviser
-from hasten.samplers.scores import Draw, Logits, Scores, best, measure
+from hasten.samplers.revise import RevisePolicy, Reviser, at_least
+from hasten.samplers.scores import Draw, Logits, Scores, measure
 from hasten.samplers.text_blocks import Fixed, InBlocks
 from hasten.samplers.text_ends import AtEndToken
 
@@ -78,7 +78,7 @@ class RecipeScheduler(BlockRefinementScheduler):  # type: ignore[misc]
             self._seed = seeds(generator, len(sample)).to(sample.device)
         if self._block is None or int(timestep) == 0 or self._block.canvas.ids.shape != sample.shape:
             facts = TextFacts(layers=0, vocab=model_output.shape[-1], mask_id=mask_token_id)
-            self._block = _Block(self._paced(), self.revise, facts, sample, prompt_mask, self._evaluations)
+            self._block = _Block(self._paced(), self.revise, facts, sample, prompt_mask, self._evaluations, self._seed)
         heat = 0.0 if sampling_method == "greedy" else temperature
         self._evaluations += 1
         given = self._block.step(model_output, sample, Draw(self._seed, heat, top_k or None, top_p))
@@ -105,8 +105,9 @@ class _Block:
     """The active block of all texts, as a canvas of its own: slot 0 is its first token."""
 
     def __init__(
-        self, commit: Unmask, revise: RevisePolicy | None, facts: TextFacts, sample: Tensor, prompt: Tensor | None, since: int
-    ) -> None:
+        self, commit: Unmask, revise: RevisePolicy | None, facts: TextFacts, sample: Tensor, prompt: Tensor | None, since: int,
+        seed: Tensor,
+    ) -> None:  # fmt: skip
         texts, slots = sample.shape
         given = int(prompt.sum()) if prompt is not None else 0
         nothing = torch.zeros(given, dtype=torch.int64)
@@ -116,7 +117,7 @@ class _Block:
         self._show(sample)
         canvas.enter(canvas.open, torch.stack([canvas.start, canvas.end], 1))
         canvas.step = canvas.step + since  # noise goes by the step; blocks must not share theirs
-        self.revise = Reviser(revise, facts, canvas) if revise is not None else None
+        self.revise = Reviser(revise, facts, canvas, seed) if revise is not None else None
         self.forbidden = torch.tensor([self.mask_id], dtype=torch.int64, device=sample.device)
 
     def _show(self, sample: Tensor) -> None:
@@ -135,9 +136,9 @@ class _Block:
         members = torch.arange(len(sample), device=sample.device)
         known = measure(Logits(logits, slots, members), self.score, draw, self.forbidden, canvas, scores)
         self.rule.observe(known, canvas)
-        among = scores.among(canvas)
-        chosen = self.rule.select(scores, canvas) & among
-        chosen = chosen | best(scores.rank, among, (~chosen.any(1)).long())
+        chosen = self.rule.select(scores, canvas) & scores.among(canvas)
+        least = self.revise.least(scores, chosen, canvas) if self.revise is not None else None
+        chosen = at_least(least, chosen, scores, canvas)
         canvas.write(chosen, scores.token, scores.confidence)
         self.score.note(chosen, scores, canvas)
         changed = torch.zeros_like(chosen) if self.revise is None else self.revise.revise(scores, chosen, canvas)

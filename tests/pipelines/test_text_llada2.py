@@ -19,7 +19,10 @@ from hasten.pipelines.text.scheduler import RecipeScheduler
 from hasten.recipe import Recipe
 from hasten.samplers.commit import Either, Quota, Threshold, Unmask
 from hasten.samplers.commit_told import Agreed
+from hasten.samplers.revise import RevisePolicy
 from hasten.samplers.revise_edit import Edit
+from hasten.samplers.revise_erase import Remask
+from hasten.samplers.revise_unsure import Lapse, Outbid
 from hasten.samplers.scores import Margin
 from hasten.samplers.text_blocks import Fixed, InBlocks, Whole
 from tests.pipelines.text_pipes import EOS, MASK, PAD, model, tokenizer
@@ -207,6 +210,22 @@ def test_edits_replace_written_tokens() -> None:
     pipe(**CALL, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["editing_transfer_index"])
     assert sum(edits) > 0
     assert len(edits) < 14 * 17
+
+
+@pytest.mark.parametrize("revise", [Outbid(), Lapse(eta=0.6), Remask(below=1.0)])
+def test_what_is_taken_back_is_written_again(revise: RevisePolicy) -> None:
+    """And as many slots besides are written in the same step, so that the block takes no more evaluations than it has slots."""
+    recipe = Recipe(commit=Unmask(rule=Quota(steps=5)), revise=revise)
+    pipe, gone, steps = pipeline(scheduler=RecipeScheduler.of(recipe, BLOCK)), [0], [0]
+
+    def look(owner: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        gone[0] += int(tensors["editing_transfer_index"].sum())
+        steps[0] += 1
+        return {}
+
+    output = pipe(**CALL, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["editing_transfer_index"]).sequences
+    assert gone[0] > 0 and MASK not in output
+    assert steps[0] <= 14
 
 
 def test_texts_of_a_batch_do_not_know_of_each_other() -> None:
