@@ -132,18 +132,18 @@ def main() -> None:
             flush=True,
         )
         rows.append({"arch": f"sm_{arch}", "kernel": name, "spills": found.spills, **dataclasses.asdict(found)})
-        write(rows)
+        write(RESULT, [name for name, _ in variants()], rows)
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """Put new rows into the results, in the order of the variants; rows of another Triton go."""
+def write(file: Path, names: list[str], rows: list[dict[str, Any]]) -> None:
+    """Put new rows into the results, in the order of the variants' names; rows of another Triton go."""
     versions = {"triton": triton.__version__}
-    old = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known = old["rows"] if old.get("versions") == versions else []
     found = {(row["kernel"], row["arch"]): row for row in (*known, *rows)}
-    kept = [found[name, f"sm_{arch}"] for name, _ in variants() for arch in ARCHS if (name, f"sm_{arch}") in found]
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(RESULT, json.dumps({"versions": versions, "rows": kept}, indent=1) + "\n")
+    kept = [found[name, f"sm_{arch}"] for name in names for arch in ARCHS if (name, f"sm_{arch}") in found]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps({"versions": versions, "rows": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

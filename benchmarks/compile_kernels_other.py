@@ -1,7 +1,7 @@
 """As `compile_kernels.py`, for the kernels around attention: k-means, packing, permutation, gradients, linear attention.
 
     python benchmarks/compile_kernels_other.py               # all, into benchmarks/results/aot/kernels_other.json
-    python benchmarks/compile_kernels_other.py --only backward
+    python benchmarks/compile_kernels_other.py --only backward   # these rows anew
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
-from benchmarks.compile_kernels import ARCHS, BLOCKS, HEADS, TOKENS, compensation, empty, plan, qkv
-from hasten.atomic import atomic_write
+from benchmarks.compile_kernels import ARCHS, BLOCKS, HEADS, TOKENS, compensation, empty, plan, qkv, write
 from hasten.sparse_attn.kernels import aot, backward, kmeans, linear, pack, permute
 from hasten.sparse_attn.kernels.launch import Launch
 from hasten.sparse_attn.mask import Mask, causal
@@ -90,7 +87,7 @@ def variants() -> Iterator[tuple[str, Variant]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="kernels whose name contains this; nothing is written then")
+    parser.add_argument("--only", default="", help="kernels whose name contains this; other rows stay")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS)
     arguments = parser.parse_args()
     rows = []
@@ -106,9 +103,7 @@ def main() -> None:
             flush=True,
         )
         rows.append({"arch": f"sm_{arch}", "kernel": name, "spills": found.spills, **dataclasses.asdict(found)})
-    if not arguments.only:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(RESULT, json.dumps({"versions": {"triton": triton.__version__}, "rows": rows}, indent=1) + "\n")
+        write(RESULT, [name for name, _ in variants()], rows)
 
 
 if __name__ == "__main__":

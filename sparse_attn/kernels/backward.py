@@ -137,6 +137,10 @@ CONFIG = {
 CONFIG_32 = {16: (32, 16, 8, 1), 32: (32, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 """The same for float32, whose products take several instructions and registers each."""
 
+ROW = 8
+"""Numbers of 16 bits in what is copied at once. Rows of another length are read element by element, and chunks not ahead of
+time: more of them in flight gain nothing, and their addresses took the last registers of sm_90 at head dimension 66."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
@@ -191,6 +195,8 @@ def prepare(
     if precision == "tf32x3" and block_d > 128:
         precision = "ieee"  # three TF32 products of this width do not fit into registers
     block_m, block_n, warps, stages = (CONFIG_32 if q.dtype == torch.float32 else CONFIG)[block_d]
+    if d % ROW or dv % ROW:
+        stages = 1
     block_m, block_n = min(block_m, launch.power(plan.block_m)), min(block_n, launch.power(plan.block_n))
     pieces = -(-plan.block_m // block_m)
     delta = (d_o.float() * output.o.float()).sum(-1)

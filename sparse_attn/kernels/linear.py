@@ -70,6 +70,9 @@ def _states(
     acc = tl.zeros([BLOCK_F, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_F], tl.float32)
     end = (number + 1) * piece
+    rate = 0.0
+    if log_decay is not None:
+        rate = tl.load(log_decay + plane % HK)
     for first in tl.range(number * piece, tl.minimum(end, n), BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
         real = token < tl.minimum(end, n)
@@ -77,7 +80,7 @@ def _states(
         y = tl.where(real[:, None] & (on_f < F)[None, :], y, 0.0)  # elu + 1 of nothing is 1
         if log_decay is not None:
             away = tl.where(real, end - 1 - token, 0).to(tl.float32)
-            y = y * tl.exp2(away * tl.load(log_decay + plane % HK))[:, None]
+            y = y * tl.exp2(away * rate)[:, None]
         z = _rows(v, plane, token, real, v_b, v_h, v_s, on_dv, DV, HK).to(tl.float32)
         acc = tl.dot(tl.trans(y), z, acc, input_precision=PRECISION)
         total += tl.sum(y, 0)
