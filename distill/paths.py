@@ -55,6 +55,10 @@ class NoisePath(ABC):
     def angle(self, time: Tensor) -> Tensor:
         """The angle at these times of the network."""
 
+    def nearest(self, time: Tensor) -> Tensor:
+        """The nearest times at which the network may be asked in other programs: any, but for whole ones of a table."""
+        return time
+
     def scale(self, tau: Tensor) -> Tensor:
         """r: the network's input is r times the point on the circle."""
         alpha, sigma = self.levels(tau)
@@ -129,6 +133,9 @@ class VariancePreserving(NoisePath):
         above = torch.searchsorted(table, tau.contiguous()).clamp(1, len(table) - 1)
         low, high = table[above - 1], table[above]
         return (above - 2) + (tau - low) / (high - low)
+
+    def nearest(self, time: Tensor) -> Tensor:
+        return time.round()
 
     def angle(self, time: Tensor) -> Tensor:
         time = time.double()

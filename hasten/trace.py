@@ -136,6 +136,7 @@ class Trace:
     structure: site name -> number of blocks, for drawing the timeline.
     notes: sentences the user must read (fallbacks, refusals, methods that did nothing); each once.
     bytes_peak: most bytes that caches held at once.
+    facts: what was put onto the host beside the loop's decisions (label -> words), a student's adapter for example.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -146,6 +147,7 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     bytes_held: int = 0
     bytes_peak: int = 0
+    facts: dict[str, str] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         self.events.append(event)
@@ -177,4 +179,5 @@ class Trace:
             "structure": dict(self.structure),
             "notes": list(self.notes),
             "bytes_peak": self.bytes_peak,
+            "facts": dict(self.facts),
         }

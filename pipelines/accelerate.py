@@ -17,11 +17,15 @@ from hasten.clock import Clock
 from hasten.errors import ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
+from hasten.pipelines.lora import Lora
 from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.seams.adapter import put_on
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
+from hasten.pipelines.seams.few_calls import sample_in_few_calls
 from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.solver import swap_scheduler
 from hasten.recipe import Recipe
+from hasten.samplers.few_calls import FewCalls
 from hasten.samplers.solver import Solver
 from hasten.session import Attachment
 from hasten.sparse_attn.policy import SparseAttention
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from hasten.report import Report
 
 
-AXES = ("sampler", "guidance", "reuse", "attention")
+AXES = ("sampler", "guidance", "reuse", "attention", "adapter")
 """Axes that have a seam on a denoiser and its loop."""
 
 
@@ -163,6 +167,7 @@ class Session:
     def _attach(self, models: dict[str, nn.Module]) -> None:
         if isinstance(self.recipe.sampler, Solver):
             swap_scheduler(self._attachment, self.host, self.recipe.sampler)
+        self._become_a_student(models)
         self.clock.on_run.append(self._run_begins)
         self.clock.on_tick.append(self._tick)
         self.clock.on_end.append(self._run_ends)
@@ -175,6 +180,23 @@ class Session:
                     " group of the ranks that compute one sample (torch.distributed.group.WORLD for all)."
                 )
             self.gates.append(DenoiserGate(self, site, model))
+
+    def _become_a_student(self, models: dict[str, nn.Module]) -> None:
+        """Put the recipe's adapter onto its network, and sample as it was trained to be sampled."""
+        adapter, sampler = self.recipe.adapter, self.recipe.sampler
+        if adapter is not None:
+            lora = Lora.load(adapter.place)
+            if lora.site not in models and not isinstance(self.host, nn.Module):
+                raise ModelError(
+                    f"The adapter {adapter.path!r} is for a pipeline's {lora.site}, and {type(self.host).__name__} has"
+                    f" {', '.join(models)}. Load the model that it was trained for."
+                )
+            put_on(self._attachment, models.get(lora.site, next(iter(models.values()))), lora, adapter.scale)
+            self.trace.facts["adapter"] = f"{len(lora.layers)} layers changed, scale {adapter.scale:g}"
+            if remark := lora.remark(models.get(lora.site, next(iter(models.values())))):
+                self.note(remark)
+        if isinstance(sampler, FewCalls):
+            self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
 
     # --- what users ask ---------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from hasten.drift import Drift
 from hasten.forecast import Hold, LeaveOneOut, Polynomial
 from hasten.ledger import Ledger
 from hasten.recipe import Recipe
+from hasten.samplers.few_calls import FewCalls  # noqa: F401  # no recipe of a name has it; files name its kind
 from hasten.samplers.guidance import AdaptiveGuidance, AffineGuidance, GuidanceInterval, HeldGuidance
 from hasten.samplers.solver import Solver
 
