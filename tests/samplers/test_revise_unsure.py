@@ -149,3 +149,17 @@ def test_no_more_evaluations_than_the_quota_has(policy: RevisePolicy) -> None:
     loop.run(lambda number, canvas, scores, rows: seen.append(scores))
     assert len(seen) <= 7 and not bool(loop.canvas.masked.any())
     assert loop.revise is not None and int(loop.revise.times.sum()) > 0
+
+
+def test_chance_is_the_texts_own() -> None:
+    """By its seed, not by its place: the same text with another seed loses other slots, with the same seed the same."""
+    recipe = Recipe(commit=Unmask(rule=Quota(steps=6)), blocks=InBlocks(rule=Whole(), end=None), revise=Lapse(eta=0.5))
+    host, lost = tiny_llama(), []
+    for seeds in ([1, 2], [1, 3]):
+        canvas = Canvas.of(prompts([3, 3]), [24, 24], host.facts)
+        loop = TextLoop(host, recipe, canvas, Draw(torch.tensor(seeds)), evaluate=settled)
+        loop.run()
+        assert loop.revise is not None
+        lost.append(loop.revise.times)
+    assert torch.equal(lost[0][0], lost[1][0])
+    assert not torch.equal(lost[0][0], lost[0][1]) and not torch.equal(lost[0][1], lost[1][1])
