@@ -31,15 +31,17 @@ def _value(value: Any) -> str:
 
 
 def measured_where() -> dict[str, list[str]]:
-    """Recipe name -> hardware folders whose results have a row of it."""
+    """Recipe name -> hardware folders whose results have a row of it, alone or together with others."""
     found: dict[str, list[str]] = {}
-    for file, document in [*documents("recipes"), *documents("cache")]:
-        for row in document["rows"]:
-            if row.get("control") or not row.get("n"):
-                continue
-            places = found.setdefault(row["recipe"].partition(" @ ")[0], [])
-            if file.parent.name not in places:
-                places.append(file.parent.name)
+    for command in ("recipes", "cache", "attention-end-to-end", "dllm"):
+        for file, document in documents(command):
+            for row in document["rows"]:
+                if row.get("control") == "oracle" or not row.get("n"):
+                    continue
+                for part in row["recipe"].partition(" @ ")[0].split("+"):
+                    places = found.setdefault(re.split("[:,]", part.strip())[0], [])
+                    if file.parent.name not in places:
+                        places.append(file.parent.name)
     return found
 
 
