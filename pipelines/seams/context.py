@@ -16,7 +16,7 @@ from hasten.forecast import Hold
 from hasten.pipelines.host import Call, is_whole_compiled
 from hasten.pipelines.seams.module_gate import ModuleProxy
 from hasten.pipelines.seams.proof import loss_of_repeat
-from hasten.pipelines.seams.reuse import ReuseSeam
+from hasten.pipelines.seams.reuse import HistorySeam
 from hasten.pipelines.seams.stack_gate import Gate, GateList
 from hasten.session import Attachment
 from hasten.step import Step
@@ -28,7 +28,7 @@ LAYERS = "transformer_layers"
 """Attribute under which diffusers' masked image models keep the layers that work on tokens."""
 
 
-class ContextSeam(ReuseSeam):
+class ContextSeam(HistorySeam):
     """Puts `ContextReuse` onto one masked image model. The trace counts its tokens, not its blocks; the convolutions
     around the layers run at every step and are not counted."""
 
@@ -73,17 +73,6 @@ class ContextSeam(ReuseSeam):
         if not self._proved and self.gate.repeatable(spare):
             self._prove(step, key, spare, result)
         return result
-
-    def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-        if self.state is not None:
-            self.state.histories.check(step.branch, outputs)
-        return outputs
-
-    def num_bytes(self) -> int:
-        return 0 if self.state is None else self.state.histories.num_bytes()
-
-    def forget(self) -> None:
-        self.state = None
 
     def release(self) -> None:
         self._attachment.restore()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hasten.caching.deep import DeepReuse, DeepState
 from hasten.caching.histories import Key, key_of
@@ -13,7 +13,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.pipelines.host import Call, is_whole_compiled
 from hasten.pipelines.seams.deep_gate import DeepGates, Shapes, Walk
 from hasten.pipelines.seams.proof import loss_of_repeat
-from hasten.pipelines.seams.reuse import ReuseSeam
+from hasten.pipelines.seams.reuse import HistorySeam
 from hasten.pipelines.seams.unet_layers import cut
 from hasten.step import Step
 
@@ -24,7 +24,7 @@ SITE = "layers"
 """Name of the U-Net's layers in the trace, counted in the order in which they run."""
 
 
-class DeepSeam(ReuseSeam):
+class DeepSeam(HistorySeam):
     """Puts `DeepReuse` onto one U-Net.
 
     ControlNet and T2I-Adapter residuals of the present step apply to the shallow connections; those that enter below
@@ -78,16 +78,9 @@ class DeepSeam(ReuseSeam):
             self._prove(spare, walk, result)
         return result
 
-    def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-        if self.state is not None:
-            self.state.histories.check(step.branch, outputs)
-        return outputs
-
-    def num_bytes(self) -> int:
-        return 0 if self.state is None else self.state.histories.num_bytes()
-
     def forget(self) -> None:
-        self.state, self._shapes = None, {}
+        super().forget()
+        self._shapes = {}
 
     def release(self) -> None:
         if self.gates is not None:

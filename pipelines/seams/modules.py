@@ -13,7 +13,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.pipelines.host import Call, is_whole_compiled
 from hasten.pipelines.seams.module_gate import ModuleGates, Walk
 from hasten.pipelines.seams.proof import loss_of_repeat
-from hasten.pipelines.seams.reuse import ReuseSeam
+from hasten.pipelines.seams.reuse import HistorySeam
 from hasten.step import Step
 from hasten.trace import Event
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hasten.pipelines.seams.denoiser_gate import DenoiserGate
 
 
-class ModuleSeam(ReuseSeam):
+class ModuleSeam(HistorySeam):
     """Puts `ModuleReuse` onto one network."""
 
     def __init__(self, gate: DenoiserGate, policy: ModuleReuse) -> None:
@@ -59,17 +59,6 @@ class ModuleSeam(ReuseSeam):
         elif not gates.learned:
             self._learn(step, spare, result)
         return result
-
-    def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-        if self.state is not None:
-            self.state.histories.check(step.branch, outputs)
-        return outputs
-
-    def num_bytes(self) -> int:
-        return 0 if self.state is None else self.state.histories.num_bytes()
-
-    def forget(self) -> None:
-        self.state = None
 
     def release(self) -> None:
         if self.gates is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from hasten.caching.histories import Histories
 from hasten.pipelines.host import Call
 from hasten.step import Step
 
@@ -60,3 +61,33 @@ class ReuseSeam:
 
     def release(self) -> None:
         """Put back whatever was attached inside the network."""
+
+
+class Remembering(Protocol):
+    """State of one run that keeps what was computed inside the network."""
+
+    @property
+    def histories(self) -> Histories: ...
+
+
+class HistorySeam(ReuseSeam):
+    """Base of the seams that leave work out inside the network, with stand-ins from the `histories` of their state.
+
+    The network's outputs are looked at on the device: what stands in for a branch that gave NaN or Inf is forgotten at
+    its next decision.
+
+    state: of this run; None before the first, and for the rest of one after `forget`.
+    """
+
+    state: Remembering | None
+
+    def observe(self, step: Step, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        if self.state is not None:
+            self.state.histories.check(step.branch, outputs)
+        return outputs
+
+    def num_bytes(self) -> int:
+        return 0 if self.state is None else self.state.histories.num_bytes()
+
+    def forget(self) -> None:
+        self.state = None
