@@ -149,3 +149,43 @@ def test_budgets_are_refused_where_nothing_measures_them() -> None:
         field = "self_attention" if policy is ModuleReuse else "rule"
         with pytest.raises((ValidationError, RecipeError)):
             policy(**{field: Ledger()})
+
+
+def under_way(rho: float) -> tuple[LedgerState, Step]:
+    """A state whose last computed step is 20 of 50 and that planned a long gap; and the step after."""
+    steps = flow(50)
+    state = Ledger(tolerance=0.05).start([step.time for step in steps])
+    state.skip(steps[20], None)
+    state.learn(steps[20], None)
+    state.rho, state.due = rho, 40
+    return state, steps[21]
+
+
+def test_a_skip_costs_its_error_times_the_way_it_goes() -> None:
+    """rho times the distance to the last computed step, times the angle walked, times |b| of the velocity."""
+    state, step = under_way(0.3)
+    before, after = flow(50)[20].level, flow(50)[22].level
+    assert step.level is not None and before is not None and after is not None and step.level.velocity is not None
+    assert state.skip(step, None)
+    distance, walked = before.angle - step.level.angle, step.level.angle - after.angle
+    assert state.estimate == pytest.approx(0.3 * distance * walked * abs(step.level.velocity[1]))
+    assert abs(step.level.velocity[1]) < 0.9, "or the factor would not be seen"
+
+
+def test_what_is_spent_buys_nothing_more() -> None:
+    state, step = under_way(1.0)
+    gaps = (1 - _before(step.index / step.total)) * state.rule.planned + 1
+    rho = 0.5 * state.rule.tolerance / math.sqrt(gaps) / state._cost(step)  # half of what this gap may cost
+    assert under_way(rho)[0].skip(step, None)
+    state, step = under_way(rho)
+    state.spent = 0.9 * state.rule.tolerance**2
+    assert not state.skip(step, None)
+
+
+@pytest.mark.parametrize(("measured", "believed"), [(9.0, 9.0), (1.0, 2.0)])
+def test_rising_errors_are_believed_at_once_and_falling_ones_by_half(measured: float, believed: float) -> None:
+    state, step = under_way(4.0)
+    before = flow(50)[20].level
+    assert step.level is not None and before is not None
+    state.learn(step, measured * (before.angle - step.level.angle))
+    assert state.rho == pytest.approx(believed)
