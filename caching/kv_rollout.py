@@ -109,9 +109,9 @@ def flow(layers: Sequence[tuple[Tensor, Tensor]], used: Tensor) -> Tensor:
     """Column sums of the rollout over the slots `used` (bool [m, L]), float32 [m, L]. layers: rows of attention [m, n, K], K
     at least L, and their slots int64 [m, n], L for none; the first layer first."""
     slots = used.shape[1]
-    sums = F.pad(used.float(), (0, 1))
+    sums = F.pad(used.float(), (0, 1))  # nobody reads the bin, so its sum stays 0
     for rows, at in reversed(layers):
-        half = sums.gather(1, at) * (at < slots) / 2
+        half = sums.gather(1, at) / 2
         wide = F.pad(rows, (0, slots + 1 - rows.shape[2]))
         sums = sums.scatter_add(1, at, -half) + (half[:, None] @ wide)[:, 0]
     return sums[:, :slots]
@@ -140,7 +140,7 @@ def nucleus(key: Tensor, among: Tensor, mass: float) -> Tensor:
     of its sum there, and at least one of them; bool [B, L]."""
     order = torch.where(among, key, -1.0).argsort(dim=1, descending=True, stable=True)
     sorted_ = torch.where(among, key, 0.0).gather(1, order)
-    within = sorted_.cumsum(1) <= mass * sorted_.sum(1, keepdim=True)
+    within = (sorted_.cumsum(1) <= mass * sorted_.sum(1, keepdim=True)) & (sorted_ > 0)
     within[:, :1] = True
     return torch.zeros_like(among).scatter(1, order, within) & among
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.caching.kv import Recompute
-from hasten.caching.kv_rollout import Rollout, bridged, density, first, flow, nucleus
+from hasten.caching.kv_rollout import Rollout, RolloutState, bridged, density, first, flow, nucleus
+from hasten.caching.store import KVStore
 from hasten.canvas import Canvas
 from hasten.noise import uniform
 from hasten.samplers.commit import Threshold
@@ -77,6 +78,7 @@ def test_first_and_nucleus() -> None:
     assert first(key, among, 9).tolist() == among.tolist()
     assert nucleus(key, among, 0.7).tolist() == [[False, True, False, True, False]]  # 0.8 of 1.2
     assert nucleus(key, among, 0.1).tolist() == [[False, True, False, False, False]], "at least one"
+    assert nucleus(0 * key, among, 0.5).tolist() == [[True, False, False, False, False]], "what has none is not needed"
     assert nucleus(key, among, 1.0)[0, :4].all() and not nucleus(key, ~among & among, 1.0).any()
 
 
@@ -106,3 +108,40 @@ def test_again_every_so_many_steps() -> None:
     part, often = Rollout(most=1, mass=0.0), Rollout(most=1, mass=0.0, every=2)
     one, two = trial("full", part), trial("full", often)
     assert two.loop.tally.layers.sum() > one.loop.tally.layers.sum()
+
+
+class TestChoice:
+    """One text: two slots of a prompt, eight open ones; two of these are asked for, and one more by influence."""
+
+    def chosen(self, told: list[dict[int, float]], influence: int = 0, stale: tuple[int, ...] = ()) -> list[int]:
+        """told: what each evaluation says of slots' confidence."""
+        canvas = Canvas.of(prompts([2]), [8], facts())
+        canvas.enter(canvas.open, torch.tensor([[2, 10]]))
+        part = Rollout(most=2, spread=1.5, mass=0.0, gap=0)
+        state = part.start(facts(), KVStore(1, 10, canvas.ids.device))
+        assert isinstance(state, RolloutState)
+        for values in told:
+            confidence = torch.full((1, 10), float("nan"))
+            for slot, value in values.items():
+                confidence[0, slot] = value
+            state.sure(confidence, canvas)
+        state.influence = (canvas.place == influence)[None].float()
+        changed = torch.isin(canvas.place, torch.tensor(stale, dtype=torch.int64))[None]
+        return state.choose(canvas, changed)[0].nonzero()[:, 0].tolist()
+
+    def test_what_is_near_the_known_comes_first(self) -> None:
+        assert self.chosen([{slot: 0.5 for slot in range(2, 10)}]) == [0, 2, 3]
+
+    def test_what_was_sure_comes_first(self) -> None:
+        """Far from all that is known the density is next to nothing, so that certainty has to be much higher."""
+        low = dict.fromkeys(range(2, 10), 1e-4)
+        assert self.chosen([low, {4: 0.9, 5: 0.8}]) == [0, 4, 5]
+        assert self.chosen([low | {4: 0.9, 5: 0.8}, {2: 1e-4}]) == [0, 4, 5], "what is not asked about stays as it was"
+
+    def test_what_nobody_knows_of_is_asked(self) -> None:
+        assert self.chosen([dict.fromkeys((2, 3), 1e-4)]) == [0, 4, 5]
+
+    def test_what_was_written_and_what_attention_flows_to(self) -> None:
+        even = dict.fromkeys(range(2, 10), 0.5)
+        assert self.chosen([even], influence=1, stale=(9,)) == [1, 2, 3, 9]
+        assert self.chosen([even], influence=3) == [0, 2, 3], "chosen already, so the next one"
