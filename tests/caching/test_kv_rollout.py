@@ -130,7 +130,8 @@ class TestChoice:
         return state.choose(canvas, changed)[0].nonzero()[:, 0].tolist()
 
     def test_what_is_near_the_known_comes_first(self) -> None:
-        assert self.chosen([{slot: 0.5 for slot in range(2, 10)}]) == [0, 2, 3]
+        assert self.chosen([dict.fromkeys(range(2, 10), 0.5)]) == [0, 2, 3]
+        assert self.chosen([dict.fromkeys(range(2, 10), 0.5) | {2: 0.3, 3: 0.3}]) == [0, 2, 3], "though others are surer"
 
     def test_what_was_sure_comes_first(self) -> None:
         """Far from all that is known the density is next to nothing, so that certainty has to be much higher."""
