@@ -11,7 +11,7 @@ Shapes: n rows of I inputs and O outputs (one slot, or all of a block: see `Filt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -26,10 +26,11 @@ from hasten.canvas import Canvas
 from hasten.errors import UsageError
 from hasten.pipelines.text.loop import TextLoop
 from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.stamp import stamp
 from hasten.recipe import Recipe
 from hasten.samplers.commit import CommitState, Quota, Unmask
 from hasten.samplers.commit_told import Oracle
-from hasten.samplers.filter import FilterNet, Form, confidences, features, neighbours
+from hasten.samplers.filter import STAMP, FilterNet, Form, confidences, features, neighbours
 from hasten.samplers.scores import Draw, Logits, Scores
 
 
@@ -55,29 +56,40 @@ class Traces:
         return Traces(**{field.name: getattr(self, field.name)[mine] for field in fields(self)})
 
 
+Told = Callable[[str], None]
+"""Called with what has been done, in words."""
+
+
 def fit(
-    host: TextHost, prompts: Sequence[Tensor], new: int, recipe: Recipe, out: str | Path, *,
-    form: Form = "slots", false_commits: float = 0.01, oracle: bool = False, seed: int = 0,
+    host: TextHost, prompts: Sequence[Tensor], new: int | Sequence[int], recipe: Recipe, out: str | Path, *,
+    form: Form = "slots", false_commits: float = 0.01, oracle: bool = False, seed: int = 0, model: str = "",
+    told: Told = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a filter for `recipe` on generations of `new` slots behind `prompts`, write it to `out`, return its card.
 
-    The recipe's commit rule is replaced by one slot at a time. false_commits: the expected share of a text's slots
-    that may be written wrong. A third of the prompts is kept for the threshold. oracle: learn from states in which
-    all that is final is written at once (as Learn2PD does), in place of sequential ones.
+    new: for all, or for each. The recipe's commit rule is replaced by one slot at a time. false_commits: the expected
+    share of a text's slots that may be written wrong. A third of the prompts is kept for the threshold. oracle: learn
+    from states in which all that is final is written at once (as Learn2PD does), in place of sequential ones. model: its
+    name, for the card; what binds the filter to it is a stamp of its weights.
 
     Raises `UsageError` where there are too few prompts for that share.
     """
-    _check(len(prompts), new, false_commits)
-    traces = collect(host, prompts, new, recipe, form=form, oracle=oracle)
+    each = [new] * len(prompts) if isinstance(new, int) else list(new)
+    check(len(prompts), each, false_commits)
+    traces = collect(host, prompts, each, recipe, form=form, oracle=oracle, told=told)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
     held = order[: kept_for_threshold(len(prompts))]
-    net = train(traces.of(order[len(held) :]), form, seed=seed)
-    above = threshold(net, traces.of(held), false_commits)
+    learned, kept = traces.of(order[len(held) :]), traces.of(held)
+    told(f"learning from {len(learned.inputs):,} states")
+    net = train(learned, form, seed=seed)
+    above = threshold(net, kept, false_commits)
     card = {
-        "filter": form, "above": above, "false_commits": false_commits, "texts": len(prompts),
-        "states": len(traces.inputs), **score(net, traces.of(held), above),
+        "filter": form, "model": model, "above": above, "false_commits": false_commits, "texts": len(prompts),
+        "kept": len(held), "states": len(traces.inputs), "oracle": oracle, "seed": seed, **score(net, kept, above),
+        "false": risk(net, kept, above),
     }  # fmt: skip
-    atomic_write(out, save(net.state_dict(), {key: str(value) for key, value in card.items()}))
+    words = {key: str(value) for key, value in card.items()}
+    atomic_write(out, save({**net.state_dict(), STAMP: stamp(host.model)}, words))
     return card
 
 
@@ -86,15 +98,20 @@ def kept_for_threshold(texts: int) -> int:
     return texts // 3
 
 
-def _check(texts: int, new: int, false_commits: float) -> None:
-    if new < 1:
-        raise UsageError(f"new must be at least 1, got {new}.")
+def fewest(false_commits: float) -> int:
+    """How many texts a share of false commits needs at least."""
+    return 3 * max(math.ceil(1 / false_commits) - 1, 1)
+
+
+def check(texts: int, new: Sequence[int], false_commits: float) -> None:
+    """Raise `UsageError` for numbers that no filter can come of, before anything is computed."""
+    if min(new, default=1) < 1:
+        raise UsageError(f"new must be at least 1, got {min(new)}.")
     if not 0 < false_commits < 1:
         raise UsageError(f"false_commits must be between 0 and 1, got {false_commits}; 0.01 is one slot in a hundred.")
-    held, least = kept_for_threshold(texts), math.ceil(1 / false_commits) - 1
-    if held < max(least, 1):
+    if texts < fewest(false_commits):
         raise UsageError(
-            f"A share of {false_commits} false commits needs at least {3 * max(least, 1)} prompts, a third of them to"
+            f"A share of {false_commits} false commits needs at least {fewest(false_commits)} prompts, a third of them to"
             f" choose the threshold on; got {texts}. Give more prompts, or allow a larger share."
         )
 
@@ -103,25 +120,26 @@ def _check(texts: int, new: int, false_commits: float) -> None:
 
 
 def collect(
-    host: TextHost, prompts: Sequence[Tensor], new: int, recipe: Recipe, *, form: Form = "slots", oracle: bool = False,
-    batch: int = 32,
+    host: TextHost, prompts: Sequence[Tensor], new: Sequence[int], recipe: Recipe, *, form: Form = "slots",
+    oracle: bool = False, batch: int = 32, told: Told = lambda _: None,
 ) -> Traces:  # fmt: skip
-    """Generate behind every prompt (int64 [P_b] each) and keep what was known of open slots at each step."""
+    """Generate new[b] slots behind every prompt (int64 [P_b] each) and keep what was known of open slots at each step."""
     parts = []
     for first in range(0, len(prompts), batch):
-        some = prompts[first : first + batch]
-        seen = _generate(host, some, new, recipe, Unmask(rule=Quota()), form)
+        some = slice(first, first + batch)
+        seen = _generate(host, prompts[some], new[some], recipe, Unmask(rule=Quota()), form)
         if oracle:
             final = seen.final()
-            seen = _generate(host, some, new, recipe, Unmask(rule=Oracle(final=final)), form)
+            seen = _generate(host, prompts[some], new[some], recipe, Unmask(rule=Oracle(final=final)), form)
         parts.append(seen.traces(first))
+        told(f"generated {min(first + batch, len(prompts))} of {len(prompts)} texts")
     return Traces.join(parts)
 
 
 def _generate(
-    host: TextHost, prompts: Sequence[Tensor], new: int, recipe: Recipe, commit: Unmask, form: Form
+    host: TextHost, prompts: Sequence[Tensor], new: Sequence[int], recipe: Recipe, commit: Unmask, form: Form
 ) -> _Recorder:  # fmt: skip
-    canvas = Canvas.of(prompts, [new] * len(prompts), host.facts, host.device)
+    canvas = Canvas.of(prompts, new, host.facts, host.device)
     plain = Recipe(kv=recipe.kv, blocks=recipe.blocks, commit=commit)
     loop = TextLoop(host, plain, canvas, Draw(torch.zeros(len(prompts), dtype=torch.int64, device=host.device)))
     loop.sees_written |= form == "block"
@@ -175,19 +193,21 @@ class _Recorder(CommitState):
 
 
 def train(
-    traces: Traces, form: Form, *, hidden: int = 32, epochs: int = 400, lr: float = 1e-2, seed: int = 0
+    traces: Traces, form: Form, *, hidden: int = 32, steps: int = 600, batch: int = 4096, lr: float = 1e-2, seed: int = 0
 ) -> FilterNet:  # fmt: skip
-    """A filter that tells right tokens from wrong ones: binary cross-entropy over all rows at once, AdamW, cosine."""
+    """A filter that tells right tokens from wrong ones: binary cross-entropy on random rows, AdamW, cosine."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = FilterNet(form, hidden, traces.inputs.shape[1])
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     target, weight = traces.right.float(), traces.valid.float()
-    for _ in range(epochs):
-        loss = F.binary_cross_entropy_with_logits(net(traces.inputs), target, weight, reduction="sum") / weight.sum()
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(target), (batch,), generator=g) if len(target) > batch else slice(None)
+        loss = F.binary_cross_entropy_with_logits(net(traces.inputs[rows]), target[rows], weight[rows], reduction="sum")
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss / weight[rows].sum().clamp(min=1))
         optimizer.step()
         schedule.step()
     return net.eval().requires_grad_(False)
@@ -200,20 +220,31 @@ def threshold(net: FilterNet, traces: Traces, false_commits: float) -> float:
     so for a new text drawn like these n the expectation holds with (sum of shares + 1) / (n + 1). (It is about states
     of sequential decoding; a filter at work leads to others.)
     """
+    worst, share = _worst(net, traces)
+    order = worst.flatten().sort(descending=True)
+    expected = (share.flatten()[order.indices].double().cumsum(0) + 1) / (len(worst) + 1)
+    allowed = int((expected <= false_commits).sum())
+    if allowed == len(expected):
+        return 0.0
+    return float(order.values[allowed].nextafter(torch.tensor(2.0)))  # that slot, the first too many, must not pass
+
+
+def risk(net: FilterNet, traces: Traces, above: float) -> float:
+    """The mean share of a text's slots of which a wrong token passes at some step, 0 to 1: what `threshold` bounds."""
+    worst, share = _worst(net, traces)
+    return float(torch.where((worst >= above) & (worst > 0), share, 0.0).sum(1).mean())
+
+
+def _worst(net: FilterNet, traces: Traces) -> tuple[Tensor, Tensor]:
+    """Of each text and slot: the highest probability of a wrong token of it, 0 for none; its share of the text's slots."""
     chance = torch.where(traces.valid & ~traces.right, net(traces.inputs).sigmoid(), 0.0)
     texts, row = torch.unique(traces.text, return_inverse=True)
     worst = torch.zeros(len(texts), int(traces.slot.max()) + 1)
-    open_ = torch.zeros_like(worst)
+    there = torch.zeros_like(worst)
     at = (row[:, None].expand_as(traces.slot) * worst.shape[1] + traces.slot.clamp(min=0)).flatten()
     worst.view(-1).scatter_reduce_(0, at, chance.flatten(), "amax")
-    open_.view(-1).scatter_reduce_(0, at, traces.valid.float().flatten(), "amax")
-    share = open_ / open_.sum(1, keepdim=True).clamp(min=1)
-    order = worst.flatten().sort(descending=True)
-    risk = (share.flatten()[order.indices].double().cumsum(0) + 1) / (len(texts) + 1)
-    allowed = int((risk <= false_commits).sum())
-    if allowed == len(risk):
-        return 0.0
-    return float(order.values[allowed].nextafter(torch.tensor(2.0)))  # that slot, the first too many, must not pass
+    there.view(-1).scatter_reduce_(0, at, traces.valid.float().flatten(), "amax")
+    return worst, there / there.sum(1, keepdim=True).clamp(min=1)
 
 
 def score(net: FilterNet, traces: Traces, above: float) -> dict[str, float]:

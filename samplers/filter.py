@@ -1,14 +1,15 @@
 """Commit rules that were trained to tell which tokens are final already (Learn2PD, arXiv 2509.25188).
 
-`hasten.distill.text_filter` trains one in less than a minute from a model's own generations. A filter is a
-safetensors file of a few KiB: two linear layers, and in its metadata which of the two forms it has and above which
-probability a slot may be written.
+`hasten train filter` trains one from a model's own generations. A filter is a safetensors file of a few KiB: two linear
+layers and a stamp of the model that it was trained for, and in its metadata which of the two forms it has and above
+which probability a slot may be written.
 
 Shapes: B texts, L slots, F inputs per slot, W slots of a block, n rows of inputs, I inputs and O outputs of a row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -51,22 +52,23 @@ class Learned(CommitRule):
 
     It sees of each slot and its two neighbours on either side: confidence, p1 - p2, entropy, whether the slot is
     open, and where it stands in the block; so that one filter serves blocks of any size. above None: the probability
-    that was calibrated in training for a target rate of false commits. Learn2PD's own filter is `LearnedBlock`.
+    that was calibrated in training for a target rate of false commits. weights: the file; None is for the model's own,
+    which a pipeline puts in. Learn2PD's own filter is `LearnedBlock`.
     """
 
     kind: ClassVar[str] = "learned"
-    weights: str
+    form: ClassVar[Form] = "slots"
+    weights: str | None = None
     above: float | None = Field(None, ge=0, le=1)
 
     def start(self) -> CommitState:
         """Raises `UsageError` where `weights` is no filter of this form."""
-        net, above = load(self.weights, "slots")
-        return _LearnedState(net, above if self.above is None else self.above)
+        return _LearnedState(_needed(self), self.above)
 
 
 class _LearnedState(CommitState):
-    def __init__(self, net: FilterNet, above: float) -> None:
-        self.net, self.above = net, above
+    def __init__(self, found: Filter, above: float | None) -> None:
+        self.net, self.above = found.net, found.above if above is None else above
 
     def select(self, scores: Scores, canvas: Canvas) -> Tensor:
         return scores.among(canvas) & (self.chance(neighbours(features(scores, canvas)))[..., 0] >= self.above)
@@ -89,14 +91,14 @@ class LearnedBlock(CommitRule):
     """
 
     kind: ClassVar[str] = "learned-block"
+    form: ClassVar[Form] = "block"
     written: ClassVar[bool] = True
-    weights: str
+    weights: str | None = None
     above: float | None = Field(None, ge=0, le=1)
 
     def start(self) -> CommitState:
         """Raises `UsageError` where `weights` is no filter of this form."""
-        net, above = load(self.weights, "block")
-        return _LearnedBlockState(net, above if self.above is None else self.above)
+        return _LearnedBlockState(_needed(self), self.above)
 
 
 class _LearnedBlockState(_LearnedState):
@@ -133,27 +135,48 @@ def confidences(scores: Scores, canvas: Canvas, width: int) -> Tensor:
     return torch.where(inside, known.gather(1, place.clamp(max=canvas.slots - 1)), 0.0)
 
 
-def load(weights: str | Path, form: Form) -> tuple[FilterNet, float]:
-    """A filter, and the probability above which it may write. Raises `UsageError` where the file is none of this
-    form."""
+STAMP = "stamp"
+"""Name of the tensor of a filter's file that tells its model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a file holds. above: the calibrated probability. stamp: float32 [n], a few weights of the model that it was
+    trained for; None in a file that does not say."""
+
+    net: FilterNet
+    above: float
+    stamp: Tensor | None
+
+
+def load(weights: str | Path, form: Form) -> Filter:
+    """Read a filter. Raises `UsageError` where the file is none of this form."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(weights), "pt") as file:
             told, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"Cannot read the filter {weights}: {error}. Train one with hasten.distill.text_filter.fit(...)."
-        ) from None
+        raise UsageError(f"Cannot read the filter {weights}: {error}. Train one with `hasten train filter`.") from None
     if told.get("filter") != form:
         raise UsageError(
             f"{weights} is a filter of the form {told.get('filter', 'none')!r}, and {form!r} is needed."
             " Filters 'slots' go with the rule 'learned', 'block' with 'learned-block'."
         )
     try:
+        stamp = stored.pop(STAMP, None)
         hidden, inputs = stored["first.weight"].shape
         net = FilterNet(form, hidden, inputs)
         net.load_state_dict(stored)
-        return net.eval().requires_grad_(False), float(told["above"])
+        return Filter(net.eval().requires_grad_(False), float(told["above"]), stamp)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UsageError(f"{weights} is damaged: {str(error).splitlines()[0]}. Train it again.") from None
+
+
+def _needed(rule: Learned | LearnedBlock) -> Filter:
+    if rule.weights is None:
+        raise UsageError(
+            f"The commit rule {rule.kind!r} has no filter: only a TextDiffusionPipeline can put in its model's own. Name the"
+            " file as its weights; `hasten train filter` writes one."
+        )
+    return load(rule.weights, rule.form)

@@ -1,4 +1,4 @@
-"""`hasten train`: train the small models from scratch."""
+"""`hasten train`: train the small models from scratch, and commit filters."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
+from hasten.cli import train_method
 from hasten.cli.output import JsonOption, Output
 from hasten.cli.places import writable
+from hasten.cli.train_filter import train_filter
 from hasten.cli.values import assignments
 from hasten.errors import HastenError, ResumeError, UsageError
 
-app = typer.Typer(help="Train the small models from scratch.", no_args_is_help=True)
+app = typer.Typer(help="Train the small models from scratch, and commit filters for any.", no_args_is_help=True)
+app.command("filter")(train_filter)
+train_method.add(app)
 
 
 @app.callback()
 def _group() -> None:
-    """Train the small models from scratch."""
+    """Train the small models from scratch, and commit filters for any."""
 
 
 @app.command("pretrain")

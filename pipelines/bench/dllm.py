@@ -25,6 +25,7 @@ from hasten.canvas import Canvas, TextFacts
 from hasten.errors import HastenError
 from hasten.pipelines import list_tasks, python_sources
 from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.text.job import fitting
 from hasten.pipelines.text.loop import TextLoop
 from hasten.pipelines.text_models.host import TextHost
 from hasten.recipe import Recipe
@@ -41,6 +42,7 @@ CONTROLS = {"llada:steps=8": "llada", FAST_DLLM: "fast-dllm"}
 DECODING = (
     "threshold", "factor", "eb-sampler", "margin", "local-leap", "hierarchy", "credit", "ccd", "klass", "prophet", "saber",
     "wino", "remask", "adablock", "dparallel", "sub-blocks", "dream", "freedave", "freedave-plus",
+    "learn2pd", "learned-filter",
 )  # fmt: skip
 CACHES = (
     "prefix-cache", "dual-cache", "vicinity-cache", "dkv-cache", "dllm-cache", "free-cache", "elastic-cache", "echo-cache",
@@ -171,7 +173,7 @@ def table(
     for name, recipe in [(name, find_recipe(name)) for name in names]:
         told(name)
         try:
-            found = bench.generate(recipe, work)
+            found = bench.generate(fitting(recipe, bench.host, bench.tokenizer), work)
         except HastenError as error:
             rows.append({"model": model, "workload": work.name, "recipe": name, "n": len(work.prompts), "note": str(error)})
             continue

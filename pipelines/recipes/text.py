@@ -129,15 +129,22 @@ def adablock(above: float = 0.9, delimiter: float = 0.3, size: int = 32) -> Reci
     )
 
 
-def learn2pd(weights: str = "filter.safetensors", size: int = 32) -> Recipe:
-    """Learn2PD: a trained filter says which slots are final; the text is cut at its surest predicted end."""
-    rule = Either(rules=(LearnedBlock(weights=weights), Quota()))
+def learn2pd(weights: str | None = None, above: float | None = 0.9, size: int = 32) -> Recipe:
+    """Learn2PD: a trained filter says which slots are final; the text is cut at its surest predicted end.
+
+    weights: a file of `hasten train filter --form block`; None: the one in the model's folder. above None: as calibrated.
+    """
+    rule = Either(rules=(LearnedBlock(weights=weights, above=above), Quota()))
     return _decode(rule, "Learn2PD, arXiv 2509.25188", blocks=size, end=AtSurestEnd())
 
 
-def learned_filter(weights: str = "filter.safetensors", size: int = 32) -> Recipe:
-    """A trained filter for blocks of any size, calibrated for a share of wrong tokens; ends are cut only when they are sure."""
-    return _decode(Learned(weights=weights), "Learn2PD, arXiv 2509.25188", blocks=size, end=AtPredictedEnd())
+def learned_filter(weights: str | None = None, above: float | None = None, size: int = 32) -> Recipe:
+    """Ours: a trained filter for blocks of any size, calibrated for a share of wrong tokens; ends are cut only when they are sure.
+
+    weights: a file of `hasten train filter`; None: the one in the model's folder. above None: as calibrated.
+    """
+    rule = Learned(weights=weights, above=above)
+    return _decode(rule, "Learn2PD, arXiv 2509.25188", blocks=size, end=AtPredictedEnd())
 
 
 def dparallel(above: float = 0.5, size: int = 32) -> Recipe:

@@ -20,6 +20,7 @@ from hasten.limits import Limits
 from hasten.noise import seeds
 from hasten.pipelines.host import hardware
 from hasten.pipelines.text.arguments import PLAIN, Decoding
+from hasten.pipelines.text.filters import own_filters
 from hasten.pipelines.text.loop import Evaluate, OnStep, TextLoop
 from hasten.pipelines.text.output import Sheet, TextOutput
 from hasten.pipelines.text.prompts import Prompts
@@ -175,8 +176,10 @@ class Job:
 
 
 def fitting(recipe: Recipe, host: TextHost, tokenizer: Any = None) -> Recipe:
-    """The recipe, if it can act on this model; delimiters in it get their ids. Raises `UsageError` or `RefusedError`."""
+    """The recipe, if it can act on this model; delimiters in it get their ids, and trained filters that are not named are
+    the model's own. Raises `UsageError` or `RefusedError`."""
     acts_on_texts(recipe)
+    recipe = own_filters(recipe, host.model)
     if isinstance(recipe.kv, TokenKV) and not isinstance(recipe.kv, Recompute) and not host.caches:
         raise RefusedError(
             f"Recipe {recipe.name!r} keeps keys and values ({recipe.kv.kind}), and those of {type(host.model).__name__} change"

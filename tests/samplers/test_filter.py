@@ -111,7 +111,7 @@ def test_a_block_longer_than_the_filter_is_not_guessed_at(tmp_path: Path) -> Non
 
 class TestFiles:
     def test_a_missing_one(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"Cannot read the filter .*nowhere.*fit"):
+        with pytest.raises(UsageError, match=r"Cannot read the filter .*nowhere.*hasten train filter"):
             Learned(weights=str(tmp_path / "nowhere.safetensors")).start()
 
     def test_something_else(self, tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""What trained commit filters are worth on a model's held-out list tasks, and whether they keep their promise.
+
+    python benchmarks/text_filter.py [--model tiny-dllm] [--seeds 6 5] [--count 16]
+
+Two tables. Ways of decoding: exact match, evaluations, token-layers, agreement with sequential decoding. Filters: the share of a
+text's slots of which a wrong token passes at some step of sequential decoding, which is what `--false-commits` bounds (the
+questions here are of the split that no training, the filters' own included, has seen). Seed 77 is the docs' and not for tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from hasten.distill.text_filter import collect, risk, score
+from hasten.pipelines.bench.dllm import SLOTS, Bench, lists, table
+from hasten.pipelines.recipes import recipe
+from hasten.pipelines.text.filters import FILES
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.loading import open_text
+from hasten.pipelines.tiny_models import path
+from hasten.samplers.filter import Form, load
+
+WAYS = ("threshold", "credit", "eb-sampler", "learn2pd", "learn2pd:above=null", "learned-filter")
+KEYS = ("nfe", "token_layers", "exact_match", "agreement", "position_agreement", "exact_insert", "exact_shuffle")
+
+
+def promise(measured: Bench, model: str, form: Form, seed: int, count: int) -> dict[str, Any]:
+    """One filter on the sequential states of new questions."""
+    work = lists(measured.tokenizer, count, seed)
+    found = load(path(model) / FILES[form], form)
+    traces = collect(measured.host, work.prompts, [SLOTS] * len(work.prompts), recipe("learned-filter"), form=form)
+    told = score(found.net, traces, found.above)
+    return {"form": form, "n": len(work.prompts), "above": found.above, "false": risk(found.net, traces, found.above), **told}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-dllm")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[6, 5])
+    parser.add_argument("--count", type=int, default=16, help="questions of each task")
+    options = parser.parse_args()
+    measured = Bench(*_opened(options.model))
+    for seed in options.seeds:
+        work = lists(measured.tokenizer, options.count, seed)
+        for row in table(measured, work, WAYS, options.model):
+            numbers = {key: round(row[key], 4) for key in KEYS if key in row}
+            print(json.dumps({"seed": seed, "n": row["n"], "recipe": row["recipe"], **numbers, "note": row.get("note", "")}), flush=True)
+        for form in FILES:
+            print(json.dumps({"seed": seed, **promise(measured, options.model, form, seed, options.count)}), flush=True)
+
+
+def _opened(model: str) -> tuple[Any, Any]:
+    network, tokenizer = open_text(model, None, "cpu")
+    return choose(network, tokenizer), tokenizer
+
+
+if __name__ == "__main__":
+    main()
