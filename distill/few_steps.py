@@ -13,14 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import Condition
 from hasten.distill.paths import NoisePath, spread
 from hasten.distill.roles import Guided, Role
 from hasten.errors import UsageError
 
-How = Literal["consistency", "ode"]
+How = Literal["consistency", "ode", "map"]
 """`consistency`: to the data, and back with fresh noise (what LCM schedulers do). `ode`: Euler steps in angle, exact on
-the circle while x0 and z stay: DDIM."""
+the circle while x0 and z stay: DDIM. `map`: the same steps by a network that is told where each of them ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,18 @@ Noise = Callable[[int, Tensor], Tensor]
 
 
 def sample(
-    role: Role | Guided, x: Tensor, condition: Condition, steps: FewSteps, noise: Noise | None = None
+    role: Role | Guided | Hinted | FlowMap, x: Tensor, condition: Condition, steps: FewSteps, noise: Noise | None = None
 ) -> Tensor:
     """x0 [B, ...] from pure noise x. noise: fresh noise between calls; wanted by `consistency` with several calls."""
+    if (steps.how == "map") != isinstance(role, FlowMap):
+        raise UsageError(f"Sampling by {steps.how!r} does not fit {type(role).__name__}; 'map' and FlowMap belong together.")
     x0, z = x, x
     for number, (angle, after) in enumerate(zip(steps.angles, (*steps.angles[1:], 0.0), strict=True)):
         tau = torch.full((len(x),), angle, dtype=torch.float64, device=x.device)
-        velocity = role.velocity(x, tau, condition)
+        if isinstance(role, FlowMap):
+            velocity = role.toward(x, tau, torch.full_like(tau, after), condition)
+        else:
+            velocity = role.velocity(x, tau, condition)
         cos, sin = (spread(part, x) for part in (tau.cos(), tau.sin()))
         x0, z = cos * x - sin * velocity, sin * x + cos * velocity
         if after == 0.0:

@@ -85,16 +85,18 @@ class HostCall:
     channels: int | None
 
     def __call__(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """The network's answer as the solver would get it, float32 [B, ...]. x in the network's own scale; time [B]."""
+        """The network's answer as the solver would get it [B, ...], float32 (float64 of a float64 network). x in the
+        network's own scale; time [B]."""
+        wide = torch.promote_types(self.dtype, torch.float32)
         arguments = dict(self.fixed)
         arguments[self.layout.sample] = x.to(self.dtype)
         assert self.layout.timestep is not None
-        arguments[self.layout.timestep] = time.to(x.device, torch.float32)
+        arguments[self.layout.timestep] = time.to(x.device, wide)
         _place(arguments, condition.tensors)
         answer = Output(self.network(**arguments)).tensors[0]
         if self.channels is not None:
             answer = answer[:, : self.channels]
-        return self.sign * answer.float()
+        return self.sign * answer.to(wide)
 
 
 class _Caught(Exception):

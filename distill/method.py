@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from hasten.distill.draw import Draw
 from hasten.distill.few_steps import FewSteps
+from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import Condition
-from hasten.distill.roles import Roles
+from hasten.distill.roles import Role, Roles
 from hasten.part import Part
 
 Data = Literal["latents", "prompts", "pairs", "tokens"]
@@ -96,6 +97,10 @@ class MethodState:
     def decay(self, role: str) -> float:
         """How slowly an average follows the student, in [0, 1)."""
         raise NotImplementedError
+
+    def student(self) -> Role | Hinted | FlowMap:
+        """Who is sampled: the student, told what it was trained to be told."""
+        return self.roles["student"]
 
     def sampler(self) -> FewSteps | None:
         """How the student is to be sampled; None where it is sampled like the teacher."""

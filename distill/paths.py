@@ -37,6 +37,12 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def turned(x: Tensor, velocity: Tensor, angle: Tensor) -> Tensor:
+    """Where x is `angle` (float64 [B]) radians nearer to the data if x0 and z stay what they are: cos x - sin F. A DDIM
+    step, and at `angle` = tau the data themselves."""
+    return spread(angle.cos(), x) * x - spread(angle.sin(), x) * velocity
+
+
 class NoisePath(ABC):
     """How noisy the input of a network is at its time t, and what its output means."""
 

@@ -95,6 +95,10 @@ class Guided:
         c, u = self.role.velocity(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
         return guided(u, c, self.s)
 
+    def playing(self) -> AbstractContextManager[None]:
+        """As `Role.playing`."""
+        return self.role.playing()
+
 
 class Stage:
     """A network with named adapters, of which some are on. Switching costs one pass over the adapted layers, and
