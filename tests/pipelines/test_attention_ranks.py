@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,3 +170,22 @@ def test_heads_are_padded_or_refused(ring: int, ulysses: int, heads: int | None,
     assert (inner.ring_degree, inner.ulysses_degree) == (1, ring * ulysses) and not inner.ring_anything
     assert inner.ulysses_anything == (trades == "padded")
     assert (made is config) == (ring == 1) and config.context_parallel_config.ring_degree == ring, "the user's stays"
+
+
+def test_what_is_set_on_a_followed_processor_stays_when_it_is_not() -> None:
+    """As `enable_parallelism` does in the middle of a session."""
+    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ParallelConfig
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    from hasten.pipelines.attention_processors import stand_in
+
+    original, config = WanAttnProcessor(), ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    made = stand_in(original, SimpleNamespace(heads=3), torch.zeros(0))
+    assert made._parallel_config is None and isinstance(made, WanAttnProcessor)
+    made._parallel_config = config
+    assert original._parallel_config is config and WanAttnProcessor._parallel_config is None
+    inner = made._parallel_config.context_parallel_config
+    assert inner.ulysses_degree == 2 and inner.ulysses_anything
+    made._parallel_config = None
+    assert original._parallel_config is None is made._parallel_config
