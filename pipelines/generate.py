@@ -112,8 +112,9 @@ def plan(pipe: Any, request: Request, limits: Limits | None = None) -> dict[str,
     call |= arguments_of(pipe, {own: getattr(request, own) for own in _NAMES})
     for key, value in request.extra.items():
         if key not in known or key in _RESERVED or key.startswith("callback"):
-            allowed = sorted(set(known) - _RESERVED - {"kwargs"})
-            raise UsageError(f"{name} cannot be given {key!r} here.{nearest(key, allowed)}")
+            allowed = sorted(own for own in set(known) - _RESERVED - {"kwargs"} if not own.startswith("callback"))
+            meant = nearest(key, allowed) or f" It takes {', '.join(allowed)}."
+            raise UsageError(f"{name} cannot be given {key!r} here.{meant}")
         call[key] = value
     _check(pipe, request, call, limits or Limits())
     if "use_resolution_binning" in known:

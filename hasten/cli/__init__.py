@@ -27,7 +27,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="hasten",
-    help="Makes diffusers pipelines generate faster, and says exactly what it skipped.",
+    help="Makes diffusers and transformers models generate faster, and says exactly what it skipped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -59,7 +59,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Makes diffusers pipelines generate faster, and says exactly what it skipped."""
+    """Makes diffusers and transformers models generate faster, and says exactly what it skipped."""
 
 
 def main(args: list[str] | None = None) -> int:

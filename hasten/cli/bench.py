@@ -48,10 +48,10 @@ def overhead(
 def recipes(
     model: Model = "tiny-video",
     recipe: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May be repeated. [default: balanced and fast]")
+        list[str] | None, typer.Option(metavar="NAME", help="May be repeated. Default: balanced and fast.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="One prompt a line. [default: 16 of our own]")
+        Path | None, typer.Option(metavar="FILE", help="One prompt a line. Default: 16 of our own.")
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", help="How many of the prompts.", min=1)] = 16,
     seeds: Annotated[int, typer.Option(metavar="N", help="Seeds per prompt.", min=1)] = 2,
@@ -71,15 +71,8 @@ def recipes(
         from hasten.pipelines.bench.measure import bench_recipes
         from hasten.pipelines.bench.shots import Sample
         from hasten.pipelines.generate import makes_video
-        from hasten.pipelines.loading import open_pipeline
-        from hasten.pipelines.tiny_models import call_defaults
 
-        pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
-        call = call_defaults(pipe)
-        if "num_inference_steps" not in call:
-            raise UsageError(
-                f"hasten bench recipes needs a bundled model, got {model}. Use hasten compare for others."
-            )
+        pipe, call = _bundled("recipes", model, device, dtype)
         texts = [item.text for item in collect([], prompts, 0)] if prompts else own_prompts(makes_video(pipe))
         samples = [Sample(text, seed) for text in texts[:count] for seed in range(seeds)]
         rows = bench_recipes(
@@ -111,7 +104,7 @@ def cache(
         typer.Option(
             metavar="NAME",
             help="A recipe, or one with arguments: easycache:limit=0.1. May be repeated."
-            " [default: all, and auto over tolerances]",
+            " Default: all, and auto over tolerances.",
         ),
     ] = None,
     ours: Annotated[str, typer.Option(metavar="NAME", help="The preset that the bars are about.")] = "auto",
@@ -136,35 +129,19 @@ def cache(
         from hasten.pipelines.bench.peers import sweep
         from hasten.pipelines.bench.shots import Sample
         from hasten.pipelines.generate import makes_video
-        from hasten.pipelines.loading import open_pipeline
-        from hasten.pipelines.tiny_models import call_defaults
 
         chosen = dict(preset(text) for text in presets or all_presets())
         if jobs > 1:
             import torch
 
             torch.set_num_threads(1)  # before anything runs: forks beside other threads hang
-        pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
-        call = call_defaults(pipe)
-        if "num_inference_steps" not in call:
-            raise UsageError(
-                f"hasten bench cache needs a bundled model, got {model}. Use hasten compare for others."
-            )
+        pipe, call = _bundled("cache", model, device, dtype)
         texts = own_prompts(makes_video(pipe))[:prompts]
         samples = [Sample(text, seed) for seed in range(seeds) for text in texts]
-        others = sweep(pipe, call, thin) if peers else []
         bench = bench_cache(
-            pipe,
-            call,
-            samples,
-            chosen,
-            model=model,
-            peers=others,
-            oracle_of=ours if oracle else "",
-            thin=thin,
-            jobs=jobs,
-            tell=output.note,
-        )
+            pipe, call, samples, chosen, model=model, peers=sweep(pipe, call, thin) if peers else [],
+            oracle_of=ours if oracle else "", thin=thin, jobs=jobs, tell=output.note,
+        )  # fmt: skip
         verdicts = bars(bench.rows, ours, bench.outcomes)
         output.table(bench.rows)
         output.say("")
@@ -186,6 +163,18 @@ def cache(
             bars=[bar.to_dict() for bar in verdicts],
             outcomes=bench.outcomes,
         )
+
+
+def _bundled(command: str, model: str, device: str | None, dtype: str | None) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, and the call that belongs to it. Raises `UsageError` where none does."""
+    from hasten.pipelines.loading import open_pipeline
+    from hasten.pipelines.tiny_models import call_defaults
+
+    pipe = open_pipeline(model, device=device, dtype=dtype, quiet=True)
+    call = call_defaults(pipe)
+    if "num_inference_steps" not in call:
+        raise UsageError(f"hasten bench {command} needs a bundled model, got {model}. Use hasten compare for others.")
+    return pipe, call
 
 
 def _drawn(model: str, rows: list[dict[str, Any]]) -> str:

@@ -54,6 +54,7 @@ def dllm(
         from hasten.errors import UsageError
         from hasten.pipelines.bench import dllm as bench
         from hasten.pipelines.bench.dllm_bars import bars
+        from hasten.pipelines.recipes import recipe as find_recipe
         from hasten.pipelines.text_models.families import choose
         from hasten.pipelines.text_models.loading import open_text
 
@@ -62,6 +63,8 @@ def dllm(
         for name in wanted:
             if name not in works:
                 raise UsageError(f"There is no workload {name!r}; allowed: {', '.join(works)}.")
+        for name in recipe or []:
+            find_recipe(name)  # a misspelt one is said before anything is measured
         network, tokenizer = open_text(model, None, device, dtype)
         measured = bench.Bench(choose(network, tokenizer), tokenizer, batch, repeats)
         names = recipe or (bench.few() if quick else bench.every(measured.host.facts))

@@ -27,11 +27,11 @@ def compare(
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|FILE", help="May be repeated. [default: balanced and fast]"),
+        typer.Option(metavar="NAME|FILE", help="May be repeated. Default: balanced and fast."),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(metavar="N", help="May be repeated. [default: 0]")] = None,
+    seed: Annotated[list[int] | None, typer.Option(metavar="N", help="May be repeated. Default: 0.")] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Solver steps. [default: the model's]")
+        int | None, typer.Option(metavar="N", help="Solver steps. Default: the model's.")
     ] = None,
     height: Annotated[int | None, typer.Option(metavar="N", help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Pixels.")] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.cli.options import Device, Dtype, Revision
 from hasten.cli.output import JsonOption, Output, hardware, versions
 from hasten.errors import UsageError
 
@@ -17,16 +18,16 @@ MARKS = {"ok": "ok", "failed": "FAILED", "absent": "absent", "refused": "refused
 
 
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Also check hasten's promises on this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also check hasten's promises on this diffusers model.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes longer.")] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also check torch.compile on the model's blocks, which takes longest.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps. [default: the first accelerator]")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, for --model.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     json: JsonOption = None,
 ) -> None:
     """Versions, devices, and which backends give right results here; with --model, whether it passes our checks.
@@ -41,17 +42,16 @@ def doctor(
             raise UsageError("--compile belongs to a model's checks; name one with --model, or leave it out.")
         from hasten.pipelines.doctor.backends import backends
         from hasten.pipelines.doctor.conformance import conformance
-        from hasten.pipelines.loading import check_name, open_pipeline, pick_device
+        from hasten.pipelines.loading import open_pipeline, pick_device
 
         place = pick_device(device)
-        if model is not None:
-            check_name(model)
+        # A model that cannot be opened is said before anything is measured.
+        pipe = open_pipeline(model, revision=revision, device=device, dtype=dtype, quiet=True) if model else None
         out.say("  ".join(f"{name} {number}" for name, number in versions().items()))
         out.say("  ".join(f"{key} {value}" for key, value in hardware().items()))
         out.say(f"\nBackends on {place}, each against float64:")
         rows = _show(out, backends(place, quick=quick), {"section": "backends"})
-        if model is not None:
-            pipe = open_pipeline(model, revision=revision, device=device, dtype=dtype, quiet=True)
+        if pipe is not None:
             out.say(f"\n{model} ({type(pipe).__name__}):")
             rows += _show(out, conformance(pipe, quick=quick, compiled=compiled), {"section": "model", "model": model})
         wrong = [row["check"] for row in rows if row["status"] == "failed"]

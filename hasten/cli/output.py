@@ -147,7 +147,7 @@ def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | None = None)
 def cell(key: str, row: dict[str, Any]) -> str:
     """One value as a table shows it."""
     value = row.get(key)
-    if key.startswith("psnr") and value is None and row.get("exact_match"):
+    if key.startswith("psnr") and value is None and row.get("exact_match") is True:  # for texts it is a share
         return "identical"
     if value is None:
         return ""
@@ -161,8 +161,8 @@ def cell(key: str, row: dict[str, Any]) -> str:
 def _number(key: str, value: float) -> str:
     if key == "speedup":
         return f"{value:.2f}x"
-    if key in ("computed_fraction", "density", "rho", "prompt_accuracy", "recall", "overhead", "overhead_worst"):
-        return f"{100 * value:.1f} %" if key.startswith("overhead") else f"{100 * value:.0f} %"
+    if key in ("computed_fraction", "density", "rho", "prompt_accuracy", "exact_match", "recall", "overhead", "overhead_worst"):
+        return f"{100 * value:.1f} %" if key.startswith(("overhead", "exact_match")) else f"{100 * value:.0f} %"
     if key.startswith("psnr"):
         return f"{value:.1f}"
     if key == "bytes_held":

@@ -23,12 +23,12 @@ def profile(
         str, typer.Option(metavar="MODEL", help="A bundled model, a diffusers folder, or a hub id.")
     ] = "tiny-video",
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="May be repeated. [default: ours, for bundled models]")
+        list[str] | None, typer.Option(metavar="TEXT", help="May be repeated. Default: ours, for bundled models.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One prompt a line.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Noise seed of the first prompt.", min=0)] = 1000,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Solver steps. [default: the model's]", min=4)
+        int | None, typer.Option(metavar="N", help="Solver steps. Default: the model's.", min=4)
     ] = None,
     height: Annotated[int | None, typer.Option(metavar="N", help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Pixels.")] = None,

@@ -22,10 +22,21 @@ COLUMNS = {
     "paper": "paper",
     "summary": "what it does",
 }
+MEASURED = {
+    "model": "model",
+    "recipe": "recipe",
+    "workload": "on",
+    "hardware": "hardware",
+    "speedup": "speed-up",
+    "psnr_median": "PSNR dB",
+    "exact_match": "exact match",
+}
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="One recipe, or a YAML file, in full.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One recipe, or a YAML file, in full.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """List the recipes, or show one: what it acts on, paper, parts, knobs, YAML, status, where measured."""
@@ -87,16 +98,15 @@ def _show(out: Output, recipe: Recipe, entry: Entry | None, where: list[dict[str
         "parts": parts(recipe),
         "status": entry.status if entry else "your own",
         "knobs": _knobs(entry),
+        "try": _how_to_try(recipe, acts_on(recipe)),
     }
     for key, value in facts.items():
         out.say(f"  {key + ':':9}{value}")
     if where:
         out.say("  measured:")
-        out.table(
-            where, {"model": "model", "hardware": "hardware", "speedup": "speed-up", "psnr_median": "PSNR dB"}
-        )
+        out.table(where, MEASURED)
     else:
-        out.say(f"  measured: not yet; try {_how_to_try(recipe, acts_on(recipe))}")
+        out.say("  measured: not yet")
     out.say("\nAs YAML, for --recipe FILE:\n")
     out.say(recipe.to_yaml())
 
@@ -115,18 +125,23 @@ def _knobs(entry: Entry | None) -> str:
 
 
 def measured(name: str) -> list[dict[str, Any]]:
-    """Rows of the repository's benchmark results that are about the recipe `name`; none in an installation."""
+    """Timed rows of the repository's benchmark results that are about the recipe `name`, or, without any, about it together
+    with others; none in an installation."""
     import hasten
 
     assert hasten.__file__ is not None
     folder = Path(hasten.__file__).parent.parent / "benchmarks" / "results"
-    found = []
+    alone: list[dict[str, Any]] = []
+    together: list[dict[str, Any]] = []
     for file in sorted(folder.glob("*/*.json")):
         try:
             rows = json_module.loads(file.read_text(encoding="utf-8")).get("rows", [])
         except (OSError, ValueError, AttributeError):
             continue
         for row in rows:
-            if isinstance(row, dict) and row.get("recipe") == name and not row.get("control"):
-                found.append({"hardware": file.parent.name, "file": file.name} | row)
-    return found
+            if not isinstance(row, dict) or row.get("speedup") is None or row.get("control") == "oracle":
+                continue
+            parts = [part.strip().partition(":")[0] for part in str(row["recipe"]).split("+")]
+            if name in parts:
+                (alone if parts == [name] else together).append({"hardware": file.parent.name, "file": file.name} | row)
+    return alone or together

@@ -14,6 +14,7 @@ import torch
 import hasten as package
 from hasten.cli import explain
 from hasten.cli.output import cell, strict
+from hasten.cli.recipes import measured
 from hasten.pipelines.compare import compare
 from hasten.pipelines.doctor import backends
 from hasten.pipelines.recipes import catalogue
@@ -22,7 +23,7 @@ from tests.hosts import PIXART_CALL, WAN_CALL, small_pixart, small_wan
 COMMANDS = [
     [], ["demo"], ["generate"], ["compare"], ["recipes"], ["doctor"],
     ["train"], ["train", "pretrain"], ["bench"], ["bench", "overhead"], ["bench", "recipes"], ["bench", "cache"],
-    ["bench", "attention"],
+    ["bench", "attention"], ["bench", "dllm"], ["profile"],
 ]  # fmt: skip
 
 
@@ -32,6 +33,12 @@ def test_help(hasten: Any, command: list[str]) -> None:
     assert ran.code == 0
     assert "Usage: hasten" in ran.out
     assert ran.err == ""
+
+
+def test_help_says_what_an_option_is_without_being_named(hasten: Any) -> None:
+    """Brackets in a help text are markup, and vanish."""
+    words = " ".join(hasten("compare", "--help").out.replace("│", " ").split())
+    assert "Default: balanced and fast." in words and "Default: the model's." in words
 
 
 def test_help_loads_neither_torch_nor_diffusers() -> None:
@@ -178,9 +185,26 @@ def _wrong(model: Any) -> str:
     raise AssertionError("not bit-identical")
 
 
+def test_a_wrong_name_is_said_before_anything_is_measured(hasten: Any) -> None:
+    ran = hasten("doctor", "--quick", "--model", "tiny-vidio")
+    assert ran.code == 2 and "Did you mean 'tiny-video'" in ran.sentence and "matmul" not in ran.out
+    ran = hasten("bench", "dllm", "--quick", "--recipe", "eb-sampla")
+    assert ran.code == 2 and "Did you mean 'eb-sampler'" in ran.sentence and "sequential" not in ran.err.split("error:")[0]
+
+
 def test_doctor_compiles_only_models(hasten: Any) -> None:
     ran = hasten("doctor", "--compile")
     assert ran.code == 2 and "name one with --model" in ran.sentence
+
+
+def test_what_was_measured_of_a_recipe() -> None:
+    """Whole runs, timed; together with others where there is nothing else; and a share of right texts is no PSNR."""
+    assert all(row["speedup"] and row["recipe"] == "semantic" for row in measured("semantic"))
+    assert {row["recipe"] for row in measured("echo-cache")} >= {"eb-sampler+echo-cache"}
+    assert not any(row["recipe"].startswith("oracle") for row in measured("dual-cache"))
+    assert measured("nosuch") == []
+    assert cell("psnr_median", {"exact_match": 0.99}) == "" and cell("psnr_median", {"exact_match": True}) == "identical"
+    assert cell("exact_match", {"exact_match": 0.996}) == "99.6 %"
 
 
 def test_strict_json() -> None:
