@@ -8,14 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import hasten
 from hasten.distill import text_judge
 from hasten.distill.text_tokenizer import FILE, SHA256
+from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.list_tasks import DETERMINISTIC, ask
 
 TEXTS = [name for name in tiny_models.names() if tiny_models.card(name)["kind"] == "text"]
 LEARNED = [name for name in ("tiny-lists", "tiny-dllm") if name in TEXTS]
+SOLVED = [name for name in ("tiny-lists", "tiny-dllm", "tiny-dllm-shifted") if name in TEXTS]
+MATES = [name for name in ("tiny-lm", "tiny-draft") if name in TEXTS]
 
 pytestmark = pytest.mark.skipif(not TEXTS, reason="the bundled text models are not in this checkout")
 
@@ -46,13 +51,13 @@ def text_vocabulary() -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", SOLVED)
 def test_list_tasks_are_solved_one_token_a_forward(name: str) -> None:
     model, tokenizer = tiny_models.text(name)
     rows = text_judge.tasks_rows(model, tokenizer, 16)
     match = {row["task"]: row["exact_match"] for row in rows}
     assert sum(match[task] for task in DETERMINISTIC) >= 0.95 * len(DETERMINISTIC), match
-    assert all(row["nll"] < row["closed_form"] + 2 for row in rows), rows
+    assert all(row["nll"] < row["closed_form"] + 3 for row in rows), rows  # a guess among nine letters alone costs 20 nats
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -69,3 +74,39 @@ def test_one_shot_decoding_fails_where_letters_depend_on_each_other(name: str) -
     texts = [[text_judge.read(tokenizer, row) for row in rows] for rows in (once, slowly)]
     right = [sum(q.right(text) for q, text in zip(asked, found, strict=True)) for found in texts]
     assert right[0] <= 2 and right[1] >= 7
+
+
+@pytest.mark.parametrize("name", MATES)
+def test_a_causal_mate_continues_texts(name: str) -> None:
+    """In transformers' own pipeline, under its own classes, and as a text diffusion model whose blocks are single tokens."""
+    asked = [ask("reverse", random.Random(number), held_out=True) for number in range(4)]
+    prompts = [question.prompt for question in asked]
+    pipe = hasten.load(name)
+    found = pipe(prompts, max_new_tokens=text_judge.SLOTS, do_sample=False, return_full_text=False)
+    texts = [one["generated_text"] for [one] in found]
+    assert sum(question.right(text) for question, text in zip(asked, texts, strict=True)) >= 3, texts
+    same = AutoModelForCausalLM.from_pretrained(tiny_models.path(name), dtype=torch.float32).eval()
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), pipe.model.parameters(), strict=True))
+    left_to_right = hasten.TextDiffusionPipeline(pipe.model, pipe.tokenizer, "sequential+exact-cache")
+    assert not left_to_right.notes
+    written = left_to_right.generate(prompts=prompts, max_new_tokens=text_judge.SLOTS)
+    assert written.texts == texts
+    assert int(written.nfe.max()) <= text_judge.SLOTS
+
+
+@pytest.mark.parametrize("name", [name for name in MATES if "tiny-lists" in TEXTS])
+def test_a_causal_mate_guides_a_diffusion_model(name: str) -> None:
+    """Nothing is written that only the guide wants; what it costs is counted; sizes that differ are refused at once."""
+    model, tokenizer = tiny_models.text("tiny-lists")
+    guide, words = tiny_models.text(name)
+    pipe = hasten.TextDiffusionPipeline(model, tokenizer, "guided", guide=guide, guide_tokenizer=words, probe=False)
+    asked = [ask(task, random.Random(7), held_out=True) for task in DETERMINISTIC]
+    output = pipe.generate(prompts=[question.prompt for question in asked], max_new_tokens=text_judge.SLOTS)
+    assert output.texts is not None
+    right = [question.right(text) for question, text in zip(asked, output.texts, strict=True)]
+    assert sum(right) >= len(asked) - 1, output.texts
+    assert float(output.nfe.double().mean()) < text_judge.SLOTS / 2
+    assert output.report.generations[0].guide > 0
+    guide.resize_token_embeddings(words.vocab_size - 1)
+    with pytest.raises(UsageError, match="2047 tokens and the guided model 2048"):
+        hasten.TextDiffusionPipeline(model, tokenizer, "guided", guide=guide, probe=False)
