@@ -42,11 +42,11 @@ CONTROLS = {"llada:steps=8": "llada", FAST_DLLM: "fast-dllm"}
 DECODING = (
     "threshold", "factor", "eb-sampler", "margin", "local-leap", "hierarchy", "credit", "ccd", "klass", "prophet", "saber",
     "wino", "remask", "adablock", "dparallel", "sub-blocks", "dream", "freedave", "freedave-plus",
-    "learn2pd", "learned-filter",
+    "rcr:steps=8", "remdm-conf:steps=8", "learn2pd", "learned-filter",
 )  # fmt: skip
 CACHES = (
     "prefix-cache", "dual-cache", "vicinity-cache", "dkv-cache", "dllm-cache", "free-cache", "elastic-cache", "echo-cache",
-    "exact-cache",
+    "d2-cache", "dpad", "value-cache", "exact-cache",
 )  # fmt: skip
 OURS = ("text-exact", "text-balanced", "text-fast")
 SLOTS = 16
