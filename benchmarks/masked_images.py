@@ -3,11 +3,11 @@
     python benchmarks/masked_images.py [MODEL] [--images 200] [--steps 16 24 32] [--guidance 2.5] [--sheet sheet.png]
 
 MODEL is the bundled model or what `hasten train pretrain --config tiny-mask` made. Rows of each number of steps: maskgit;
-recap-tokens as its authors have it (half of the steps compute everything, one local step a group), and with more left out
-(a quarter, three local steps); and as a control maskgit in as many steps as cost what each of these costs. A row says in
-how many images the judge reads the digit that was asked for, the Frechet distance and recall against unseen real digits
-(their own, and those of real digits put through the codebook, stand first), the share of codes that are those of maskgit in
-as many steps, and the work. All rows have the same seeds, but for the last: maskgit again with others.
+recap-tokens (half of the steps compute everything, one local step a group); and as a control maskgit in as many steps as
+cost what that costs. A row says in how many images the judge reads the digit that was asked for, the Frechet distance and
+recall against unseen real digits (their own, and those of real digits put through the codebook, stand first), of ReCAP the
+share of codes that are those of maskgit, and the work. All rows have the same seeds, but for the last: maskgit again with
+others.
 Writes `benchmarks/results/cpu-2core/masked-images.json` anew after each row.
 """
 
@@ -79,28 +79,20 @@ class Bench:
 
     def rows(self, steps: Sequence[int]) -> Iterator[tuple[Row, Tensor]]:
         """All rows: first both recipes at each number of steps, then what they are compared with."""
-        plain, saved = {}, []
+        fewer: list[tuple[int, int]] = []
         for number in steps:
-            plain[number] = row, base = self.row(f"maskgit:steps={number}")
-            yield {"steps": number, **row}, base
-            yield self._against(plain[number], number, f"recap-tokens:steps={number}", saved)
-        for number in steps:
-            yield self._against(plain[number], number, f"recap-tokens:steps={number},full={number // 4},local=3", saved)
-        for number, share in saved:
-            row, codes = self._against(plain[number], number, f"maskgit:steps={round(number * share)}", [])
-            yield row | {"control": "fewer_steps"}, codes
-        row, codes = self._against(plain[steps[0]], steps[0], f"maskgit:steps={steps[0]}", [], FIRST_SEED + 10 * self.images)
-        yield row | {"control": "other_seed"}, codes
-
-    def _against(
-        self, plain: tuple[Row, Tensor], steps: int, recipe: str, saved: list[tuple[int, float]], seed: int = FIRST_SEED
-    ) -> tuple[Row, Tensor]:
-        """A row beside maskgit in as many steps; what it computes of that goes to `saved`."""
-        row, codes = self.row(recipe, seed)
-        share = row["token_layers"] / plain[0]["token_layers"]
-        saved.append((steps, share))
-        agreement = float((codes == plain[1]).float().mean())
-        return {"steps": steps, **row, "computed_fraction": round(share, 4), "agreement": round(agreement, 4)}, codes
+            plain, base = self.row(f"maskgit:steps={number}")
+            yield {"steps": number, **plain}, base
+            row, codes = self.row(f"recap-tokens:steps={number}")
+            share = row["token_layers"] / plain["token_layers"]
+            agreement = round(float((codes == base).float().mean()), 4)
+            fewer.append((number, round(number * share)))
+            yield {"steps": number, **row, "computed_fraction": round(share, 4), "agreement": agreement}, codes
+        for number, as_many in fewer:
+            row, codes = self.row(f"maskgit:steps={as_many}")
+            yield {"steps": number, **row, "control": "fewer_steps", "computed_fraction": round(as_many / number, 4)}, codes
+        row, codes = self.row(f"maskgit:steps={steps[0]}", FIRST_SEED + 10 * self.images)
+        yield {"steps": steps[0], **row, "control": "other_seed"}, codes
 
 
 def distances(real: Tensor, fake: Tensor) -> Row:

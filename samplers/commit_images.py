@@ -23,7 +23,8 @@ class Curve(CommitRule):
 
     Of m slots, floor(m f(s / T)) are still open after evaluation s of T, with f(r) = cos(pi r / 2), or 1 - r^power where
     a power is given (ReCAP's experiments, arXiv 2505.19089, have 2.5). At least one is written by each, and one is left
-    for each that is to come, as in MaskGIT; a block with fewer than T slots is over after as many evaluations.
+    for each that is to come (MaskGIT leaves one in all, which for its cosine is the same while T <= m); a block with fewer
+    than T slots is over after as many evaluations (MaskGIT evaluates on and writes nothing).
     """
 
     kind: ClassVar[str] = "curve"

@@ -21,7 +21,6 @@ COLUMNS: Columns = {
     "agreement": ("same codes", percent),
     "token_layers": ("token-layers", lambda value: f"{value:.0f}"),
     "computed_fraction": ("of `maskgit`", percent),
-    "seconds": ("seconds", lambda value: f"{value:.2f}"),
 }
 
 NAMES = {"fewer_steps": "control: fewer steps", "other_seed": "control: other seeds", "real": "reference"}
@@ -39,7 +38,7 @@ def masked_images() -> str:
                     NAMES.get(row.get("control", ""), ""), str(row.get("steps", "")),
                     *(known(row, key, COLUMNS) for key in COLUMNS),
                 ]
-                for row in document["rows"]
+                for row in sorted(document["rows"], key=lambda row: row.get("steps", 0))
             ],
             left=2,
         )  # fmt: skip

@@ -104,8 +104,8 @@ class TestCurve:
         left, expected = 64, []
         for step in range(steps):
             wanted = math.floor(64 * math.cos(math.pi / 2 * (step + 1) / steps))
-            after = 0 if step == steps - 1 else max(steps - step - 1, min(left - 1, wanted))
-            expected.append(left - min(after, left - 1))
+            after = 0 if step == steps - 1 else max(1, min(left - 1, wanted))
+            expected.append(left - after)
             left = after
         assert numbers(Curve(steps=steps), 64) == expected
         assert sum(expected) == 64 and len(expected) == steps
