@@ -20,7 +20,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.stack import StackReuse
 from hasten.caching.width import WidthReuse
 from hasten.forecast import Hold
-from hasten.pipelines.attention_seam import AttentionSeam
+from hasten.pipelines.attention.seam import AttentionSeam
 from hasten.pipelines.host import Call, Layout, Output
 from hasten.pipelines.seams.context import ContextSeam
 from hasten.pipelines.seams.deep import DeepSeam

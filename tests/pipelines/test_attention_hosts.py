@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.pipelines.accelerate import Session
-from hasten.pipelines.attention_seam import AttentionSeam
+from hasten.pipelines.attention.seam import AttentionSeam
 from tests.conformance.loop import Loop, assert_same, solver, turn
 from tests.conformance.small import Inputs, Small, every
 from tests.hosts import FLUX_CALL, UNET_CALL, small_flux, small_unet

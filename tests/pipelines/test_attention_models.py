@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from hasten.pipelines.attention_seam import AttentionSeam
+from hasten.pipelines.attention.seam import AttentionSeam
 from hasten.sparse_attn.segments import Tokens
 from tests.conformance.loop import NAMES, Loop, Result, accelerated, assert_same, built, distance, plain
 from tests.conformance.test_restore import attributes

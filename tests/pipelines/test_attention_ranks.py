@@ -69,7 +69,7 @@ def compare(name: str, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """One case on this rank: distances from what one process gives."""
     from diffusers import ContextParallelConfig
 
-    from hasten.pipelines import attention_seam
+    from hasten.pipelines.attention import seam as attention_seam
     from tests.pipelines.attention_recipes import FULL, PART, STOOD_FOR
 
     model, call = network(case)
@@ -158,7 +158,7 @@ def test_heads_are_padded_or_refused(ring: int, ulysses: int, heads: int | None,
     from diffusers import ContextParallelConfig
     from diffusers.models._modeling_parallel import ParallelConfig
 
-    from hasten.pipelines.attention_ranks import by_heads, reason_against
+    from hasten.pipelines.attention.ranks import by_heads, reason_against
 
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses))
     if not trades:
@@ -178,7 +178,7 @@ def test_what_is_set_on_a_followed_processor_stays_when_it_is_not() -> None:
     from diffusers.models._modeling_parallel import ParallelConfig
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    from hasten.pipelines.attention_processors import stand_in
+    from hasten.pipelines.attention.processors import stand_in
 
     original, config = WanAttnProcessor(), ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
     made = stand_in(original, SimpleNamespace(heads=3), torch.zeros(0))

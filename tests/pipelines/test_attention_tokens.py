@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hasten.pipelines.attention_grids import grids_of, pictures
-from hasten.pipelines.attention_masks import readable_keys, understand, with_padding
-from hasten.pipelines.attention_sites import Site, Sites
-from hasten.pipelines.attention_tokens import CROSS, TEXT_ONLY, Key, Learned, Learning, learn
+from hasten.pipelines.attention.grids import grids_of, pictures
+from hasten.pipelines.attention.masks import readable_keys, understand, with_padding
+from hasten.pipelines.attention.sites import Site, Sites
+from hasten.pipelines.attention.tokens import CROSS, TEXT_ONLY, Key, Learned, Learning, learn
 from hasten.pipelines.host import Call, Layout
 from hasten.sparse_attn.segments import Tokens, text, video
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hasten.errors import UsageError
-from hasten.pipelines.attention_tokens import Key, Learned
+from hasten.pipelines.attention.tokens import Key, Learned
 from hasten.sparse_attn.measure.calibrate import measured
 from hasten.sparse_attn.measure.roofline import PLANNING, Machine, Shape, machine_called, predict
 from hasten.sparse_attn.policy import SparseAttention

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.pipelines.attention_grids import Grid, grids_of
-from hasten.pipelines.attention_sites import ELSEWHERE, Site
+from hasten.pipelines.attention.grids import Grid, grids_of
+from hasten.pipelines.attention.sites import ELSEWHERE, Site
 from hasten.pipelines.host import Call
 from hasten.sparse_attn.segments import Segment, Tokens, reference, text
 

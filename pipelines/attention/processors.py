@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hasten.pipelines.attention_ranks import by_heads
+from hasten.pipelines.attention.ranks import by_heads
 from hasten.sparse_attn.op import Site, attend
 
 SITE, TICKET, ORIGINAL, RANKS = "_hasten_site", "_hasten_ticket", "_hasten_original", "_hasten_ranks"

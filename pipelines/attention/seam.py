@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import HastenError
-from hasten.pipelines.attention_facts import Held, record
-from hasten.pipelines.attention_gain import declines
-from hasten.pipelines.attention_masks import Padding, readable_keys, understand, with_padding
-from hasten.pipelines.attention_ranks import Accord, is_ring
-from hasten.pipelines.attention_sites import Site, Sites
-from hasten.pipelines.attention_tokens import CROSS, PATCH, TEXT_ONLY, Key, Learned, learn
+from hasten.pipelines.attention.facts import Held, record
+from hasten.pipelines.attention.gain import declines
+from hasten.pipelines.attention.masks import Padding, readable_keys, understand, with_padding
+from hasten.pipelines.attention.ranks import Accord, is_ring
+from hasten.pipelines.attention.sites import Site, Sites
+from hasten.pipelines.attention.tokens import CROSS, PATCH, TEXT_ONLY, Key, Learned, learn
 from hasten.pipelines.host import Call
 from hasten.pipelines.seams.writes import kind_of, twin
 from hasten.sparse_attn.mask import Mask

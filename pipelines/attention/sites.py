@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hasten.errors import UsageError
-from hasten.pipelines import attention_ranks as ranks
-from hasten.pipelines.attention_processors import SITE, Catch, dense, reason_against, stand_in
+from hasten.pipelines.attention import ranks
+from hasten.pipelines.attention.processors import SITE, Catch, dense, reason_against, stand_in
 from hasten.pipelines.host import is_whole_compiled
 from hasten.session import Attachment
 from hasten.sparse_attn.op import ticket
