@@ -20,9 +20,10 @@ CASES: dict[str, dict[str, Any]] = {
     "any number of tokens": {"config": {"ring_degree": 2, "ring_anything": True}},
     "joint": {"config": {"ring_degree": 2}, "joint": True},
     "one rank declines": {"config": {"ulysses_degree": 2}, "declines": True},
+    "one rank is full": {"config": {"ring_degree": 2}, "room": 1},
 }
 """config: of diffusers. heads: of the network. joint: FLUX, where the ranks' text stands between
-parts of the image. declines: rank 1 says that nothing pays."""
+parts of the image. declines: rank 1 says that nothing pays. room: bytes that it may hold."""
 
 MIXED = {"config": {"ring_degree": 2, "ulysses_degree": 2}, "heads": 4}
 
@@ -49,14 +50,15 @@ def network(case: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), call
 
 
-def sparse(model: nn.Module, recipe: Any, call: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+def sparse(model: nn.Module, recipe: Any, call: dict[str, Any], room: int | None = None) -> tuple[torch.Tensor, Any]:
     """The last of two steps with `recipe`, and the session."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     import hasten
+    from hasten.limits import Limits
 
     scheduler = FlowMatchEulerDiscreteScheduler()
-    with hasten.accelerate(model, recipe, scheduler=scheduler) as run:
+    with hasten.accelerate(model, recipe, scheduler=scheduler, limits=Limits(max_cache_bytes=room)) as run:
         scheduler.set_timesteps(2)
         scheduler.set_begin_index(0)
         for time in scheduler.timesteps:
@@ -83,7 +85,7 @@ def compare(name: str, case: dict[str, Any], rank: int) -> dict[str, Any]:
         attention_seam.declines = lambda found, *_: {}
     try:
         for recipe in (FULL, PART, STOOD_FOR):
-            y, run = sparse(model, recipe, call)
+            y, run = sparse(model, recipe, call, case.get("room") if rank else None)
             found[recipe.name] = float((y - whole[recipe.name]).abs().max())
             found[f"{recipe.name} plain"] = float((y - plain).abs().max())
             found["calls"] = [(at.tokens, at.action) for at in run.trace.attention]
@@ -130,7 +132,7 @@ def agrees(found: dict[str, Any], name: str, tokens: int) -> None:
     assert any("trade heads for tokens" in note for note in found["notes"]) == (name != "ulysses")
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "declines" not in case])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.keys() & {"declines", "room"}])
 def test_each_rank_reads_all_tokens_of_its_heads(ranks: list[dict[str, Any]], name: str) -> None:
     for each in ranks:
         agrees(each[name], name, 22 if name == "joint" else 12)
@@ -140,6 +142,13 @@ def test_a_site_is_dense_on_all_ranks_or_on_none(ranks: list[dict[str, Any]]) ->
     for found in (each["one rank declines"] for each in ranks):
         assert not found["calls"] and found["part plain"] < 1e-5
     assert any("because another rank leaves them so" in note for note in ranks[0]["one rank declines"]["notes"])
+
+
+def test_a_rank_that_gives_up_exchanges_tokens_all_the_same(ranks: list[dict[str, Any]]) -> None:
+    """Its heads are dense from the second step on; on diffusers' own ring the other would wait for it for ever."""
+    one, two = (each["one rank is full"] for each in ranks)
+    assert len(one["calls"]) == 4 and len(two["calls"]) == 2
+    assert one["part"] == two["part"] and 1e-4 < one["part"] and 1e-4 < one["part plain"], "half of the heads are"
 
 
 @pytest.mark.slow
