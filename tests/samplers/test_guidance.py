@@ -36,6 +36,22 @@ def test_affine_is_exact_on_an_affine_combination() -> None:
     torch.testing.assert_close(state.estimate(run[2], cond[2]), uncond[2], rtol=1e-3, atol=1e-3)
 
 
+def test_affine_starts_anew_at_another_size() -> None:
+    state, run = AffineGuidance(every=4, before=0.0).start(), steps(8)
+    for i, size in enumerate((50, 60)):
+        assert state.needs(run[i])
+        state.observe(run[i], seeded(i, size), seeded(9 + i, size))
+    assert state.needs(run[2]), "nothing was fitted across sizes"
+
+
+def test_held_needs_a_difference_before_it_holds_one() -> None:
+    state, run = HeldGuidance(after=0.0, every=0).start(), steps(4)
+    assert state.needs(run[0])
+    state.observe(run[0], seeded(0, 5), seeded(1, 5))
+    assert not state.needs(run[1])
+    torch.testing.assert_close(state.estimate(run[1], seeded(2, 5)), seeded(2, 5) - seeded(0, 5) + seeded(1, 5))
+
+
 def test_affine_with_parallel_regressors_stays_finite() -> None:
     state, c = AffineGuidance(before=0.0).start(), seeded(0, 20)
     for step in steps(4)[:2]:

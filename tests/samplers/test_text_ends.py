@@ -73,6 +73,12 @@ def test_a_block_of_nothing_but_ends_is_over() -> None:
     assert ended(state, canvas) == [5, 8]
 
 
+def test_a_text_that_is_over_has_no_empty_block() -> None:
+    canvas, state = open_canvas([2, 2], [6, 6], [(4, 7), (4, 7)]), AtEmptyBlock().start(facts())
+    canvas.open = torch.tensor([True, False])
+    assert ended(state, canvas) == [8, 8]
+
+
 class TestPredictedEnd:
     """One text of 2 + 6 slots; two evaluations, two slots behind."""
 
