@@ -321,6 +321,13 @@ def test_save_chooses_by_suffix(tmp_path: Path) -> None:
         report.save(tmp_path / "no" / "r.txt")
 
 
+def test_bytes_held_are_the_most_there_ever_were() -> None:
+    trace = big_trace(2, 2)
+    for now in (300, 50_000_000, 40):
+        trace.hold(now)
+    assert Report(trace).bytes_held == 50_000_000 and "47.7 MiB" in str(Report(trace))
+
+
 def test_a_report_without_any_run() -> None:
     report = Report(Trace())
     assert report.computed_fraction == 1.0 and report.nfe == 0.0 and "WARNING" in str(report)
