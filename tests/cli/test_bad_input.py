@@ -55,6 +55,7 @@ def left_behind(folder: Path) -> list[str]:
         (["WAN", *PROMPT, "--lora", "lora.bin"], ["no LoRA", "lora.bin"]),
         (["WAN", *PROMPT, "--call", "latents=1"], ["latents"]),
         (["WAN", *PROMPT, "--call", "guidence_scale=1"], ["Did you mean 'guidance_scale'?"]),
+        (["WAN", *PROMPT, "--call", "max_new_tokens=4"], ["It takes", "num_frames"]),
         (["WAN", *PROMPT, "--fps", "0"], ["--fps"]),
         (["WAN", *PROMPT, "--promt", "x"], ["--promt"]),
     ],
