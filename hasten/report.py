@@ -206,7 +206,6 @@ class Report(Traced):
         lines = self.opening(self.scope)
         lines += [f"  {label + ':':<11} {words}" for label, words in self.trace.facts.items()]
         lines += [
-            *(f"  {label + ':':<11} {words}" for label, words in self.trace.facts.items()),
             f"  computed    {self.computed_fraction:.1%} of the block work, {self.nfe:.4g} of {self.evaluations} evaluations",
             f"  blocks      {', '.join(f'{action} {num:,.10g}' for action, num in totals.items())}",
             f"  seconds     {', '.join(f'{value:.3g}' for value in self.seconds.values()) or 'none'}",

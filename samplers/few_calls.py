@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -36,7 +37,7 @@ class FewCalls(Sampler):
         levels = self.sigmas or self.timesteps
         if not levels or (self.sigmas is not None and self.timesteps is not None):
             raise RecipeError("sampler needs either sigmas (flow matching) or timesteps (variance preserving), not empty")
-        falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(levels))
         if self.sigmas and not (falling and self.sigmas[0] == 1 and self.sigmas[-1] > 0):
             raise RecipeError(f"sampler.sigmas must fall from 1 and stay above 0, got {list(self.sigmas)}")
         if self.timesteps and not (falling and self.timesteps[-1] >= 0):
