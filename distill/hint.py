@@ -33,12 +33,15 @@ class NumberEmbedding(nn.Module):
     """number [B] -> [B, width]: sines and cosines, a layer, and a layer that starts at zero (only the last one: two
     zero layers in a row would never learn). The same weights whatever was drawn before."""
 
+    rates: Tensor
+
     def __init__(self, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         rates = torch.logspace(math.log10(LOW), math.log10(HIGH), FEATURES, dtype=torch.float64)
         self.register_buffer("rates", rates, persistent=False)
-        self.first = nn.utils.skip_init(nn.Linear, 2 * FEATURES, width, dtype=dtype)
-        self.last = nn.utils.skip_init(nn.Linear, width, width, dtype=dtype)
+        # Made on no device, so that no random number of the process is drawn.
+        self.first = nn.Linear(2 * FEATURES, width, dtype=dtype, device="meta").to_empty(device="cpu")
+        self.last = nn.Linear(width, width, dtype=dtype, device="meta").to_empty(device="cpu")
         with torch.no_grad():
             nn.init.normal_(self.first.weight, std=(2 * FEATURES) ** -0.5, generator=torch.Generator().manual_seed(0))
             nn.init.zeros_(self.first.bias)
@@ -71,7 +74,8 @@ class Hint:
 
         def told(_: nn.Module, __: object, vector: Tensor) -> Tensor:
             rows = torch.as_tensor(number, dtype=torch.float64, device=vector.device).expand(len(vector))
-            return vector + self.module(rows).to(vector.dtype)
+            embedded: Tensor = self.module(rows)
+            return vector + embedded.to(vector.dtype)
 
         handle = self._site.register_forward_hook(told)
         try:
@@ -111,6 +115,7 @@ class FlowMap:
 
 def _time_embedding(network: nn.Module) -> nn.Module:
     """The module that turns features of the time into a vector."""
+    module: nn.Module
     for name, module in network.named_modules():
         other = any(word in name for word in ("guidance", "resolution", "aspect", "add_"))
         if type(module).__name__ == "TimestepEmbedding" and not other:

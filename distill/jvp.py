@@ -82,7 +82,7 @@ def along(
         return difference(function, x, tau, dx, dtau)
     try:
         with jvp_safe_attention():
-            value, change = torch.func.jvp(function, (x, tau), (dx.to(x.dtype), dtau))
+            found: Any = torch.func.jvp(function, (x, tau), (dx.to(x.dtype), dtau))
     except (NotImplementedError, RuntimeError) as error:
         if "forward AD" not in str(error) and "jvp" not in str(error):
             raise
@@ -90,6 +90,7 @@ def along(
             f"The network has an operation without a forward derivative: {str(error).splitlines()[0][:200]} Use tangent ="
             " difference (three evaluations instead of one), or a method without tangents (lcm, pairs)."
         ) from error
+    value, change = found
     return value, change
 
 
@@ -158,7 +159,7 @@ class _Attention(TorchFunctionMode):
         mask = _added(attn_mask, is_causal, query, key)
         if query.shape[-2] <= self.length:
             return _softmax(query, key, mask, factor) @ value
-        out: Tensor = _Chunked.apply(query, key, value, mask, factor, self.chunk)
+        out: Tensor = _Chunked.apply(query, key, value, mask, factor, self.chunk)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -209,3 +209,18 @@ def test_what_a_network_cannot_hear_is_refused(tmp_path: Path) -> None:
         trainer(Guidance(scale=3, told=True), tmp_path)
     with pytest.raises(ModelError, match=r"Toy has no TimestepEmbedding.*told = false"):
         toys.trainer(MeanFlow(), tmp_path)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapters", "copies"])
+@each
+def test_half_precision_loses_no_gradient(tmp_path: Path, name: str, full: bool) -> None:
+    """Evaluations in bf16, some of them without gradient before those with; weights stay float32."""
+    made = trainer(METHODS[name], tmp_path / "a", full, precision="bf16", lr=1e-3)
+    if getattr(METHODS[name], "tangent", "exact") == "difference":
+        with pytest.raises(UsageError, match="rounding, not a tangent"):
+            made.fit()
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made.fit()
+    assert all(p.dtype == torch.float32 for p in made.players["student"].parameters.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.distill.draw import Draw
+from hasten.distill.few_steps import sample
 from hasten.distill.jvp import tangent
 from hasten.distill.method import Batch, Facts, Method, MethodState
 from hasten.distill.methods.guidance import Guidance
@@ -124,6 +126,29 @@ def test_the_direction_is_the_guided_teachers(s: float) -> None:
     assert away < 1e-12 if s == 1.0 else away > 0.1
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_loss_of_scm_and_its_gradient_are_those_of_the_formula(adaptive: bool) -> None:
+    """|g / (|g| + 0.1)|^2 / tan, whose slope in F is -2 g / D: a gradient for `off`, which every F has once."""
+    rows, path, step = batch(), Flow(), 3
+    made = roles(Mixture(), path, None)
+    state = SCM(scale=2, warmup=8, adaptive=adaptive).start(facts(made))
+    draw = Draw(0, step, range(7))
+    assert rows.x0 is not None
+    tau = (0.9 + 1.6 * draw.gaussian("time")).exp().atan()
+    x = turned(rows.x0, -draw.normal("noise", rows.x0), tau)
+    v = Guided(made["teacher"], rows.empty, 2.0).velocity(x, tau, rows.condition)
+    both = tau.cos() * tau.sin()
+    old, change = tangent(made["student"], x, tau, rows.condition, spread(both, v) * v, both)
+    c, n = spread(tau.cos(), x), spread(tau.sin(), x)
+    g = -c * c * (old - v) - 4 / 8 * (c * n * x + change)
+    g = g / (g.square().mean(1, keepdim=True).sqrt() + 0.1)
+    losses = rows_of(state, rows, step)
+    torch.testing.assert_close(losses, g.square().mean(1) / tau.tan(), rtol=1e-9, atol=0)
+    losses.sum().backward()
+    slope = -2 * (g / spread(tau.tan(), g)).sum(0) / gaussians.WIDTH
+    torch.testing.assert_close(made["student"].parameters()["off"].grad, slope, rtol=1e-9, atol=1e-12)
+
+
 # --- discrete time -------------------------------------------------------------------------------------
 
 
@@ -134,7 +159,7 @@ def test_the_residual_of_one_ddim_step_is_of_second_order(law: Law) -> None:
     for h in (0.08, 0.04, 0.02, 0.01):
         back = turned(x, law.velocity(x, tau, mean), torch.full_like(tau, h))
         sizes.append(float((law.moved(back, tau - h, 0 * tau, mean) - law.moved(x, tau, 0 * tau, mean)).norm()))
-    ratios = [a / b for a, b in zip(sizes, sizes[1:], strict=False)]
+    ratios = [a / b for a, b in itertools.pairwise(sizes)]
     assert all(3.4 < ratio < 4.6 for ratio in ratios) and 3.8 < ratios[-1] < 4.2
 
 
@@ -233,6 +258,32 @@ def test_from_noise_to_data_at_once_is_part_of_it() -> None:
     assert bool((tau == 1).all()) and bool((rho == 0).all())
 
 
+@each_law
+def test_a_map_is_sampled_in_any_number_of_calls(law: Law) -> None:
+    """All of them end where the trajectory ends; DDIM's steps with the teacher do not."""
+    made, rows = roles(law, Flow(), "map"), batch()
+    assert rows.z is not None
+    tau = torch.full((7,), math.pi / 2, dtype=torch.float64)
+    end = law.moved(rows.z, tau, 0 * tau, mean_of(rows))
+    for calls in (1, 2, 5):
+        state = MeanFlow(scale=1, calls=calls).start(facts(made))
+        hear(state)
+        steps = state.sampler()
+        assert steps is not None and len(steps.angles) == calls and steps.how == "map"
+        torch.testing.assert_close(sample(state.student(), rows.z, rows.condition, steps), end, rtol=0, atol=1e-9)
+    plain = sample(made["teacher"], rows.z, rows.condition, dataclasses.replace(steps, how="ode"))
+    assert float((plain - end).abs().max()) > 1e-2
+
+
+def test_rows_of_meanflow_weigh_by_their_own_size() -> None:
+    losses = []
+    for power in (0.0, 1.0, 0.5):
+        made = roles(Mixture(), Flow(), None)
+        losses.append(rows_of(MeanFlow(scale=2, power=power).start(facts(made)), batch()).detach())
+    torch.testing.assert_close(losses[1], losses[0] / (losses[0] + 1e-3))
+    torch.testing.assert_close(losses[2], losses[0] / (losses[0] + 1e-3).sqrt())
+
+
 # --- guidance and halving ----------------------------------------------------------------------------
 
 
@@ -251,6 +302,21 @@ def test_a_student_that_hears_the_scale_equals_the_guided_teacher() -> None:
     assert float(rows_of(Guidance(scale=3).start(facts(made)), rows).max()) < 1e-24
 
 
+def test_every_row_has_a_scale_of_its_own() -> None:
+    """The guided velocity is s - 1 times c - u away from the conditional one."""
+    rows, draw = batch(), Draw(0, 5, range(7))
+    made = roles(Mixture(), Flow(), None)
+    assert rows.x0 is not None
+    tau = Flow(1.0).angle(draw.uniform("time"))
+    x = turned(rows.x0, -draw.normal("noise", rows.x0), tau)
+    c = made["teacher"].velocity(x, tau, rows.condition)
+    u = made["teacher"].velocity(x, tau, rows.empty.rows(torch.zeros(7, dtype=torch.int64)))
+    s = 1 + 2 * draw.uniform("scale")
+    assert float(s.std()) > 0.1
+    expected = ((s - 1)[:, None] * (c - u)).square().mean(1)
+    torch.testing.assert_close(rows_of(Guidance(scale=(1, 3), told=True).start(facts(made)), rows), expected)
+
+
 def test_halving_ends_where_two_steps_end() -> None:
     """The exact map as teacher and student of one count: two exact steps are one exact step."""
     made = roles(Gaussian(), Flow(), None, names=("student", "before"))
@@ -258,7 +324,7 @@ def test_halving_ends_where_two_steps_end() -> None:
     assert [state.stage(k) for k in range(8)] == [0] * 4 + [1] * 4  # type: ignore[attr-defined]
     assert [told(state, k) for k in range(8)] == [1, 1, 1, 0, 1, 1, 1, 1]
     rows = batch()
-    x, tau, mean = points()
+    x, _, mean = points()
     law, path = Gaussian(), Flow()
     angles = torch.tensor([1.2, 0.8, 0.3], dtype=torch.float64)[:, None].expand(3, 7)
     half = turned(x, law.velocity(x, angles[0], mean), angles[0] - angles[1])
@@ -336,3 +402,21 @@ def test_the_data_are_their_own_end(method: Method) -> None:
         student.toward(x, zero, zero, condition) if hasattr(student, "toward") else student.velocity(x, zero, condition)
     )
     assert torch.equal(turned(x, velocity, zero), x)
+
+
+def test_teachers_and_targets_are_who_they_should_be() -> None:
+    """LCM aims at its target, LCM-LoRA at the student; progressive at the guided teacher first, then at `before`."""
+
+    def moved(method: Method, name: str, step: int) -> float:
+        made = roles(Mixture(), Flow(), None, names=method.trains)
+        state = method.start(facts(made, 8))
+        before = rows_of(state, batch(), step).detach()
+        with torch.no_grad():
+            made[name].host.network.off += 0.1  # type: ignore[operator]
+        return float((rows_of(state, batch(), step).detach() - before).abs().max())
+
+    lcm = LCM(scale=(1, 3), huber=0)
+    assert moved(lcm, "target", 0) > 1e-3 and moved(lcm, "teacher", 0) > 1e-4
+    halving = Progressive(scale=2, first=2)
+    assert moved(halving, "teacher", 0) > 1e-3 and moved(halving, "before", 0) == 0
+    assert moved(halving, "teacher", 7) == 0 and moved(halving, "before", 7) > 1e-3
