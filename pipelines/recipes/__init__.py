@@ -122,7 +122,8 @@ def _named(text: str) -> Recipe:
     functions, key = _functions(), name.strip().lower().replace("_", "-")
     if key not in functions:
         raise RecipeError(
-            f"Unknown recipe {name!r}; allowed: {', '.join(functions)}, or a .yaml file.{nearest(key, functions)}"
+            f"Unknown recipe {name!r}.{nearest(key, functions)} `hasten recipes` lists all {len(functions)} of them;"
+            " a .yaml file is a recipe, too."
         )
     given = dict(_argument(text, functions[key], part) for part in arguments.split(",") if part.strip())
     try:
