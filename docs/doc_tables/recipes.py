@@ -36,7 +36,8 @@ def measured_where() -> dict[str, list[str]]:
     for command in ("recipes", "cache", "attention-end-to-end", "dllm", "masked-images"):
         for file, document in documents(command):
             for row in document["rows"]:
-                if row.get("control") == "oracle" or not row.get("n"):
+                control = str(row.get("control"))
+                if control.startswith(("oracle", "fewer", "peer")) or not row.get("n"):
                     continue
                 for part in row["recipe"].partition(" @ ")[0].split("+"):
                     places = found.setdefault(re.split("[:,]", part.strip())[0], [])
