@@ -46,7 +46,8 @@ class MeanFlow(Method):
     scale: guidance of the teacher. mean, spread: t and r are sigmoids of a normal. instant: share of rows with r = t,
     where the student learns the teacher's velocity itself. whole: share of rows that go from noise to data at once.
     power: rows are weighted by (mean square + 1e-3)^-power (the paper sums squares instead: there 1e-3 is a smaller
-    share). tangent: `difference` where the network cannot be differentiated. calls: with how many the student is sampled.
+    share). tangent: `exact`, or the radians of a difference (`jvp.py` says when that is better). calls: with how many the
+    student is sampled.
     """
 
     kind: ClassVar[str] = "meanflow"
@@ -84,10 +85,10 @@ class _MeanFlowState(MethodState):
         def average(x: Tensor, tau: Tensor) -> Tensor:
             return in_flow_time(self.map.toward(x, tau, rho, batch.condition), x, tau)
 
-        # A unit of t is (sin + cos)^2 of tau.
-        pace = (tau.sin() + tau.cos()).square()
         with self.roles["student"].playing():
-            _, change = along(average, x, tau, spread(pace, x) * velocity, pace, self.method.tangent)
+            _, change = along(average, x, tau, velocity, torch.ones_like(tau), self.method.tangent, self.end)
+        # The change above is with tau, of which a unit of t is (sin + cos)^2.
+        change = spread((tau.sin() + tau.cos()).square(), x) * change
         aim = in_flow_time(velocity, x, tau) - spread(CIRCLE.time(tau) - CIRCLE.time(rho), x) * change
         square = (average(x, tau) - aim).flatten(1).square().mean(1)
         weight = (square.detach() + 1e-3) ** -self.method.power

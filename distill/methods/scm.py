@@ -2,9 +2,9 @@
 
 Lu and Song, Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models, arXiv 2410.11081, section 4 and
 algorithm 1, for any teacher as in SANA-Sprint (arXiv 2503.09641, section 3). With F- the student without gradient, v the
-teacher's velocity and J the change of F- along (cos sin v, cos sin),
+teacher's velocity and dF- the change of F- along (v, 1), which is along the trajectory,
 
-    g = -cos^2 (F- - v) - r (cos sin x + J),    r = min(1, step / warmup),    g <- g / (|g| + 0.1)
+    g = -cos^2 (F- - v) - r cos sin (x + dF-),    r = min(1, step / warmup),    g <- g / (|g| + 0.1)
     L = exp(-l(tau)) / tan(tau) |F - F- - g|^2 + l(tau)
 
 What differs from the paper: |g| is the root of the *mean* square, so that 0.1 means the same at every resolution (as in
@@ -12,7 +12,7 @@ SANA-Sprint's code); the unit of data is 1, so that 1 / (sd tan) is 1 / tan, and
 -log(0.5) = 0.69 than those written for sd = 0.5; l is a small module of its own, not a head on the network's time
 embedding, which belongs to the frozen base.
 
-Shapes: B rows; x0, x, F, g, J [B, ...]; tau, s float64 [B].
+Shapes: B rows; x0, x, F, g [B, ...]; tau, s float64 [B].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hasten.distill.guided_teacher import GuidedTeacher, Scale
 from hasten.distill.hint import Hinted, NumberEmbedding
 from hasten.distill.jvp import How, tangent
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
-from hasten.distill.paths import spread
+from hasten.distill.paths import HALF_TURN, spread
 from hasten.distill.roles import Role
 
 TOP = math.atan(160.0)
@@ -44,8 +44,8 @@ class SCM(Method):
 
     scale, told: guidance of the teacher, and whether the student hears it. mean, spread: of log tan(tau). top: share of
     the rows at the largest angle, where a one-step student is asked. warmup: steps over which the unstable part of the
-    tangent is let in. adaptive: l(tau) is learned; otherwise 0. tangent: `difference` where the network cannot be
-    differentiated. calls: with how many the student is sampled.
+    tangent is let in. adaptive: l(tau) is learned; otherwise 0. tangent: `exact`, or the radians of a difference (`jvp.py`
+    says when that is better). calls: with how many the student is sampled.
     """
 
     kind: ClassVar[str] = "scm"
@@ -60,16 +60,19 @@ class SCM(Method):
     calls: int = Field(1, ge=1)
 
     def start(self, facts: Facts) -> MethodState:
-        return _SCMState(self, facts)
+        return SCMState(self, facts)
 
 
-class _SCMState(MethodState):
+class SCMState(MethodState):
+    """Losses of continuous-time consistency; open to methods that add to them."""
+
     def __init__(self, method: SCM, facts: Facts) -> None:
         super().__init__(facts)
         self.method = method
         self.teacher = GuidedTeacher(facts, method.scale, method.told)
         path = facts.roles["student"].host.path
-        self.top = min(TOP, getattr(path, "end", TOP))
+        self.end = getattr(path, "end", HALF_TURN)
+        self.top = min(TOP, self.end)
         self.steps = FewSteps.even(method.calls, path)
         device = next(facts.roles["student"].host.network.parameters()).device
         self.weighting = NumberEmbedding(1).to(device) if method.adaptive else None
@@ -81,9 +84,9 @@ class _SCMState(MethodState):
         s = self.teacher.draw(draw)
         student = self.teacher.student(s)
         v = self.teacher.velocity(s, x, tau, batch)
-        both = tau.cos() * tau.sin()
-        old, change = tangent(student, x, tau, batch.condition, spread(both, v) * v, both, self.method.tangent)
-        g = residual(x, tau, v, old, change, min(1.0, (step + 1) / max(1, self.method.warmup)))
+        one, how = torch.ones_like(tau), self.method.tangent
+        old, slope = tangent(student, x, tau, batch.condition, v, one, how, self.end)
+        g = residual(x, tau, v, old, slope, min(1.0, (step + 1) / max(1, self.method.warmup)))
         size = g.flatten(1).square().mean(1).sqrt()
         g = g / (spread(size, g) + 0.1)
         made = student.velocity(x, tau, batch.condition)
@@ -110,11 +113,13 @@ class _SCMState(MethodState):
         return self.steps
 
 
-def residual(x: Tensor, tau: Tensor, v: Tensor, old: Tensor, change: Tensor, r: float) -> Tensor:
-    """g before normalisation [B, ...]: cos(tau) times how the student's end moves along the teacher's trajectory, at
-    r = 1. change: of `old` along (cos sin v, cos sin)."""
+def residual(x: Tensor, tau: Tensor, v: Tensor, old: Tensor, slope: Tensor, r: float) -> Tensor:
+    """g before normalisation [B, ...]: at r = 1, cos(tau) times how the student's end moves along the teacher's trajectory.
+
+    slope: of `old` along (v, 1).
+    """
     square, both = spread(tau.cos().square(), x), spread(tau.cos() * tau.sin(), x)
-    return -square * (old - v) - r * (both * x + change)
+    return -square * (old - v) - r * both * (x + slope)
 
 
 def _cosine(g: Tensor, x: Tensor) -> Tensor:

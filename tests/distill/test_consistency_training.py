@@ -35,7 +35,7 @@ METHODS: dict[str, Method] = {
     "lcm": LCM(scale=(1, 3)),
     "lcm-lora": LCMLoRA(scale=(1, 3), grid=10),
     "scm": SCM(scale=2, warmup=2, top=0.2),
-    "scm-told": SCM(scale=(1, 3), told=True, adaptive=False, tangent="difference"),
+    "scm-told": SCM(scale=(1, 3), told=True, adaptive=False, tangent=0.05),
     "meanflow": MeanFlow(scale=2, instant=0.3, whole=0.3),
     "guidance": Guidance(scale=2),
     "guidance-told": Guidance(scale=(1, 3), told=True),
@@ -196,6 +196,7 @@ def test_maps_and_other_ways_of_sampling_are_not_mixed_up() -> None:
         ({"kind": "scm", "scale": -1}, "scale must be a number of at least 0, or a range that rises, got -1"),
         ({"kind": "progressive", "first": 6, "calls": 4}, "first must be calls x 2, 4, 8.*6 and calls = 4"),
         ({"kind": "progressive", "scale": (1, 2)}, "one guidance scale.*method guidance"),
+        ({"kind": "meanflow", "tangent": 0.3}, "tangent"),
         ({"kind": "meanflow", "instance": 0.5}, "unknown key 'instance'.*'instant'"),
     ],
 )
@@ -216,7 +217,7 @@ def test_what_a_network_cannot_hear_is_refused(tmp_path: Path) -> None:
 def test_half_precision_loses_no_gradient(tmp_path: Path, name: str, full: bool) -> None:
     """Evaluations in bf16, some of them without gradient before those with; weights stay float32."""
     made = trainer(METHODS[name], tmp_path / "a", full, precision="bf16", lr=1e-3)
-    if getattr(METHODS[name], "tangent", "exact") == "difference":
+    if getattr(METHODS[name], "tangent", "exact") != "exact":
         with pytest.raises(UsageError, match="rounding, not a tangent"):
             made.fit()
         return

@@ -215,11 +215,11 @@ def test_a_difference_in_half_precision_is_refused() -> None:
 
     x, tau = torch.ones(2, 3), torch.tensor([0.3, 1.2])
     with pytest.raises(UsageError, match=r"in torch.bfloat16 is rounding.*exact"):
-        difference(f, x.bfloat16(), tau, x.bfloat16(), tau)
+        difference(f, x.bfloat16(), tau, x.bfloat16(), tau, 1e-3)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError, match=r"bfloat16.*precision = 'no'"):
-        difference(f, x, tau, x, tau)
+        difference(f, x, tau, x, tau, 1e-3)
     with pytest.raises(UsageError, match="answers in torch.float16"):
-        difference(lambda x, tau: x.half(), x, tau, x, tau)
+        difference(lambda x, tau: x.half(), x, tau, x, tau, 1e-3)
 
 
 def test_a_difference_stays_between_noise_and_data() -> None:
@@ -229,13 +229,15 @@ def test_a_difference_stays_between_noise_and_data() -> None:
         seen.append(tau)
         return x * tau.sin()[:, None]
 
-    ends = torch.tensor([0.0, torch.pi / 2, 0.0, torch.pi / 2, 0.6], dtype=torch.float64)
-    dtau = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5], dtype=torch.float64)
-    x = torch.ones(5, 2, dtype=torch.float64)
-    _, change = difference(f, x, ends, x, dtau)
+    end, step = 1.5, 0.01
+    ends = torch.tensor([0.0, end, 0.0, end, 0.6, 0.004, end - 0.004], dtype=torch.float64)
+    dtau = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5, -0.5, 2.0], dtype=torch.float64)
+    x = torch.ones(7, 2, dtype=torch.float64)
+    _, change = difference(f, x, ends, x, dtau, step, end)
     told = torch.stack(seen)
-    assert float(told.min()) >= 0 and float(told.max()) <= torch.pi / 2
-    torch.testing.assert_close(change[:, 0], ends.sin() + dtau * ends.cos(), rtol=0, atol=1e-8)
+    assert float(told.min()) >= 0 and float(told.max()) <= end
+    assert torch.equal(told[1:, 4], ends[4] + step * dtau[4] * torch.tensor([-1.0, 1.0]).double()), "both sides if there is room"
+    torch.testing.assert_close(change[:, 0], ends.sin() + dtau * ends.cos(), rtol=0, atol=1e-3)
 
 
 class _Closed(torch.autograd.Function):
@@ -259,7 +261,7 @@ def test_a_network_that_cannot_be_differentiated_is_named_with_the_way_out() -> 
             return out
 
     x, tau = torch.ones(2, 3), torch.tensor([0.3, 1.2]).double()
-    with pytest.raises(ModelError, match="without a forward derivative.*tangent = difference"):
+    with pytest.raises(ModelError, match="without a forward derivative.*tangent = 0.001"):
         tangent(Net(), x, tau, Condition({}), x, tau)
-    _, change = tangent(Net(), x, tau, Condition({}), x, tau, "difference")
-    torch.testing.assert_close(change, 2 * x, rtol=1e-2, atol=1e-2)
+    _, change = tangent(Net(), x, tau, Condition({}), x, tau, 0.01)
+    torch.testing.assert_close(change, 2 * x, rtol=1e-3, atol=1e-3)

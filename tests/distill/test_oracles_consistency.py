@@ -91,11 +91,11 @@ def test_the_tangent_vanishes_at_the_exact_student(law: Law, path: NoisePath, r:
     """With r = 1 the residual is zero for the exact student; the teacher as the student leaves one, and so does r < 1."""
     x, tau, _ = points()
     made, condition = roles(law, path), batch().condition
-    v, both = made["teacher"].velocity(x, tau, condition), tau.cos() * tau.sin()
+    v = made["teacher"].velocity(x, tau, condition)
     sizes = {}
     for name in ("student", "teacher"):
-        old, change = tangent(made[name], x, tau, condition, spread(both, v) * v, both)
-        sizes[name] = float(residual(x, tau, v, old, change, r).abs().max())
+        old, slope = tangent(made[name], x, tau, condition, v, torch.ones_like(tau))
+        sizes[name] = float(residual(x, tau, v, old, slope, r).abs().max())
     if r == 1.0:
         assert sizes["student"] < 1e-8
     else:
@@ -115,13 +115,13 @@ def test_the_direction_is_the_guided_teachers(s: float) -> None:
     aim = dataclasses.replace(rows, condition=type(rows.condition)({"encoder_hidden_states": guided(empty, mean, s)}))
     v = Guided(made["teacher"], rows.empty, s).velocity(x, tau, rows.condition)
     torch.testing.assert_close(v, made["teacher"].velocity(x, tau, aim.condition), rtol=0, atol=1e-12)
-    both = tau.cos() * tau.sin()
-    old, change = tangent(made["student"], x, tau, aim.condition, spread(both, v) * v, both)
+    one = torch.ones_like(tau)
+    old, change = tangent(made["student"], x, tau, aim.condition, v, one)
     assert float(residual(x, tau, v, old, change, 1.0).abs().max()) < 1e-12
-    _, near = tangent(made["student"], x, tau, aim.condition, spread(both, v) * v, both, "difference")
-    torch.testing.assert_close(near, change, rtol=0, atol=1e-6)
+    errors = [float((tangent(made["student"], x, tau, aim.condition, v, one, h)[1] - change).norm()) for h in (0.004, 0.002)]
+    assert errors[1] < 1e-3 and 3.6 < errors[0] / errors[1] < 4.4, "a difference along it is of second order"
     unguided = made["teacher"].velocity(x, tau, rows.condition)
-    _, other = tangent(made["student"], x, tau, aim.condition, spread(both, v) * unguided, both)
+    _, other = tangent(made["student"], x, tau, aim.condition, unguided, one)
     away = float((other - change).norm() / change.norm())
     assert away < 1e-12 if s == 1.0 else away > 0.1
 
@@ -137,9 +137,9 @@ def test_the_loss_of_scm_and_its_gradient_are_those_of_the_formula(adaptive: boo
     tau = (0.9 + 1.6 * draw.gaussian("time")).exp().atan()
     x = turned(rows.x0, -draw.normal("noise", rows.x0), tau)
     v = Guided(made["teacher"], rows.empty, 2.0).velocity(x, tau, rows.condition)
-    both = tau.cos() * tau.sin()
-    old, change = tangent(made["student"], x, tau, rows.condition, spread(both, v) * v, both)
     c, n = spread(tau.cos(), x), spread(tau.sin(), x)
+    # As the paper has it: the network is differentiated along (cos sin v, cos sin).
+    old, change = tangent(made["student"], x, tau, rows.condition, c * n * v, tau.cos() * tau.sin())
     g = -c * c * (old - v) - 4 / 8 * (c * n * x + change)
     g = g / (g.square().mean(1, keepdim=True).sqrt() + 0.1)
     losses = rows_of(state, rows, step)
@@ -241,11 +241,11 @@ def test_meanflow_has_nothing_to_teach_the_exact_map(law: Law, path: NoisePath) 
     state = MeanFlow(scale=1, power=0, instant=0.3, whole=0.0).start(facts(made))
     hear(state)
     losses = rows_of(state, rows)
-    assert float(losses.max()) < 1e-10
+    assert float(losses.detach().max()) < 1e-10
     # an exact consistency model is another map
     other = MeanFlow(scale=1, power=0, instant=0.3).start(facts(roles(law, path, "end")))
     hear(other)
-    assert float(rows_of(other, rows).mean()) > 1e-3
+    assert float(rows_of(other, rows).detach().mean()) > 1e-3
 
 
 def test_from_noise_to_data_at_once_is_part_of_it() -> None:
@@ -253,7 +253,7 @@ def test_from_noise_to_data_at_once_is_part_of_it() -> None:
     made = roles(Gaussian(), Flow(), "map")
     state = MeanFlow(scale=1, power=0, whole=1.0).start(facts(made))
     hear(state)
-    assert float(rows_of(state, rows).max()) < 1e-20
+    assert float(rows_of(state, rows).detach().max()) < 1e-20
     tau, rho = state._times(Draw(0, 5, range(12)))  # type: ignore[attr-defined]
     assert bool((tau == 1).all()) and bool((rho == 0).all())
 
@@ -291,15 +291,15 @@ def test_a_student_that_hears_the_scale_equals_the_guided_teacher() -> None:
     """Guidance of a Gaussian moves its mean: a student about that mean has no loss at s, and one elsewhere."""
     rows = batch()
     made = roles(Gaussian(), Flow(), None)
-    assert float(rows_of(Guidance(scale=1).start(facts(made)), rows).max()) < 1e-24
-    assert float(rows_of(Guidance(scale=3).start(facts(made)), rows).max()) > 1e-3
+    assert float(rows_of(Guidance(scale=1).start(facts(made)), rows).detach().max()) < 1e-24
+    assert float(rows_of(Guidance(scale=3).start(facts(made)), rows).detach().max()) > 1e-3
     mean, empty = rows.condition.tensors["encoder_hidden_states"], rows.empty.tensors["encoder_hidden_states"]
     network: Any = made["student"].host.network
     plain = network.law.velocity
     network.law = Gaussian()
     network.law.velocity = lambda x, tau, mean: plain(x, tau, guided(empty, mean, 3.0))
     assert float((mean - empty).abs().min()) > 0
-    assert float(rows_of(Guidance(scale=3).start(facts(made)), rows).max()) < 1e-24
+    assert float(rows_of(Guidance(scale=3).start(facts(made)), rows).detach().max()) < 1e-24
 
 
 def test_every_row_has_a_scale_of_its_own() -> None:
