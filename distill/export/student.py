@@ -130,14 +130,15 @@ def student_of(trainer: Any, pipe: Any, base: str, **more: Any) -> Student:
 
     Raises `RefusedError` for a student that is more than its network: one that is told numbers by modules beside it.
     """
-    heads = [label for label, _ in trainer.state.heads("student")]
-    if heads:
+    who = trainer.state.student()
+    if not isinstance(who, Role):
         raise RefusedError(
-            f"This student's network is told numbers by modules beside it ({', '.join(heads)}), which no file that diffusers"
+            f"This student's network is told numbers by modules beside it ({type(who).__name__}), which no file that diffusers"
             " reads can hold. Train with told = false, or sample it with hasten.distill."
         )
     player = trainer.players["student"]
-    weights = player.average or player.parameters
+    # Heads that are only trained with (a learned weighting) are no part of the student.
+    weights = {n: w for n, w in (player.average or player.parameters).items() if not n.startswith("heads.")}
     facts = {"method": trainer.method.kind, "steps": trainer.settings.steps, "batch": trainer.settings.batch,
              "learning rate": trainer.settings.lr, "seed": trainer.settings.seed}  # fmt: skip
     facts |= {"averaged": trainer.settings.average} if player.average else {}
