@@ -34,6 +34,10 @@ def train(
 
     Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
     """
+    if config.method.data == "tokens":
+        from hasten.distill.text_training import train_text
+
+        return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
     pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True)
     with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
         host, rows = prepare(config, pipe, out, say)
@@ -71,7 +75,7 @@ def cast(config: TrainConfig, pipe: Any, host: HostCall) -> Roles:
     if student.full:
         return Roles.of_copies(host, config.method.trains)
     adapter = Adapter(student.rank, float(student.alpha or student.rank), student.layers)
-    style = tuple(pipe.get_list_adapters().get(host.site, ())) if student.base_lora else ()
+    style = tuple(getattr(host.network, "peft_config", ())) if student.base_lora else ()
     return Roles.on_one_base(host, config.method.trains, adapter, style)
 
 

@@ -15,6 +15,7 @@ from hasten.errors import UsageError
 
 METHODS = {
     "pairs": "Learn what the teacher makes of stored noise, in one call or a few: the plainest distillation.",
+    "dparallel": "Make a text diffusion model sure of many tokens at once (tiny-dllm): fewer evaluations for the same text.",
 }
 """Method -> what it does, for --help; a test compares it with the methods that there are."""
 

@@ -1,0 +1,123 @@
+"""From a configuration to a trained language model: opens it, lets it write its own data, casts the roles, trains.
+
+The same trainer, checkpoints, resume and settings as for pictures (`training.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.distill import store, text_filter_prompts
+from hasten.distill.pretrain_state import claimed
+from hasten.distill.roles import Adapter
+from hasten.distill.store import Store
+from hasten.distill.text_filter_prompts import Asked
+from hasten.distill.text_method import TextMethod
+from hasten.distill.text_roles import TextCall, TextRoles
+from hasten.distill.text_student import save_student
+from hasten.distill.text_teach import make_texts
+from hasten.distill.train_config import TrainConfig
+from hasten.distill.trainer import Trainer
+from hasten.distill.training import MAY_CHANGE, memory
+from hasten.errors import UsageError
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.host import TextHost
+from hasten.pipelines.text_models.loading import open_text
+
+NEW = 128
+"""Tokens behind a prompt of one's own."""
+
+CALL = ("recipe", "max_new_tokens")
+"""What `data.call` may say for a language model: how the teacher writes, and how much behind each prompt."""
+
+Say = Callable[[str], None]
+
+
+def train_text(
+    config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True,
+    say: Say = lambda text: None,
+) -> Trainer:  # fmt: skip
+    """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end (`save_student`).
+    Returns the trainer.
+
+    Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
+    """
+    _check(config)
+    network, tokenizer = open_text(config.model, None, None, None)
+    host = choose(network, tokenizer)
+    with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
+        rows = prepare_texts(config, host, tokenizer, out, say)
+        roles = cast_texts(config, host)
+        say(memory(roles))
+        width = rows.conditions.tensors["ids"].shape[1]
+        trainer = Trainer(config.method, roles, rows, config.train, out, (width,), progress)
+        if trainer.fit(resume, stop_after) == config.train.steps and not config.student.full:
+            student = roles.text("student")
+            assert isinstance(config.method, TextMethod)
+            recipe = find_recipe(config.method.recipe)
+            save_student(student, out / "student", config.model, recipe, trainer.players["student"].average or None)
+        return trainer
+
+
+def prepare_texts(config: TrainConfig, host: TextHost, tokenizer: Any, out: Path, say: Say = lambda text: None) -> Store:
+    """The teacher's texts: read from `out`, or written there."""
+    call = {"recipe": "sequential", "max_new_tokens": NEW} | config.data.call
+    facts: dict[str, object] = {
+        "model": config.model, "call": call, "count": config.data.count, "prompts": config.data.prompts,
+        "seed": config.train.seed,
+    }  # fmt: skip
+    file = out / "data.safetensors"
+    if file.is_file() and store.facts(file) == json.loads(json.dumps(facts)):
+        return Store.load(file)
+    asked = _asked(config, host, tokenizer, int(call["max_new_tokens"]))
+    say(f"{config.model} writes behind {asked.about} with the recipe {call['recipe']}.")
+    made = make_texts(host, tokenizer, asked.prompts, asked.new, find_recipe(str(call["recipe"])), say=say)
+    made.save(file, facts)
+    return made
+
+
+def cast_texts(config: TrainConfig, host: TextHost) -> TextRoles:
+    """The roles that the method asks for. An adapter's first weights follow from the seed, and no others are drawn."""
+    call, student = TextCall.of(host), config.student
+    if student.full:
+        return TextRoles.of_model_copies(call, config.method.trains)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        return TextRoles.of_model(
+            call, config.method.trains, Adapter(student.rank, float(student.alpha or student.rank), student.layers)
+        )
+
+
+def _asked(config: TrainConfig, host: TextHost, tokenizer: Any, new: int) -> Asked:
+    data = config.data
+    if data.prompts:
+        lines = data.prompts if not isinstance(data.prompts, str) else _lines(Path(data.prompts))
+        return text_filter_prompts.given(lines, tokenizer, new, host.facts)
+    card = Path(getattr(host.model.config, "_name_or_path", "") or ".") / "hasten.json"
+    if not card.is_file():
+        raise UsageError(
+            f"Nobody knows what {config.model} is used for: it has no card. Pass --prompts FILE with prompts like yours, one a"
+            " line."
+        )
+    return text_filter_prompts.own(json.loads(card.read_text())["data"], tokenizer, data.count, host.facts, config.train.seed)
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    return tuple(line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+
+
+def _check(config: TrainConfig) -> None:
+    """What can be said before anything is loaded."""
+    unknown = sorted(set(config.data.call) - set(CALL))
+    if unknown:
+        raise UsageError(f"data.call of a language model has {', '.join(unknown)}; allowed: {', '.join(CALL)}.")
+    unfit = {"data.folder": config.data.folder, "data.drop": config.data.drop, "student.base_lora": config.student.base_lora}
+    for name, value in unfit.items():
+        if value:
+            raise UsageError(f"{name} = {value} has no meaning for a language model. Leave it out.")
