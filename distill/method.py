@@ -23,8 +23,9 @@ from hasten.distill.host_call import Condition
 from hasten.distill.roles import Role, Roles
 from hasten.part import Part
 
-Data = Literal["latents", "prompts", "pairs", "tokens"]
-"""What a method reads: clean latents with prompts; prompts alone; noise and the teacher's result; tokens."""
+Data = Literal["latents", "own", "prompts", "pairs", "tokens"]
+"""What a method reads: clean latents with prompts; the same, but never the teacher's; prompts alone; noise and the
+teacher's result; tokens."""
 
 
 @dataclass(slots=True)
