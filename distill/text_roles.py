@@ -4,13 +4,13 @@ A role answers with logits where a denoiser's answers with a velocity. It is cal
 (`TextHost.own`), on whole texts without padding: texts of one length go together, so that no model needs a mask for
 padding and no row can depend on how long its neighbours are.
 
-Shapes: B texts of at most L tokens; V tokens of the vocabulary; n tokens that are asked for.
+Shapes: B texts of at most L tokens; V tokens of the vocabulary; n tokens that are asked for; C channels.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -86,19 +86,60 @@ class TextCall:
         ids int64 [B, L] with masks in it, of which row b has end[b] tokens. Of a model that predicts the next token the
         first one of a text cannot be asked for.
         """
-        number = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        found, order = [], []
-        for one in end.unique().tolist():  # one look at the device per call: a training looks once per step anyway
-            mine = end == one
-            whole = self.host.own(ids[mine, : int(one)])
-            if self.facts.shifted:
-                whole = torch.cat([whole[:, :1], whole[:, :-1]], 1)
-            wanted = asked[mine, : int(one)]
-            found.append(whole[wanted])
-            order.append(number[mine, : int(one)][wanted])
-        logits = torch.cat(found)[torch.cat(order).argsort()].float()
-        never = torch.tensor(sorted(self.facts.forbidden), dtype=torch.int64, device=ids.device)
-        return logits.index_fill(1, never, NEVER)
+
+        def evaluate(rows: Tensor) -> Tensor:
+            whole = self.host.own(rows)
+            return torch.cat([whole[:, :1], whole[:, :-1]], 1) if self.facts.shifted else whole
+
+        return self.allowed(_each_length(ids, end, asked, evaluate))
+
+    def states(self, ids: Tensor, end: Tensor, asked: Tensor) -> Tensor:
+        """[n, C]: what goes into the layer that gives logits, at `asked`, unshifted; else as `logits`.
+
+        Raises `RefusedError` for a model whose last layer is not known.
+        """
+        seen: list[Tensor] = []
+
+        def evaluate(rows: Tensor) -> Tensor:
+            seen.clear()
+            self.host.own(rows)
+            return seen[0]
+
+        handle = self.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            return _each_length(ids, end, asked, evaluate)
+        finally:
+            handle.remove()
+
+    def read(self, states: Tensor) -> Tensor:
+        """Logits float32 [n, V] of states [n, C] by the model's own last layer; those never written are `NEVER`."""
+        found: Tensor = self.head(states)
+        return self.allowed(found)
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """float32 [n, V] with `NEVER` for what is never written."""
+        never = torch.tensor(sorted(self.facts.forbidden), dtype=torch.int64, device=logits.device)
+        return logits.float().index_fill(1, never, NEVER)
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer that gives logits."""
+        found = self.host.head()
+        if found is None:
+            raise RefusedError(f"Nobody knows which layer of {type(self.network).__name__} gives its logits.")
+        return found
+
+
+def _each_length(ids: Tensor, end: Tensor, asked: Tensor, evaluate: Callable[[Tensor], Tensor]) -> Tensor:
+    """evaluate(rows [b, l]) -> [b, l, ...] for the rows of each length; what it gives at `asked`, row after row."""
+    number = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+    found, order = [], []
+    for length in end.unique().tolist():  # one look at the device per call: a training looks once per step anyway
+        mine = end == length
+        wanted = asked[mine, : int(length)]
+        found.append(evaluate(ids[mine, : int(length)])[wanted])
+        order.append(number[mine, : int(length)][wanted])
+    return torch.cat(found)[torch.cat(order).argsort()]
 
 
 class TextRole(Role):
@@ -112,6 +153,11 @@ class TextRole(Role):
         """As `TextCall.logits`, by this role."""
         with self.playing():
             return self.call.logits(ids, end, asked)
+
+    def states(self, ids: Tensor, end: Tensor, asked: Tensor) -> Tensor:
+        """As `TextCall.states`, by this role."""
+        with self.playing():
+            return self.call.states(ids, end, asked)
 
     def answer(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
         raise UsageError("A language model has no velocity: this way of training is for pictures. See hasten train --help.")

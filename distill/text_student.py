@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hasten.atomic import atomic_write
-from hasten.distill.export.lora import lora_of
+from hasten.distill.export.lora import lora_of, save_network
 from hasten.distill.text_roles import TextRole
 from hasten.errors import UsageError
 from hasten.pipelines.lora import Lora
@@ -28,18 +28,19 @@ PREFIX = "base_model.model."
 
 
 def save_student(role: TextRole, folder: Path, base: str, recipe: Recipe, weights: Mapping[str, Tensor] | None = None) -> Path:
-    """Write the adapter of `role` and the recipe that it is to be decoded with.
+    """Write the adapter of `role`, or its whole network for `from_pretrained`, and the recipe that it is to be decoded with.
 
-    base: the model that it belongs to, for the configuration. weights: as `lora_of`, such as the trained average. Raises
-    `UsageError` for a student that is a whole network (`save_pretrained` writes it) or whose layers have different
-    ranks.
+    base: the model that an adapter belongs to, for its configuration. weights: as `lora_of`, such as the trained average.
+    Raises `UsageError` for an adapter whose layers have different ranks.
     """
-    adapter = lora_of(role, weights)
     folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / RECIPE, recipe.to_yaml())
+    if role.stage is None:
+        return save_network(role, folder, weights)
+    adapter = lora_of(role, weights)
     configured = _configuration(adapter, base)
     atomic_write(folder / WEIGHTS, save(_tensors(adapter), {"format": "pt"}))
     atomic_write(folder / CONFIG, json.dumps(configured, indent=2, sort_keys=True) + "\n")
-    atomic_write(folder / RECIPE, recipe.to_yaml())
     return folder
 
 

@@ -17,9 +17,8 @@ from hasten.distill.pretrain_state import claimed
 from hasten.distill.roles import Adapter
 from hasten.distill.store import Store
 from hasten.distill.text_filter_prompts import Asked
-from hasten.distill.text_method import TextMethod
+from hasten.distill.text_method import TextMethod, TextState
 from hasten.distill.text_roles import TextCall, TextRoles
-from hasten.distill.text_student import save_student
 from hasten.distill.text_teach import make_texts
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trainer import Trainer
@@ -43,7 +42,7 @@ def train_text(
     config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True,
     say: Say = lambda text: None,
 ) -> Trainer:  # fmt: skip
-    """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end (`save_student`).
+    """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end (`TextState.write`).
     Returns the trainer.
 
     Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
@@ -57,11 +56,9 @@ def train_text(
         say(memory(roles))
         width = rows.conditions.tensors["ids"].shape[1]
         trainer = Trainer(config.method, roles, rows, config.train, out, (width,), progress)
-        if trainer.fit(resume, stop_after) == config.train.steps and not config.student.full:
-            student = roles.text("student")
-            assert isinstance(config.method, TextMethod)
-            recipe = find_recipe(config.method.recipe)
-            save_student(student, out / "student", config.model, recipe, trainer.players["student"].average or None)
+        if trainer.fit(resume, stop_after) == config.train.steps:
+            assert isinstance(trainer.state, TextState) and isinstance(config.method, TextMethod)
+            trainer.state.write(out / "student", config.model, config.method.recipe, trainer.players["student"].average or None)
         return trainer
 
 
