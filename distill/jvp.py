@@ -36,8 +36,9 @@ How = Literal["exact"] | Annotated[float, Field(gt=0, le=0.2)]
 
 The features by which networks hear their time turn by up to 2000 radians per radian of the angle. A difference over 1e-4
 sees them and agrees with the exact tangent (as well as float32 can); one over 0.05 averages them out, at the same cost.
-That matters for teachers that were never made smooth in time: of tiny-flux's exact tangent at tau = 0.2, 85 % is such
-ripple, of which no step along a trajectory ever sees anything. sCM and SANA-Sprint retrain the teacher instead.
+That matters for teachers that were never made smooth in time: tiny-image's exact tangent at tau = 1.3 is 3.7 large where the
+difference over 0.05 is 1.3, and a straight way would have 1.0 (benchmarks/tangents.py). No step along a trajectory sees such
+ripple. sCM and SANA-Sprint retrain the teacher instead.
 """
 
 CHUNK = 512
