@@ -16,6 +16,7 @@ from hasten.errors import UsageError
 METHODS = {
     "lora": "Learn from your own pictures or clips: the plainest fine-tuning, a LoRA or (--full) all weights.",
     "pairs": "Learn what the teacher makes of stored noise, in one call or a few: the plainest distillation.",
+    "block": "Turn a causal model (tiny-lm) into one that writes blocks of tokens in any order (Fast-dLLM v2).",
     "dparallel": "Make a text diffusion model sure of many tokens at once (tiny-dllm): fewer evaluations for the same text.",
     "medusa": "Heads on a causal model (tiny-lm) that say the tokens behind the next one; the model itself verifies them.",
     "mtp": "An adapter for mask tokens alone: a causal model (tiny-lm) says several tokens at once and stays what it was.",

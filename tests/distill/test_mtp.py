@@ -1,10 +1,11 @@
-"""Several tokens at once from a causal model: the gate, Medusa's heads, multi-token prediction.
+"""Several tokens at once from a causal model: the gate, Medusa's heads, multi-token prediction, block diffusion.
 
 Shapes: B texts of at most L tokens, V logits.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hasten.distill.gate import gated
 from hasten.distill.host_call import Condition
 from hasten.distill.method import Batch, Method
 from hasten.distill.methods import medusa, mtp
+from hasten.distill.methods.block import KIND, BlockDiffusion, doubled_logits
 from hasten.distill.methods.medusa import Medusa, MedusaHeads
 from hasten.distill.methods.mtp import MultiToken, masks_behind
 from hasten.distill.roles import Adapter
@@ -26,7 +28,7 @@ from hasten.distill.text_roles import TextCall, TextRoles, Texts
 from hasten.errors import UsageError
 from tests.distill.test_text_methods import MASK, VOCAB, host, texts, trainer, weights
 
-METHODS: tuple[Method, ...] = (Medusa(heads=2), MultiToken(masks=3))
+METHODS: tuple[Method, ...] = (Medusa(heads=2), MultiToken(masks=3), BlockDiffusion(block=4))
 each = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
 
 
@@ -110,11 +112,36 @@ def test_what_is_written_is_what_was_trained(method: Method, tmp_path: Path) -> 
     done.fit()
     state: Any = done.state
     state.write(tmp_path / "student", "tiny", "sequential", done.players["student"].average)
+    assert (tmp_path / "student" / "adapter_model.safetensors").exists() != isinstance(method, Medusa)
+    if isinstance(method, BlockDiffusion):
+        assert json.loads((tmp_path / "student" / KIND).read_text()) == {"kind": "block", "block": 4, "shifted": True}
+        return
     file = medusa.FILE if isinstance(method, Medusa) else mtp.FILE
     label = "heads.medusa." if isinstance(method, Medusa) else "heads.sampler."
     found = load_file(tmp_path / "student" / file)
     assert found and all(torch.equal(value, done.players["student"].average[label + name]) for name, value in found.items())
-    assert (tmp_path / "student" / "adapter_model.safetensors").exists() == isinstance(method, MultiToken)
+
+
+# --- block diffusion --------------------------------------------------------------------------------
+
+
+def test_one_pass_says_what_the_block_model_says_block_by_block() -> None:
+    """For each block alone: clean text before it, masks in it, nothing behind it."""
+    roles = TextRoles.of_model(TextCall.of(host("causal")), (), Adapter(4, 4.0))
+    rows, blockwise = texts(), TextCall.of(host("block", shifted=True))  # the same weights
+    assert blockwise.facts.block == 4
+    inside = (rows.place >= rows.start[:, None]) & (rows.place < rows.end[:, None])
+    asked = inside & (torch.rand(rows.ids.shape, generator=torch.Generator().manual_seed(1)) < 0.6)
+    found = torch.zeros(*asked.shape, VOCAB)
+    found[asked] = doubled_logits(roles.text("teacher"), rows, asked, MASK, 4)
+    seen = 0
+    for begin in range(0, 17, 4):
+        mine = asked & (rows.place >= begin) & (rows.place < begin + 4)
+        end = rows.end.clamp(max=begin + 4)
+        expected = blockwise.logits(rows.ids.masked_fill(mine, MASK), end, mine)
+        torch.testing.assert_close(found[mine], expected, rtol=1e-4, atol=1e-4)
+        seen += int(mine.sum())
+    assert seen == int(asked.sum())
 
 
 # --- Medusa -----------------------------------------------------------------------------------------

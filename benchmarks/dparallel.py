@@ -1,0 +1,75 @@
+"""A text diffusion student against its teacher: evaluations and right answers on the list tasks, by threshold.
+
+    python benchmarks/dparallel.py --student OUT/student --seeds 5 6 [--count 32] [--above 0.9 0.8 0.7] [--json FILE]
+
+The student is a folder of `hasten train dparallel`, put onto the model by plain peft. Seeds 5 and 6 are for choosing; 77
+is that of the docs. `oracle` needs to know the text: no rule without that knowledge can write it in fewer evaluations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from hasten.pipelines.bench import dllm
+from hasten.pipelines.recipes import recipe
+from hasten.pipelines.text_models.families import choose
+from hasten.pipelines.text_models.loading import open_text
+
+
+def opened(model: str, student: Path | None) -> dllm.Bench:
+    """The model, with the student's adapter merged into it."""
+    network, tokenizer = open_text(model, None, None, None)
+    if student is not None:
+        network = PeftModel.from_pretrained(network, str(student)).merge_and_unload().eval()
+    return dllm.Bench(choose(network, tokenizer), tokenizer)
+
+
+def measured(bench: dllm.Bench, work: dllm.Workload, name: str) -> dict[str, Any]:
+    """Evaluations and right answers of one recipe, over all and by task (evaluations / share right)."""
+    done = bench.generate(recipe(name), work)
+    row: dict[str, Any] = {"recipe": name, "nfe": statistics.mean(done.nfe)}
+    if work.right is None:
+        return row | {"texts": [bench.answer(text) for text in done.texts]}
+    right = [check(bench.answer(text)) for check, text in zip(work.right, done.texts, strict=True)]
+    row["exact_match"] = statistics.mean(right)
+    for kind in dict.fromkeys(work.kinds):
+        mine = [i for i, its in enumerate(work.kinds) if its == kind]
+        row[kind] = [round(statistics.mean(one[i] for i in mine), 3) for one in (done.nfe, right)]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="tiny-dllm")
+    parser.add_argument("--student", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6])
+    parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--above", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--teacher", action="store_true", help="the teacher, too, with each threshold and one token at a time")
+    parser.add_argument("--json", type=Path)
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    ways = [f"dparallel:above={above}" for above in told.above]
+    players: list[tuple[str, Path | None, list[str]]] = [("teacher", None, [*ways, "sequential"])] if told.teacher else []
+    players += [("student", told.student, ways)] if told.student else []
+    rows = []
+    for player, folder, names in players:
+        bench = opened(told.model, folder)
+        for seed in told.seeds:
+            work = dllm.lists(bench.tokenizer, told.count, seed=seed)
+            for name in names:
+                rows.append({"player": player, "seed": seed, **measured(bench, work, name)})
+                print(json.dumps(rows[-1]), flush=True)
+    if told.json:
+        told.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
