@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hasten.distill.host_call import Condition, HostCall
 from hasten.distill.paths import guided, spread
@@ -127,8 +128,12 @@ class Stage:
         self._set(())
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients for these, whichever adapters are on: a loss may be differentiated when another role plays."""
-        self._trained += parameters
+        """Gradients for these, whichever adapters are on: a loss may be differentiated when another role plays. They are
+        kept in float32 beside a base in half precision, which would round small steps away."""
+        for parameter in parameters:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            self._trained.append(parameter)
         self._set(self._active)
 
     @contextmanager
@@ -142,6 +147,14 @@ class Stage:
         finally:
             if names != before:
                 self._set(before)
+
+    def recomputed(self, block: Any, *args: Any, **kwargs: Any) -> Any:
+        """A block of the network that is evaluated once more in the backward pass instead of keeping what it computed. The
+        role that plays now plays then, too, whoever does otherwise."""
+        playing = self._active
+        return checkpoint(
+            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.on(playing)), **kwargs
+        )
 
     def _set(self, names: tuple[str, ...]) -> None:
         for layer in self._layers:
@@ -191,6 +204,17 @@ class Roles(dict[str, Role]):
             twin = replace(host, network=copy.deepcopy(host.network).requires_grad_(True))
             roles[name] = Role(name, twin, None, (), True)
         return roles
+
+    def recompute(self) -> None:
+        """Keep the activations of no block: each is evaluated again in the backward pass (gradient checkpointing).
+
+        Raises `ModelError` for a network that diffusers cannot do that with.
+        """
+        for role in self.values():
+            network: Any = role.host.network
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise ModelError(f"{type(network).__name__} has no gradient checkpointing. Leave train.checkpointing out.")
+            network.enable_gradient_checkpointing(role.stage.recomputed if role.stage is not None else None)
 
     def of(self, name: str) -> Role:
         """This role. Raises `ModelError` where the training has none of that name."""

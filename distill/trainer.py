@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hasten.distill import processes
 from hasten.distill.draw import Draw
 from hasten.distill.method import Batch, Facts, Method, MethodState
 from hasten.distill.players import Player
@@ -67,8 +67,12 @@ class Trainer:
     def __post_init__(self) -> None:
         if not len(self.data):
             raise UsageError("There is no data to train on: the data set has no rows.")
+        if self.settings.checkpointing:
+            self.roles.recompute()
         self.state = self.method.start(Facts(self.roles, self.settings.steps, self.shape))
         self.players = {name: self._player(name) for name in self._names()}
+        for player in self.players.values():
+            processes.share([*player.parameters.values(), *player.buffers.values(), *player.average.values()])
 
     def fit(self, resume: bool = False, stop_after: int | None = None) -> int:
         """Train to the end, or to `stop_after` steps. Returns the number of steps done in all.
@@ -79,7 +83,8 @@ class Trainer:
         start = self._resume() if resume else 0
         last = min(self.settings.steps, stop_after or self.settings.steps)
         self.out.mkdir(parents=True, exist_ok=True)
-        truncate_log(self.out / "log.jsonl", start)
+        if processes.rank() == 0:
+            truncate_log(self.out / "log.jsonl", start)
         first = {name: _copies(player) for name, player in self.players.items()}
         saved = time.monotonic()
         with (self.out / "log.jsonl").open("a") as lines, self._bar(start) as bar:
@@ -102,7 +107,7 @@ class Trainer:
                 player.save(part / name)
             (part / "state.json").write_text(json.dumps({"step": step, "method": self.method.model_dump()}, indent=1))
 
-        if _rank() == 0:
+        if processes.rank() == 0:
             replace_folder(self.out / "latest", write)
 
     # --- one step ---------------------------------------------------------------------------------
@@ -119,8 +124,9 @@ class Trainer:
             follow(self.roles[name], self.roles["student"], self.state.decay(name))
         early = (1 + step) / (10 + step)
         self.players["student"].follow(min(self.settings.average, early))
-        # One look at the device per step, for all numbers together.
-        return dict(zip(told, torch.stack([t.double() for t in told.values()]).tolist(), strict=True))
+        # One look at the device per step, for all numbers together; all processes see the same, and stop together.
+        numbers = processes.average(torch.stack([t.double() for t in told.values()]))
+        return dict(zip(told, numbers.tolist(), strict=True))
 
     def _phase(self, player: Player, step: int, kept: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Gradients of one phase on all parts of the batch; what is to be told of it."""
@@ -144,13 +150,13 @@ class Trainer:
 
     def _parts(self, step: int) -> list[range]:
         """Numbers of this process's rows of the batch, in as many parts as are accumulated."""
-        size, processes = self.settings.batch, _processes()
-        if size % (processes * self.settings.accumulate):
+        size, several = self.settings.batch, processes.count()
+        if size % (several * self.settings.accumulate):
             raise UsageError(
-                f"batch = {size} does not divide into {processes} processes x {self.settings.accumulate} parts."
+                f"batch = {size} does not divide into {several} processes x {self.settings.accumulate} parts."
             )
-        own = size // processes
-        begin, part = _rank() * own, own // self.settings.accumulate
+        own = size // several
+        begin, part = processes.rank() * own, own // self.settings.accumulate
         return [range(begin + k * part, begin + (k + 1) * part) for k in range(self.settings.accumulate)]
 
     def _chosen(self, step: int, rows: range) -> Tensor:
@@ -200,7 +206,7 @@ class Trainer:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _bar(self, start: int) -> Any:
-        hidden = not self.progress or _rank() > 0
+        hidden = not self.progress or processes.rank() > 0
         return tqdm(total=self.settings.steps, initial=start, desc=self.method.kind, disable=hidden, mininterval=2)
 
     def _tell(self, lines: IO[str], bar: Any, step: int, row: dict[str, float]) -> None:
@@ -211,7 +217,7 @@ class Trainer:
                 f" {self.settings.lr:g}) and resume from the last checkpoint in '{self.out}'."
             )
         more = dict(self.watch(step, self)) if self.watch is not None else {}
-        if _rank() == 0:
+        if processes.rank() == 0:
             rounded = {name: float(f"{value:.6g}") for name, value in (row | more).items()}
             lines.write(json.dumps({"step": step, "time": round(time.time(), 1), **rounded}) + "\n")
         bar.update()
@@ -262,18 +268,9 @@ def _change(player: Player, rate: float, clip: float, told: dict[str, Tensor]) -
 
 
 def _average_gradients(player: Player) -> None:
-    if _processes() == 1:
+    if processes.count() == 1:
         return
     for parameter in player.parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= _processes()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        processes.average(parameter.grad)

@@ -65,17 +65,16 @@ class _LoraState(MethodState):
         x = spread(tau.cos(), x0) * x0 + spread(tau.sin(), x0) * z
         told = self.roles["student"].answer(x, tau, batch.condition)
         rows = (told - aim(self.path, x0, z, tau)).square().flatten(1).mean(1)
-        return Loss(rows * self._weights(tau).to(rows.device, rows.dtype), {"error": rows.detach().mean()})
+        if not self.method.min_snr:
+            return Loss(rows)
+        return Loss(rows * self._weights(tau).to(rows.device, rows.dtype), {"unweighted": rows.detach().mean()})
 
     def _weights(self, tau: Tensor) -> Tensor:
         """[B]: min(snr, gamma) on the error of data, in the terms of what the network predicts."""
-        gamma = self.method.min_snr
-        if not gamma:
-            return torch.ones_like(tau)
         alpha, sigma = self.path.levels(tau)
         snr = (alpha / sigma).square()
         error_of_data = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": torch.ones_like(snr)}
-        return snr.clamp(max=gamma) * error_of_data[self.path.output]
+        return snr.clamp(max=self.method.min_snr) * error_of_data[self.path.output]
 
 
 def angles(method: Lora, path: NoisePath, draw: Draw) -> Tensor:
