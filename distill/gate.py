@@ -24,9 +24,8 @@ def gated(network: nn.Module, adapter: str, mask_id: int) -> Iterator[None]:
 
     The network is called with `input_ids` int64 [m, N] by name. Raises `UsageError` where it has no such adapter.
     """
-    branches: list[Any] = [
-        module.lora_B[adapter] for module in network.modules() if adapter in getattr(module, "lora_B", ())
-    ]
+    modules: list[Any] = list(network.modules())
+    branches = [module.lora_B[adapter] for module in modules if adapter in getattr(module, "lora_B", ())]
     if not branches:
         raise UsageError(f"{type(network).__name__} has no adapter {adapter!r} to gate.")
     now: list[Tensor] = []

@@ -64,7 +64,7 @@ def train_text(
 
 def prepare_texts(config: TrainConfig, host: TextHost, tokenizer: Any, out: Path, say: Say = lambda text: None) -> Store:
     """The teacher's texts: read from `out`, or written there."""
-    call = {"recipe": "sequential", "max_new_tokens": NEW} | config.data.call
+    call: dict[str, Any] = {"recipe": "sequential", "max_new_tokens": NEW} | config.data.call
     facts: dict[str, object] = {
         "model": config.model, "call": call, "count": config.data.count, "prompts": config.data.prompts,
         "seed": config.train.seed,

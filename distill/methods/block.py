@@ -76,7 +76,7 @@ def doubled_logits(role: TextRole, texts: Texts, asked: Tensor, mask: int, block
     call, number = role.call, torch.arange(texts.ids.numel(), device=texts.ids.device).view_as(texts.ids)
     network: Any = call.network
     found, order = [], []
-    for length in texts.end.unique().tolist():  # one look at the device, as in `TextCall.logits`
+    for length in sorted(set(texts.end.tolist())):  # one look at the device, as in `TextCall.logits`
         mine, n = texts.end == length, int(length)
         clean, wanted = texts.ids[mine, :n], asked[mine, :n]
         ids = torch.cat([clean.masked_fill(wanted, mask), clean], 1)
