@@ -71,8 +71,9 @@ class Verify(Axis):
 class Adapter(Axis):
     """Axis `adapter`: a LoRA that is on the network while the recipe is on the host, a distilled student's for example.
 
-    path: a .safetensors file in diffusers' names, or a folder that has one; a relative one starts at the folder of the
-    recipe's file, where it came from a file. scale: factor on what the LoRA changes.
+    path: the name of a student that comes with hasten; or a .safetensors file in diffusers' names, or a folder that has one,
+    and a relative one starts at the folder of the recipe's file, where it came from a file. scale: factor on what the LoRA
+    changes.
     """
 
     path: str = Field(min_length=1)
@@ -82,7 +83,7 @@ class Adapter(Axis):
     @property
     def place(self) -> Path:
         """Where to look. The recipe's own folder is not written out with the recipe: it says nothing to others."""
-        return self._folder / Path(self.path).expanduser()
+        return self._folder / (Path(self.path).expanduser() if self.path.startswith("~/") else Path(self.path))
 
     def beside(self, folder: Path) -> Adapter:
         """The same, with relative paths that start at `folder`."""

@@ -17,7 +17,7 @@ from hasten.clock import Clock
 from hasten.errors import ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
-from hasten.pipelines.lora import Lora
+from hasten.pipelines.lora import Lora, find
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.seams.adapter import put_on
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
@@ -185,16 +185,17 @@ class Session:
         """Put the recipe's adapter onto its network, and sample as it was trained to be sampled."""
         adapter, sampler = self.recipe.adapter, self.recipe.sampler
         if adapter is not None:
-            lora = Lora.load(adapter.place)
-            if lora.site not in models and not isinstance(self.host, nn.Module):
+            lora = Lora.load(find(adapter))
+            network = self.host if isinstance(self.host, nn.Module) else models.get(lora.site)
+            if network is None:
                 raise ModelError(
                     f"The adapter {adapter.path!r} is for a pipeline's {lora.site}, and {type(self.host).__name__} has"
                     f" {', '.join(models)}. Load the model that it was trained for."
                 )
-            put_on(self._attachment, models.get(lora.site, next(iter(models.values()))), lora, adapter.scale)
-            self.trace.facts["adapter"] = f"{len(lora.layers)} layers changed, scale {adapter.scale:g}"
-            if remark := lora.remark(models.get(lora.site, next(iter(models.values())))):
+            put_on(self._attachment, network, lora, adapter.scale)
+            if remark := lora.remark(network):
                 self.note(remark)
+            self.trace.facts["adapter"] = f"{len(lora.layers)} layers changed, scale {adapter.scale:g}"
         if isinstance(sampler, FewCalls):
             self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
 

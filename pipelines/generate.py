@@ -17,6 +17,7 @@ from hasten.errors import ModelError, UsageError, nearest
 from hasten.limits import Limits
 from hasten.pipelines import sizes, tiny_models
 from hasten.pipelines.accelerate import Session
+from hasten.pipelines.seams.few_calls import overruled_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def plan(pipe: Any, request: Request, limits: Limits | None = None) -> dict[str,
             f"{name} takes no prompt, so hasten generate cannot drive it. Use hasten.accelerate in Python."
         )
     call = tiny_models.call_defaults(pipe)
-    call |= arguments_of(pipe, {own: getattr(request, own) for own in _NAMES})
+    call |= arguments_of(pipe, {own: getattr(request, own) for own in _NAMES}) | overruled_by(pipe)
     for key, value in request.extra.items():
         if key not in known or key in _RESERVED or key.startswith("callback"):
             allowed = sorted(own for own in set(known) - _RESERVED - {"kwargs"} if not own.startswith("callback"))

@@ -231,12 +231,25 @@ def check_lora(path: Path) -> None:
 
 def _add_lora(pipe: Any, path: Path) -> None:
     if not hasattr(pipe, "load_lora_weights"):
-        raise ModelError(f"{type(pipe).__name__} cannot take a LoRA; leave it out.")
+        _add_by_hand(pipe, path)
+        return
     try:
         pipe.load_lora_weights(str(path), use_safetensors=True)
     except Exception as error:
         said = " ".join(str(error).split())[:240]
         raise ModelError(f"The LoRA {path} does not fit {type(pipe).__name__}: {said}.") from error
+
+
+def _add_by_hand(pipe: Any, path: Path) -> None:
+    """For the pipelines of diffusers that cannot load a LoRA themselves (PixArt)."""
+    from hasten.pipelines.host import denoisers
+    from hasten.pipelines.lora import Lora
+    from hasten.pipelines.seams.adapter import add
+
+    lora, networks = Lora.load(path), denoisers(pipe)
+    if lora.site not in networks:
+        raise ModelError(f"The LoRA {path} is for a pipeline's {lora.site}; {type(pipe).__name__} has {', '.join(networks)}.")
+    add(networks[lora.site], lora, "lora")
 
 
 def pick_device(name: str | None) -> torch.device:

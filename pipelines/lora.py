@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from hasten.atomic import atomic_write
 from hasten.errors import ModelError, UsageError
+from hasten.recipe import Adapter
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name that `load_lora_weights(folder)` of diffusers looks for."""
+
+BUNDLED = Path(__file__).parent / "bundled" / "students"
+"""Folders of the students that come with hasten."""
 
 METADATA = "lora_adapter_metadata"
 """Header key under which diffusers keeps peft's configuration."""
@@ -73,7 +77,7 @@ class Lora:
         """peft's arguments for it: the usual rank and alpha, and by full name those of layers that differ."""
         ranks = [low.rank for low in self.layers.values()]
         alphas = [low.alpha for low in self.layers.values()]
-        rank, alpha = (max(values, key=values.count) for values in (ranks, alphas))
+        rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
         return {
             "r": rank,
             "lora_alpha": _plain(alpha),
@@ -170,6 +174,12 @@ def marks(network: nn.Module, names: Iterable[str], count: int = 64) -> list[flo
 _OTHER = "It was trained for another model; load that one, or another adapter."
 
 
+def find(adapter: Adapter) -> Path:
+    """Where a recipe's adapter is: the folder of a student that comes with hasten, or what its path says."""
+    names = [folder.name for folder in BUNDLED.iterdir()] if BUNDLED.is_dir() else []
+    return BUNDLED / adapter.path if adapter.path in names else adapter.place
+
+
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, header) of a safetensors file. Raises `ModelError` where it is missing or none."""
     try:
@@ -219,10 +229,10 @@ def _joined(lows: list[LowRank]) -> LowRank:
     return LowRank(down, up, float(len(down)), torch.stack(biases).sum(0) if biases else None)
 
 
-def _widths(layer: nn.Module) -> tuple[int, int]:
+def _widths(layer: Any) -> tuple[int, int]:
     """(out, in) of a linear or convolutional layer; (0, 0) for another."""
     if hasattr(layer, "out_features"):
-        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+        return int(layer.out_features), int(layer.in_features)
     return int(getattr(layer, "out_channels", 0)), int(getattr(layer, "in_channels", 0))
 
 

@@ -79,7 +79,7 @@ class Card:
         return "## Against the teacher\n\n" + "\n".join(lines) + "\n"
 
     def _with_hasten(self) -> str:
-        if self.sampler is None or self.loads == "network_folder":
+        if self.loads == "network_folder":
             return ""
         return f"""With hasten, which sets everything and takes it off again:
 ```bash
@@ -121,7 +121,7 @@ hasten generate {self.base} --prompt "..." --recipe FOLDER/recipe.yaml
             f'    weights = {{name.removeprefix("{self.site}."): file.get_tensor(name) for name in file.keys()}}',
             f'    told = json.loads(file.metadata()["{METADATA}"])',
             f'config = LoraConfig(**{{name.removeprefix("{self.site}."): value for name, value in told.items()}})',
-            f"inject_adapter_in_model(config, {network})",
+            f"inject_adapter_in_model(config, {network}, state_dict=weights)",
             f"set_peft_model_state_dict({network}, weights)",
         ]
 

@@ -38,14 +38,15 @@ def styles_of(role: Role) -> list[Lora]:
 def _adapter(role: Role, name: str, values: Mapping[str, Tensor]) -> Lora:
     network = role.host.network
     layers = {}
-    for place, layer in network.named_modules():
+    modules: list[tuple[str, Any]] = list(network.named_modules())
+    for place, layer in modules:
         if name not in getattr(layer, "lora_A", ()):
             continue
         down, up = (values.get(f"{place}.{part}.{name}.weight") for part in ("lora_A", "lora_B"))
         if down is None or up is None:
             raise UsageError(f"The weights given for role {role.name!r} lack those of {place!r}. Pass the average of this role.")
         bias = values.get(f"{place}.lora_B.{name}.bias")
-        scale = float(layer.scaling[name])  # type: ignore[index,operator]
+        scale = float(layer.scaling[name])
         layers[place] = LowRank(_kept(down), _kept(up), scale * len(down), None if bias is None else _kept(bias) * scale)
     facts = {"network": type(network).__name__, "weights": marks(network, layers)}
     return Lora(role.host.site, layers, facts)

@@ -11,7 +11,7 @@ Shapes: as in `pipelines/lora.py`; a fused layer's outputs are its parts' output
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +86,9 @@ class Names:
 
         Raises `UsageError` for a layer whose original name is not known.
         """
-        found, told, left = {}, {}, set(lora.layers)
+        found: dict[str, LowRank] = {}
+        told: dict[str, list[list[float]]] = {}
+        left = set(lora.layers)
         for name, fused in self.fused.items():
             parts = [lora.layers.get(part) for part in fused.parts]
             if not any(parts):
@@ -194,10 +196,10 @@ def _whole(change: Tensor) -> LowRank:
     return LowRank(change, up, float(out))
 
 
-def _fused(parts: tuple[str, ...], layers: list[nn.Module], swap: bool = False) -> Fused:
+def _fused(parts: tuple[str, ...], layers: list[Any], swap: bool = False) -> Fused:
     kernel = tuple(getattr(layers[0], "kernel_size", ()))
     inputs = getattr(layers[0], "in_features", None) or layers[0].in_channels
-    return Fused(parts, tuple(_width(layer) for layer in layers), (int(inputs), *kernel), swap)  # type: ignore[arg-type]
+    return Fused(parts, tuple(_width(layer) for layer in layers), (int(inputs), *kernel), swap)
 
 
 def _numbered(row: Row, network: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
@@ -236,8 +238,8 @@ def _parts(low: LowRank, widths: tuple[int, ...], told: list[list[float]] | None
     every part gets all of `down`, which is the same change at a higher rank."""
     if told is None:
         told = _equal_blocks(low, widths)
-    ups = low.up.split(list(widths))
-    biases = low.bias.split(list(widths)) if low.bias is not None else [None] * len(widths)
+    ups = torch.split(low.up, list(widths))
+    biases: Sequence[Tensor | None] = [None] * len(widths) if low.bias is None else torch.split(low.bias, list(widths))
     if told is None:
         return [LowRank(low.down, up, low.alpha, bias) for up, bias in zip(ups, biases, strict=True)]
     found: list[LowRank | None] = []
@@ -258,7 +260,7 @@ def _equal_blocks(low: LowRank, widths: tuple[int, ...]) -> list[list[float]] | 
         return None
     rank = low.rank // count
     beside = low.up.clone()
-    for number, up in enumerate(beside.split(list(widths))):
+    for number, up in enumerate(torch.split(beside, list(widths))):
         up[:, number * rank : (number + 1) * rank] = 0
     return None if beside.any() else [[rank, low.scale * rank]] * count
 

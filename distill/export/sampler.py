@@ -19,7 +19,7 @@ from hasten.distill.few_steps import FewSteps
 from hasten.distill.paths import Flow, NoisePath, VariancePreserving
 from hasten.errors import RefusedError
 from hasten.pipelines.host import Layout, denoisers
-from hasten.pipelines.seams.few_calls import arguments, changes, kind_of, scheduler_for
+from hasten.pipelines.seams.few_calls import arguments, changes, kind_of, levels_of, scheduler_for
 from hasten.samplers.few_calls import FewCalls
 
 __all__ = ["describe", "few_calls", "scheduler_for", "told_guidance"]
@@ -72,8 +72,7 @@ def told_guidance(pipe: Any, call: Mapping[str, Any]) -> float | None:
 def describe(part: FewCalls, pipe: Any) -> dict[str, Any]:
     """The sampler in plain values for headers and other programs: class and configuration of the scheduler, its levels,
     and the arguments of the pipeline's call. Raises as `few_calls`, and for a model of the other kind."""
-    levels = {"sigmas": list(part.sigmas)} if part.sigmas else {"timesteps": list(part.timesteps or ())}
     return {
-        "how": part.how, "scheduler": kind_of(part), "config": changes(part, pipe.scheduler), **levels,
+        "how": part.how, "scheduler": kind_of(part), "config": changes(part, pipe.scheduler), **levels_of(part),
         "call": arguments(type(pipe), part),
     }  # fmt: skip

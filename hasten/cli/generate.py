@@ -211,13 +211,14 @@ class _Task:
         from hasten.pipelines import generate as service
         from hasten.pipelines.accelerate import accelerate
 
-        call = service.plan(pipe, self.request)
+        service.plan(pipe, self.request)  # what it refuses is refused before anything is put onto the pipeline
         self.places.check(service.makes_video(pipe))
         rows = []
         with (
             accelerate(pipe, self.recipe) as session,
             bar(out, Path(self.model).name, shown=not quiet) as show,
         ):
+            call = service.plan(pipe, self.request)  # a student has steps and guidance of its own
             for result in service.generate(pipe, session, self.request, on_progress=show):
                 row = self._write(result, session, call)
                 rows.append(row)

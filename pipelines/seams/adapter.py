@@ -9,6 +9,7 @@ Shapes: as in `pipelines/lora.py`.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -58,8 +59,8 @@ def _refuse(network: nn.Module) -> None:
     kind = type(network).__name__
     if is_whole_compiled(network):
         raise RefusedError(f"This {kind} is compiled as a whole, so no adapter can be put on it. Open the session first.")
-    hooked = [module for module in network.modules() if getattr(module, "_diffusers_hook", None) is not None]
-    if any("group_offloading" in module._diffusers_hook.hooks for module in hooked):  # type: ignore[union-attr,operator]
+    hooks = [getattr(module, "_diffusers_hook", None) for module in network.modules()]
+    if any("group_offloading" in hook.hooks for hook in hooks if hook is not None):
         raise RefusedError(f"This {kind} is offloaded in groups, which would not move an adapter. Use offload 'model' or none.")
     for key, layer in _tuned(network).items():
         if layer.merged or layer.disable_adapters:
@@ -71,7 +72,9 @@ def _inject(network: nn.Module, lora: Lora, name: str) -> None:
     """peft's layers for every change, without weights yet: on `meta`, so that no random numbers are drawn."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(**(lora.configuration() | {"lora_bias": False}))
+    # A list of names would also match layers whose names end alike (proj_out, blocks.0.proj_out); a pattern does not.
+    exactly = "|".join(re.escape(layer) for layer in lora.layers)
+    config = LoraConfig(**(lora.configuration() | {"lora_bias": False, "target_modules": exactly}))
     with warnings.catch_warnings():  # another adapter being there already is no news to us
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)

@@ -49,6 +49,11 @@ def kind_of(part: FewCalls) -> str:
     return SCHEDULERS[part.how, "sigmas" if part.sigmas else "timesteps"]
 
 
+def levels_of(part: FewCalls) -> dict[str, list[Any]]:
+    """The levels as an argument of `set_timesteps`, and of the call of pipelines that have it."""
+    return {"sigmas": list(part.sigmas)} if part.sigmas else {"timesteps": list(part.timesteps or ())}
+
+
 def changes(part: FewCalls, host: Any) -> dict[str, Any]:
     """What that scheduler's configuration has to say; `host` is the pipeline's own scheduler.
 
@@ -81,15 +86,15 @@ def changes(part: FewCalls, host: Any) -> dict[str, Any]:
 def scheduler_for(part: FewCalls, host: Any) -> Any:
     """A scheduler of diffusers that evaluates at the part's levels and no others, whatever it is asked for.
 
-    `part.how` is "consistency": noise that its caller gives no generator for is a function of the latents it started
-    from, so that a seed still decides the picture; most pipelines give their scheduler none.
+    `part.how` is "consistency": noise that its caller gives no generator for is, row by row, a function of the latents it
+    started from, so that a seed still decides the picture; most pipelines give their scheduler none.
     Raises as `changes` does.
     """
     import diffusers
 
     made = getattr(diffusers, kind_of(part))(**changes(part, host))
     given = made.set_timesteps
-    levels = {"sigmas": list(part.sigmas)} if part.sigmas else {"timesteps": list(part.timesteps or ())}
+    levels = levels_of(part)
 
     @functools.wraps(given)
     def pinned(num_inference_steps: int | None = None, device: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -111,17 +116,17 @@ def _seeded(scheduler: Any) -> Any:
         if args or kwargs.get("generator") is not None:
             return step(model_output, timestep, sample, *args, **kwargs)
         if scheduler.step_index in (None, 0) or not drawn:
-            drawn[:] = [_generator(sample)]
-        return step(model_output, timestep, sample, **{**kwargs, "generator": drawn[0]})
+            drawn[:] = _generators(sample)
+        return step(model_output, timestep, sample, **{**kwargs, "generator": list(drawn)})
 
     return seeded
 
 
-def _generator(x: Tensor) -> torch.Generator:
-    """A generator that is a function of the noise a run starts from: one look at the device per run."""
-    start = x.detach().flatten()[:256].float().cpu().numpy().tobytes()
-    seed = int.from_bytes(hashlib.blake2b(start, digest_size=8).digest(), "big") >> 1
-    return torch.Generator().manual_seed(seed)
+def _generators(x: Tensor) -> list[torch.Generator]:
+    """A generator for each row, a function of the noise that the row starts from: one look at the device per run."""
+    starts = x.detach().flatten(1)[:, :256].float().cpu().numpy()
+    digests = [hashlib.blake2b(start.tobytes(), digest_size=8).digest() for start in starts]
+    return [torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1) for digest in digests]
 
 
 def sample_in_few_calls(attachment: Attachment, pipe: Any, part: FewCalls) -> str:
@@ -141,9 +146,9 @@ def sample_in_few_calls(attachment: Attachment, pipe: Any, part: FewCalls) -> st
     return f"{calls} by {kind_of(part)}, no guidance"
 
 
-def _members(plain: type, part: FewCalls) -> dict[str, Any]:
+def _members(plain: Any, part: FewCalls) -> dict[str, Any]:
     """What the pipeline's class has instead while a student is sampled."""
-    original = plain.__call__  # type: ignore[operator]
+    original = plain.__call__
     overruled = arguments(plain, part)
 
     @functools.wraps(original)
@@ -156,15 +161,21 @@ def _members(plain: type, part: FewCalls) -> dict[str, Any]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         """A copy or a pickle of such a pipeline is a plain one."""
-        made, (kind, *rest), *more = object.__reduce_ex__(self, protocol)
+        state: Any = object.__reduce_ex__(self, protocol)
+        made, (kind, *rest), *more = state
         return (made, (plain if kind is type(self) else kind, *rest), *more)
 
-    return {"__call__": call, "__reduce_ex__": reduce, "_hasten_plain": plain}
+    return {"__call__": call, "__reduce_ex__": reduce, "_hasten_plain": plain, "_hasten_call": overruled}
 
 
-def arguments(plain: type, part: FewCalls) -> dict[str, Any]:
+def overruled_by(pipe: Any) -> dict[str, Any]:
+    """The arguments that a student's session sets in every call of `pipe`; {} where there is none."""
+    return dict(getattr(type(pipe), "_hasten_call", {}))
+
+
+def arguments(plain: Any, part: FewCalls) -> dict[str, Any]:
     """Arguments of a call of this class of pipeline that a student needs: steps, and guidance off."""
-    known = inspect.signature(plain.__call__).parameters  # type: ignore[operator]
+    known = inspect.signature(plain.__call__).parameters
     second = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
     wanted: dict[str, Any] = {"num_inference_steps": part.calls, second: 1.0}
     if part.guidance is not None and second != "guidance_scale":

@@ -121,7 +121,8 @@ def test_diffusers_own_conversion_of_whole_checkpoints_agrees(which: str, monkey
     network = KNOWN[which]()
     checkpoint = original_checkpoint(network)
     if which == "flux":  # diffusers' conversion has the widths of the real model written in it
-        monkeypatch.setattr(torch, "split", lambda t, sizes, dim=0: t.split([24, 24, 24, 96], dim))
+        plain = torch.split
+        monkeypatch.setattr(torch, "split", lambda t, sizes, dim=0: plain(t, [24, 24, 24, 96], dim))
     rest = {name: value for name, value in network.state_dict().items() if "norm" in name or "pos_embed.pos" in name}
     checkpoint = dict(checkpoint) | _norms(which, rest)
     convert = {
@@ -284,6 +285,19 @@ def test_half_a_layer_is_refused(tmp_path: Path) -> None:
     save_file({"diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.ones(2, 24)}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="one half of 'blocks.0.self_attn.q' only"):
         read_lora(tmp_path / "x.safetensors", wan())
+
+
+def test_halves_are_exchanged_where_the_authors_have_them_the_other_way(tmp_path: Path) -> None:
+    for network, layer, original in (
+        (flux(), "norm_out.linear", "final_layer.adaLN_modulation.1"),
+        (sd3(), "transformer_blocks.2.norm1_context.linear", "joint_blocks.2.context_block.adaLN_modulation.1"),
+    ):
+        lora = adapter(network)
+        file = load_file(write(lora, network, tmp_path / "f.safetensors", "comfy"))
+        first, second = lora.layers[layer].up.chunk(2)
+        assert torch.equal(file[f"diffusion_model.{original}.lora_up.weight"], torch.cat([second, first]))
+    kept = lora.layers["transformer_blocks.0.norm1_context.linear"].up
+    assert torch.equal(file["diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.lora_up.weight"], kept)
 
 
 def test_the_header_says_what_was_fused(tmp_path: Path) -> None:

@@ -133,3 +133,4 @@ def test_noise_follows_from_the_start_where_no_generator_is_given() -> None:
     torch.manual_seed(9)
     assert torch.equal(run(x), one)
     assert not torch.equal(run(x + 1), one)
+    assert torch.equal(run(torch.cat([x + 1, x]))[1:], one)  # whatever its neighbours are
