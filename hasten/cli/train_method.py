@@ -16,6 +16,10 @@ from hasten.errors import UsageError
 METHODS = {
     "lora": "Learn from your own pictures or clips: the plainest fine-tuning, a LoRA or (--full) all weights.",
     "pairs": "Learn what the teacher makes of stored noise, in one call or a few: the plainest distillation.",
+    "dmd": "Match the distribution of the teacher's samples, from prompts alone (DMD2): a critic models what the student makes.",
+    "dmd-gan": "The same with a judge on the critic's features, who knows data.",
+    "ladd": "Adversarial distillation: heads on the frozen teacher's features tell the student's samples from data.",
+    "sana-sprint": "Continuous-time consistency with such heads beside it (SANA-Sprint).",
     "block": "Turn a causal model (tiny-lm) into one that writes blocks of tokens in any order (Fast-dLLM v2).",
     "dparallel": "Make a text diffusion model sure of many tokens at once (tiny-dllm): fewer evaluations for the same text.",
     "medusa": "Heads on a causal model (tiny-lm) that say the tokens behind the next one; the model itself verifies them.",
@@ -46,6 +50,7 @@ def _command(method: str) -> Any:
     ) -> None:
         output = Output(f"train {method}", json)
         with output.open():
+            from hasten.distill import processes
             from hasten.distill.train_config import load_config
             from hasten.distill.training import train
 
@@ -55,6 +60,8 @@ def _command(method: str) -> Any:
             with writable(out.absolute()):
                 done = train(settings, out, resume=resume, say=output.note)
             seconds = time.perf_counter() - started
+            if not processes.first():
+                return
             output.say(f"The student is in {out / 'latest'} after {settings.train.steps} steps ({seconds:.0f} s).")
             output.finish([{"model": settings.model, "method": method, "folder": str(out), "seconds": seconds,
                             "rows": len(done.data)}])  # fmt: skip
