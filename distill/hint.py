@@ -56,28 +56,28 @@ class NumberEmbedding(nn.Module):
 
 
 class Hint:
-    """A number's embedding and the place in a network where it is heard.
+    """A number's embedding, and the place in a network (and in copies of it) where it is heard.
 
     Raises `ModelError` for a network in which no module embeds the time as diffusers' networks do.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._site = _time_embedding(network)
+        self._name, site = _time_embedding(network)
         like = next(network.parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)
-        width = int(self._site.linear_2.out_features)  # type: ignore[union-attr, arg-type]
+        width = int(site.linear_2.out_features)  # type: ignore[union-attr, arg-type]
         self.module = NumberEmbedding(width, dtype).to(like.device)
 
     @contextmanager
-    def on(self, number: Tensor | float) -> Iterator[None]:
-        """While open, the network is told `number`."""
+    def on(self, network: nn.Module, number: Tensor | float) -> Iterator[None]:
+        """While open, `network` is told `number`."""
 
         def told(_: nn.Module, __: object, vector: Tensor) -> Tensor:
             rows = torch.as_tensor(number, dtype=torch.float64, device=vector.device).expand(len(vector))
             embedded: Tensor = self.module(rows)
             return vector + embedded.to(vector.dtype)
 
-        handle = self._site.register_forward_hook(told)
+        handle = network.get_submodule(self._name).register_forward_hook(told)
         try:
             yield
         finally:
@@ -92,7 +92,7 @@ class Hinted:
 
     def velocity(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
         """F as `Role.velocity`."""
-        with self.hint.on(self.number):
+        with self.hint.on(self.role.host.network, self.number):
             return self.role.velocity(x, tau, condition)
 
     def playing(self) -> AbstractContextManager[None]:
@@ -109,17 +109,17 @@ class FlowMap:
     def toward(self, x: Tensor, tau: Tensor, rho: Tensor, condition: Condition) -> Tensor:
         """U [B, ...], the velocity which, kept on the circle, leads from tau to rho; at rho = tau it is F. Angles
         float64 [B]."""
-        with self.hint.on(tau - rho):
+        with self.hint.on(self.role.host.network, tau - rho):
             return self.role.velocity(x, tau, condition)
 
 
-def _time_embedding(network: nn.Module) -> nn.Module:
-    """The module that turns features of the time into a vector."""
+def _time_embedding(network: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of what turns features of the time into a vector."""
     module: nn.Module
     for name, module in network.named_modules():
         other = any(word in name for word in ("guidance", "resolution", "aspect", "add_"))
         if type(module).__name__ == "TimestepEmbedding" and not other:
-            return module
+            return name, module
     raise ModelError(
         f"{type(network).__name__} has no TimestepEmbedding, so that it cannot be told a further number. Train without:"
         " told = false and one guidance scale, and another method than meanflow."

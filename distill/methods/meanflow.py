@@ -46,8 +46,8 @@ class MeanFlow(Method):
     scale: guidance of the teacher. mean, spread: t and r are sigmoids of a normal. instant: share of rows with r = t,
     where the student learns the teacher's velocity itself. whole: share of rows that go from noise to data at once.
     power: rows are weighted by (mean square + 1e-3)^-power (the paper sums squares instead: there 1e-3 is a smaller
-    share). tangent: `exact`, or the radians of a difference (`jvp.py` says when that is better). calls: with how many the
-    student is sampled.
+    share). tangent: `exact`, or the radians of a difference: for a teacher that was never made smooth in time take 0.05
+    (`jvp.How` says why; with tiny-flux the exact one diverges). calls: with how many the student is sampled.
     """
 
     kind: ClassVar[str] = "meanflow"

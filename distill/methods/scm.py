@@ -44,8 +44,8 @@ class SCM(Method):
 
     scale, told: guidance of the teacher, and whether the student hears it. mean, spread: of log tan(tau). top: share of
     the rows at the largest angle, where a one-step student is asked. warmup: steps over which the unstable part of the
-    tangent is let in. adaptive: l(tau) is learned; otherwise 0. tangent: `exact`, or the radians of a difference (`jvp.py`
-    says when that is better). calls: with how many the student is sampled.
+    tangent is let in. adaptive: l(tau) is learned; otherwise 0. tangent: `exact`, or the radians of a difference: for a
+    teacher that was never made smooth in time take 0.05 (`jvp.How` says why). calls: with how many the student is sampled.
     """
 
     kind: ClassVar[str] = "scm"

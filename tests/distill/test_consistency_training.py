@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -168,10 +170,12 @@ def test_a_hint_changes_nothing_at_first_and_only_while_it_is_on() -> None:
     assert not torch.equal(told, plain) and torch.equal(role.velocity(batch.x0, tau, batch.condition), plain)
     one = Hinted(role, hint, 2.0).velocity(batch.x0, tau, batch.condition)
     torch.testing.assert_close(one[2], told[2])
-    with pytest.raises(RuntimeError), hint.on(torch.ones(3)):
+    with pytest.raises(RuntimeError), hint.on(network, torch.ones(3)):
         role.velocity(batch.x0, tau, batch.condition)
     assert torch.equal(role.velocity(batch.x0, tau, batch.condition), plain), "off again after an error"
     assert list(network.state_dict()) == keys
+    twin = Role("target", dataclasses.replace(host, network=copy.deepcopy(network)), None, (), True)
+    torch.testing.assert_close(Hinted(twin, hint, number).velocity(batch.x0, tau, batch.condition), told)
     before = torch.get_rng_state()
     assert torch.equal(Hint(network).module.first.weight, Hint(network).module.first.weight)
     assert torch.equal(torch.get_rng_state(), before), "a hint draws no number of anybody's"
