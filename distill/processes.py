@@ -25,6 +25,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def first() -> bool:
+    """Whether this process was launched alone or as the first: who tells the user. Also outside of `joined`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """While open, this process belongs to the group it was launched in; nothing happens to one that was launched alone.

@@ -36,6 +36,7 @@ ALIASES = {
     "train_data_dir": "data.folder",
     "prompts": "data.prompts",
     "base_lora": "student.base_lora",
+    "full": "student.full",
     # kohya's
     "network_dim": "student.rank",
     "network_alpha": "student.alpha",
@@ -61,12 +62,16 @@ class StudentConfig(Strict):
 class DataConfig(Strict):
     """What it is trained on. prompts: a list, or the name of a file with one a line. count: samples that the teacher
     makes, for methods that need latents or pairs and where no folder is given. folder: own pictures or clips with
-    captions. call: arguments of the teacher's pipeline (steps, guidance, size). drop: share of rows without prompt.
+    captions; resize: whether files of another size are scaled and cut, or skipped; uncaptioned: whether files without a
+    caption get the empty prompt, or are skipped. call: arguments of the teacher's pipeline (steps, guidance, size).
+    drop: share of rows without prompt.
     """
 
     prompts: tuple[str, ...] | str = ()
     count: int = Field(512, ge=1)
     folder: str | None = None
+    resize: bool = True
+    uncaptioned: bool = False
     call: dict[str, Any] = Field(default_factory=dict)
     drop: float = Field(0.0, ge=0, lt=1)
 

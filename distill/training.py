@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hasten.distill import store
+import torch
+
+from hasten.distill import processes, store
+from hasten.distill.encode import encode, size_of
 from hasten.distill.host_call import HostCall, learn
+from hasten.distill.own_files import OwnFiles, find
 from hasten.distill.pretrain_state import claimed
 from hasten.distill.roles import Adapter, Roles
 from hasten.distill.store import Store
 from hasten.distill.teach import make_pairs
 from hasten.distill.train_config import DataConfig, TrainConfig
 from hasten.distill.trainer import Trainer
-from hasten.errors import UsageError
+from hasten.errors import ResumeError, UsageError
 from hasten.pipelines import loading, tiny_models
 
 MAY_CHANGE = ("train.steps", "train.accumulate")
@@ -38,35 +44,77 @@ def train(
         from hasten.distill.text_training import train_text
 
         return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
-    pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True)
-    with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
-        host, rows = prepare(config, pipe, out, say)
-        roles = cast(config, pipe, host)
-        say(memory(roles))
-        trainer = Trainer(config.method, roles, rows, config.train, out, host.shape, progress)
-        trainer.fit(resume, stop_after)
-        return trainer
+    with processes.joined():
+        say = say if processes.rank() == 0 else _silent
+        # All weights of a copy are trained, and bfloat16 would round small steps away; train.precision is for speed.
+        dtype = "float32" if config.student.full else None
+        pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype)
+        mine = claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE) if processes.rank() == 0 else nullcontext()
+        with mine:
+            with processes.first_alone():
+                host, rows = prepare(config, pipe, out, say, resume)
+            with _seeded(config.train.seed):
+                roles = cast(config, pipe, host)
+                trainer = Trainer(config.method, roles, rows, config.train, out, host.shape, progress)
+            say(memory(roles))
+            check_disk(trainer)
+            trainer.fit(resume and begun(out, say), stop_after)
+            return trainer
 
 
-def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say) -> tuple[HostCall, Store]:
-    """How the pipeline calls its network, and the data: read from `out`, or made and written there."""
+def begun(out: Path, say: Say) -> bool:
+    """Whether there is a checkpoint to go on from. A training that was killed before its first has none, and starts anew."""
+    if (out / "latest").exists() or (out / "latest.old").exists():
+        return True
+    say("It was stopped before its first checkpoint: it starts from the first step.")
+    return False
+
+
+def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = False) -> tuple[HostCall, Store]:
+    """How the pipeline calls its network, and the data: read from `out`, or made and written there.
+
+    Raises `UsageError` for data that the method cannot use, `ResumeError` where a resumed training would get others.
+    """
     call = tiny_models.call_defaults(pipe) | config.data.call
-    prompts = _prompts(config.data, config.model)
+    own = _own(config)
+    prompts = _prompts(config.data, config.model) if own is None else tuple(dict.fromkeys(own.captions.values()))
     facts: dict[str, object] = {
         "model": config.model, "base_lora": config.student.base_lora, "call": call, "prompts": len(prompts),
         "count": config.data.count, "seed": config.train.seed, "data": config.method.data,
     }  # fmt: skip
+    if own is not None:
+        facts |= {"own": own.digest(), "resize": config.data.resize}
     host, conditions = learn(pipe, [*prompts, ""], **call)
     file = out / "data.safetensors"
     if file.is_file() and store.facts(file) == json.loads(json.dumps(facts)):
         return host, replace(Store.load(file), drop=config.data.drop)
-    if config.method.data == "prompts":
+    if file.is_file() and resume:
+        raise ResumeError(f"The data have changed since '{file}' was made. Restore them, or start in an empty folder.")
+    if own is not None:
+        say(f"Encoding {len(own.captions)} files of '{config.data.folder}'.")
+        made = encode(pipe, host, own, size_of(pipe, call, config.data.resize), prompts, conditions)
+        say(own.told())
+    elif config.method.data == "prompts":
         made = _of_prompts(prompts, conditions, config.data.count, host.shape)
     else:
         say(f"The teacher makes {config.data.count} samples ({call.get('num_inference_steps', 'its usual')} steps each).")
         made = make_pairs(pipe, prompts, config.data.count, seed=config.train.seed, **call)
     made.save(file, facts)
     return host, replace(made, drop=config.data.drop)
+
+
+def _own(config: TrainConfig) -> OwnFiles | None:
+    """The files of `data.folder`. None without one."""
+    data, kind = config.data, config.method.kind
+    if data.folder is None:
+        if config.method.data == "own":
+            raise UsageError(f"{kind} learns from data of your own. Say --train_data_dir FOLDER, with pictures and captions.")
+        return None
+    if config.method.data not in ("own", "latents"):
+        raise UsageError(f"{kind} lets the teacher make its data, and reads no folder. Leave data.folder out.")
+    if data.prompts:
+        raise UsageError("data.prompts and data.folder contradict each other: a folder has captions of its own.")
+    return find(Path(data.folder).expanduser(), data.uncaptioned)
 
 
 def cast(config: TrainConfig, pipe: Any, host: HostCall) -> Roles:
@@ -90,6 +138,33 @@ def memory(roles: Roles) -> str:
     )
 
 
+def check_disk(trainer: Trainer) -> None:
+    """Raises `UsageError` where the disk has no room for a checkpoint beside the one before it."""
+    one = 0
+    for player in trainer.players.values():
+        weights = sum(t.numel() * t.element_size() for t in player.parameters.values())
+        one += weights * (1 + bool(player.average) + 2 * (player.optimizer is not None))
+    place = next(folder for folder in (trainer.out, *trainer.out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < 2 * one:
+        raise UsageError(
+            f"Two checkpoints of {_size(one)} must fit on the disk, and '{trainer.out}' has {_size(free)} free. Make room,"
+            " or give another folder, before anything is trained."
+        )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """New weights follow from the seed, and nobody else's random numbers change."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _silent(text: str) -> None:
+    """Says nothing: for all processes but the first."""
+
+
 def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count > 2**29 else f"{count / 2**20:.1f} MiB"
 
@@ -110,8 +185,6 @@ def _prompts(data: DataConfig, model: str) -> tuple[str, ...]:
 
 
 def _of_prompts(prompts: tuple[str, ...], conditions: Any, count: int, shape: tuple[int, ...]) -> Store:
-    import torch
-
     kept = conditions.rows(torch.arange(len(prompts)))
     empty = conditions.rows(torch.tensor([len(prompts)]))
     return Store(prompts, kept, empty, torch.arange(max(count, len(prompts))) % len(prompts), None, None, shape)
