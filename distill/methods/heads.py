@@ -43,9 +43,9 @@ class Head(nn.Module):
     def __init__(self, channels: int, width: int, number: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(number)
-        self.first, self.middle = (nn.utils.skip_init(nn.Linear, many, width) for many in (channels, width))
+        self.first, self.middle = (_unfilled(many, width) for many in (channels, width))
         # Without a bias: at first, what data and samples say of one cancels, and Adam would make a step of the rounding.
-        self.last = nn.utils.skip_init(nn.Linear, width, 1, bias=False)
+        self.last = _unfilled(width, 1, bias=False)
         with torch.no_grad():
             for layer in (self.first, self.middle):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
@@ -164,6 +164,11 @@ def carried(rows: Tensor, made: Tensor, gradient: Tensor) -> Tensor:
 def _rows(logits: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean over tokens, then over heads: every block has one voice. [B]."""
     return torch.stack([loss(each).mean(1) for each in logits]).mean(0)
+
+
+def _unfilled(inner: int, outer: int, bias: bool = True) -> nn.Linear:
+    """A layer without numbers, which draws none."""
+    return nn.Linear(inner, outer, bias, device="meta").to_empty(device="cpu")
 
 
 def _tokens(features: Tensor) -> Tensor:
