@@ -134,3 +134,7 @@ def test_noise_follows_from_the_start_where_no_generator_is_given() -> None:
     assert torch.equal(run(x), one)
     assert not torch.equal(run(x + 1), one)
     assert torch.equal(run(torch.cat([x + 1, x]))[1:], one)  # whatever its neighbours are
+    scheduler.set_timesteps(3, device="cpu")
+    two = torch.cat([x, x + 1])
+    noise = scheduler.step(two, scheduler.timesteps[0], two)[0]  # x0 = 0: what is left is the noise
+    assert not torch.equal(noise[0], noise[1])
