@@ -60,4 +60,4 @@ def test_two_processes_train_what_one_does(tmp_path: Path, kind: str) -> None:
     assert len(logs[0]) == len(logs[1]) == 6
     for ours, theirs in zip(*(map(json.loads, side) for side in logs), strict=True):
         losses = [name for name in ours if name.endswith("loss")]
-        assert losses and all(theirs[name] == pytest.approx(ours[name], rel=1e-3) for name in losses)
+        assert losses and all(theirs[name] == pytest.approx(ours[name], rel=1e-2) for name in losses)
