@@ -141,7 +141,7 @@ def measured(name: str) -> list[dict[str, Any]]:
         for row in rows:
             if not isinstance(row, dict) or row.get("speedup") is None or row.get("control") == "oracle":
                 continue
-            parts = [part.strip().partition(":")[0] for part in str(row["recipe"]).split("+")]
+            parts = [part.strip().partition(":")[0] for part in str(row.get("recipe", "")).split("+")]
             if name in parts:
                 (alone if parts == [name] else together).append({"hardware": file.parent.name, "file": file.name} | row)
     return alone or together

@@ -16,6 +16,12 @@ from hasten.errors import UsageError
 METHODS = {
     "lora": "Learn from your own pictures or clips: the plainest fine-tuning, a LoRA or (--full) all weights.",
     "pairs": "Learn what the teacher makes of stored noise, in one call or a few: the plainest distillation.",
+    "lcm": "Consistency along the guided teacher's trajectory, step by step, with an averaged target (LCM).",
+    "lcm-lora": "The same with the student as its own target (LCM-LoRA).",
+    "scm": "Consistency without steps, by exact tangents (sCM).",
+    "meanflow": "Mean velocities between any two times (MeanFlow): a flow map for any number of calls.",
+    "guidance": "One evaluation in place of two: the student says at once what the guided teacher says.",
+    "progressive": "Two of the teacher's steps in one, halved stage by stage.",
     "dmd": "Match the distribution of the teacher's samples, from prompts alone (DMD2): a critic models what the student makes.",
     "dmd-gan": "The same with a judge on the critic's features, who knows data.",
     "ladd": "Adversarial distillation: heads on the frozen teacher's features tell the student's samples from data.",
