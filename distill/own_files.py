@@ -11,22 +11,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hasten.errors import UsageError
+from hasten.pipelines.frames import CLIPS, frames
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 """Read by Pillow; the last two may move."""
-CLIPS = (".mp4",)
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv")
 NAMES, TEXTS = ("file_name", "file", "image", "video"), ("text", "caption", "prompt")
 """Columns of a table, the first that is there."""
@@ -107,35 +106,16 @@ def pixels(file: Path, size: Size) -> Tensor:
     other, whatever their rate.
     """
     try:
-        frames = list(islice(_frames(file), size.frames + 1))
-    except Unusable:
-        raise
+        found = list(islice(frames(file), size.frames + 1))
     except Exception as error:  # decoders raise many kinds for broken files
         raise Unusable(f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    if size.frames == 1 and len(frames) > 1:
+    if size.frames == 1 and len(found) > 1:
         raise Unusable("it moves, and the model makes pictures")
-    if len(frames) < size.frames:
-        raise Unusable(f"{len(frames)} frames of {size.frames}")
-    made = [_fitted(frame, size) for frame in frames[: size.frames]]
+    if len(found) < size.frames:
+        raise Unusable(f"{len(found)} frames of {size.frames}")
+    made = [_fitted(frame, size) for frame in found[: size.frames]]
     stacked = torch.from_numpy(np.stack([np.asarray(frame, dtype=np.float32) for frame in made]))
     return stacked.permute(3, 0, 1, 2) / 127.5 - 1
-
-
-def _frames(file: Path) -> Iterator[Image.Image]:
-    if file.suffix.lower() in CLIPS:
-        with av.open(str(file)) as opened:
-            if not opened.streams.video:
-                raise Unusable("no pictures in it")
-            for frame in opened.decode(video=0):
-                yield frame.to_image()
-        return
-    with Image.open(file) as picture:
-        for frame in ImageSequence.Iterator(picture):
-            turned = ImageOps.exif_transpose(frame)
-            if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-                over = turned.convert("RGBA")
-                turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-            yield turned.convert("RGB")
 
 
 def _fitted(frame: Image.Image, size: Size) -> Image.Image:
