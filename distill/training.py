@@ -23,7 +23,7 @@ from hasten.distill.store import Store
 from hasten.distill.teach import make_pairs
 from hasten.distill.train_config import DataConfig, TrainConfig
 from hasten.distill.trainer import Trainer
-from hasten.errors import ResumeError, UsageError
+from hasten.errors import RefusedError, ResumeError, UsageError
 from hasten.pipelines import loading, tiny_models
 
 MAY_CHANGE = ("train.steps", "train.accumulate")
@@ -36,7 +36,8 @@ def train(
     config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True,
     say: Say = lambda text: None,
 ) -> Trainer:  # fmt: skip
-    """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`. Returns the trainer, at its end.
+    """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end. Returns the
+    trainer.
 
     Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
     """
@@ -58,8 +59,22 @@ def train(
                 trainer = Trainer(config.method, roles, rows, config.train, out, host.shape, progress)
             say(memory(roles))
             check_disk(trainer)
-            trainer.fit(resume and begun(out, say), stop_after)
+            done = trainer.fit(resume and begun(out, say), stop_after)
+            if done == config.train.steps and processes.rank() == 0:
+                export(config, trainer, pipe, out, say)
             return trainer
+
+
+def export(config: TrainConfig, trainer: Trainer, pipe: Any, out: Path, say: Say) -> None:
+    """Write `student/`: adapter or network, sampler, recipe, card. Where that cannot be, the reason is said and the
+    weights stay in `latest/`."""
+    from hasten.distill.export.student import student_of
+
+    call = tiny_models.call_defaults(pipe) | config.data.call
+    try:
+        student_of(trainer, pipe, config.model, call=call).save(out / "student")
+    except RefusedError as error:
+        say(f"The student was not written as a folder of its own: {error}")
 
 
 def begun(out: Path, say: Say) -> bool:

@@ -22,6 +22,11 @@ def test_a_student_is_trained_stopped_and_resumed(hasten: Any, tmp_path: Path) -
     assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["method"] == "pairs"
     ran = hasten("train", "pairs", "--out", str(out), *SMALL, "--max_train_steps", "3", "--resume")
     assert ran.code == 0 and "The teacher makes" not in ran.err, ran.err
+    assert "hasten generate tiny-flux --prompt TEXT --recipe" in ran.out + ran.err
+    recipe = out / "student" / "recipe.yaml"
+    ran = hasten("generate", "tiny-flux", "--prompt", "a seven", "--recipe", recipe, "--output", tmp_path / "seven.png")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "seven.png").is_file()
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
     ran = hasten("train", "pairs", "--out", str(out), *SMALL)
