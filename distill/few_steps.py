@@ -38,12 +38,12 @@ class FewSteps:
 
     @classmethod
     def even(cls, calls: int, path: NoisePath, how: How = "consistency", *, shift: float = 1.0) -> FewSteps:
-        """K angles, evenly in the network's own time: K/K, ..., 1/K of it, at whole times where the network has a table of
-        them (its schedulers elsewhere know no others). shift > 1 moves them towards noise, as
+        """K angles, evenly in the network's own time: K/K, ..., 1/K of that of `path.start`, at whole times where the network
+        has a table of them (its schedulers elsewhere know no others). shift > 1 moves them towards noise, as
         flow-matching schedulers do: t s / (1 + (s - 1) t)."""
         if calls < 1:
             raise UsageError(f"A sampler needs at least one call, got {calls}.")
-        end = float(path.time(torch.tensor([getattr(path, "end", math.pi / 2)], dtype=torch.float64)))
+        end = float(path.time(torch.tensor([path.start], dtype=torch.float64)))
         shares = [k / calls for k in range(calls, 0, -1)]
         times = torch.tensor([end * shift * t / (1 + (shift - 1) * t) for t in shares], dtype=torch.float64)
         return cls(tuple(path.angle(path.nearest(times)).tolist()), how)

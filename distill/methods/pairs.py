@@ -55,7 +55,9 @@ class _PairsState(MethodState):
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
         assert batch.x0 is not None and batch.z is not None
-        x0, z = batch.x0, batch.z
+        first = self.angles[0]
+        # The student starts with z itself, whatever angle it is told: this is the noise it then sees in it.
+        x0, z = batch.x0, (batch.z - float(first.cos()) * batch.x0) / float(first.sin())
         tau = self.angles.to(x0.device)[draw.below("call", len(self.angles))]
         x = spread(tau.cos(), x0) * x0 + spread(tau.sin(), x0) * z
         made = self.roles["student"].data(x, tau, batch.condition)

@@ -72,7 +72,7 @@ class SCMState(MethodState):
         self.teacher = GuidedTeacher(facts, method.scale, method.told)
         path = facts.roles["student"].host.path
         self.end = getattr(path, "end", HALF_TURN)
-        self.top = min(TOP, self.end)
+        self.top = min(TOP, path.start)
         self.steps = FewSteps.even(method.calls, path)
         device = next(facts.roles["student"].host.network.parameters()).device
         self.weighting = NumberEmbedding(1).to(device) if method.adaptive else None
