@@ -81,5 +81,11 @@ def facts(file: Path) -> dict[str, object]:
     return found
 
 
+def prompts(file: Path) -> tuple[str, ...]:
+    """The prompts of a file of stored data, in order."""
+    with safe_open(file, framework="pt") as opened:
+        return tuple(json.loads((opened.metadata() or {})["prompts"]))
+
+
 def _conditions(tensors: dict[str, Tensor], prefix: str) -> Condition:
     return Condition({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})

@@ -5,6 +5,7 @@ The same trainer, checkpoints, resume and settings as for pictures (`training.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from hasten.distill.text_teach import make_texts
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trainer import Trainer
 from hasten.distill.training import MAY_CHANGE, memory
-from hasten.errors import UsageError
+from hasten.errors import ResumeError, UsageError
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text_models.families import choose
 from hasten.pipelines.text_models.host import TextHost
@@ -51,7 +52,7 @@ def train_text(
     network, tokenizer = open_text(config.model, None, None, None)
     host = choose(network, tokenizer)
     with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
-        rows = prepare_texts(config, host, tokenizer, out, say)
+        rows = prepare_texts(config, host, tokenizer, out, say, resume)
         roles = cast_texts(config, host)
         say(memory(roles))
         width = rows.conditions.tensors["ids"].shape[1]
@@ -62,16 +63,22 @@ def train_text(
         return trainer
 
 
-def prepare_texts(config: TrainConfig, host: TextHost, tokenizer: Any, out: Path, say: Say = lambda text: None) -> Store:
-    """The teacher's texts: read from `out`, or written there."""
+def prepare_texts(
+    config: TrainConfig, host: TextHost, tokenizer: Any, out: Path, say: Say = lambda text: None, resume: bool = False
+) -> Store:
+    """The teacher's texts: read from `out`, or written there. `ResumeError` where a resumed training would get others."""
     call: dict[str, Any] = {"recipe": "sequential", "max_new_tokens": NEW} | config.data.call
+    prompts = config.data.prompts
     facts: dict[str, object] = {
-        "model": config.model, "call": call, "count": config.data.count, "prompts": config.data.prompts,
-        "seed": config.train.seed,
+        "model": config.model, "call": call, "count": config.data.count, "prompts": prompts, "seed": config.train.seed,
     }  # fmt: skip
+    if isinstance(prompts, str) and prompts:  # the file's text, which may change under the same name
+        facts["lines"] = hashlib.sha256("\n".join(_lines(Path(prompts))).encode()).hexdigest()
     file = out / "data.safetensors"
     if file.is_file() and store.facts(file) == json.loads(json.dumps(facts)):
         return Store.load(file)
+    if file.is_file() and resume:
+        raise ResumeError(f"The data have changed since '{file}' was made. Restore them, or start in an empty folder.")
     asked = _asked(config, host, tokenizer, int(call["max_new_tokens"]))
     say(f"{config.model} writes behind {asked.about} with the recipe {call['recipe']}.")
     made = make_texts(host, tokenizer, asked.prompts, asked.new, find_recipe(str(call["recipe"])), say=say)

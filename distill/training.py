@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from hasten.distill import processes, store
 from hasten.distill.encode import encode, size_of
 from hasten.distill.host_call import HostCall, learn
 from hasten.distill.own_files import OwnFiles, find
 from hasten.distill.pretrain_state import claimed
-from hasten.distill.roles import Adapter, Roles
+from hasten.distill.roles import Adapter, Roles, follow
 from hasten.distill.store import Store
 from hasten.distill.teach import make_pairs
 from hasten.distill.train_config import DataConfig, TrainConfig
@@ -56,6 +57,10 @@ def train(
                 host, rows = prepare(config, pipe, out, say, resume)
             with _seeded(config.train.seed):
                 roles = cast(config, pipe, host)
+                if config.student.start is not None:
+                    begin_with(Path(config.student.start).expanduser(), roles)
+                    for name in config.method.averages:
+                        follow(roles[name], roles["student"], 0.0)
                 trainer = Trainer(config.method, roles, rows, config.train, out, host.shape, progress)
             say(memory(roles))
             check_disk(trainer)
@@ -91,6 +96,8 @@ def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = 
     Raises `UsageError` for data that the method cannot use, `ResumeError` where a resumed training would get others.
     """
     call = tiny_models.call_defaults(pipe) | config.data.call
+    if config.data.file is not None:
+        return _stored(config, Path(config.data.file).expanduser(), pipe, call)
     own = _own(config)
     prompts = _prompts(config.data, config.model) if own is None else tuple(dict.fromkeys(own.captions.values()))
     facts: dict[str, object] = {
@@ -101,7 +108,8 @@ def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = 
         facts |= {"own": own.digest(), "resize": config.data.resize}
     host, conditions = learn(pipe, [*prompts, ""], **call)
     file = out / "data.safetensors"
-    if file.is_file() and store.facts(file) == json.loads(json.dumps(facts)):
+    same = file.is_file() and store.facts(file) == json.loads(json.dumps(facts)) and store.prompts(file) == tuple(prompts)
+    if same:  # the file holds the prompts themselves: another text of equal length is seen, too
         return host, replace(Store.load(file), drop=config.data.drop)
     if file.is_file() and resume:
         raise ResumeError(f"The data have changed since '{file}' was made. Restore them, or start in an empty folder.")
@@ -116,6 +124,51 @@ def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = 
         made = make_pairs(pipe, prompts, config.data.count, seed=config.train.seed, **call)
     made.save(file, facts)
     return host, replace(made, drop=config.data.drop)
+
+
+def _stored(config: TrainConfig, file: Path, pipe: Any, call: dict[str, Any]) -> tuple[HostCall, Store]:
+    """The data of another training, of the same teacher called in the same way. Raises `UsageError` where it was not."""
+    if config.data.prompts or config.data.folder is not None:
+        raise UsageError("data.file has prompts of its own. Leave data.prompts and data.folder out.")
+    if not file.is_file():
+        raise UsageError(f"There is no data file '{file}'. It is the data.safetensors of another training's folder.")
+    found = store.facts(file)
+    wanted = {"model": config.model, "base_lora": config.student.base_lora, "call": json.loads(json.dumps(call))}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UsageError(
+                f"'{file}' was made with {name} = {found.get(name)!r}, and this training has {value!r}. Say the same, or"
+                " leave data.file out, so that new data are made."
+            )
+    made = Store.load(file, config.data.drop)
+    kind = config.method.data
+    lacks = (kind in ("latents", "pairs") and made.x0 is None) or (kind == "pairs" and made.z is None)
+    if lacks or (kind == "own" and "own" not in found):
+        raise UsageError(f"'{file}' has {found.get('data')}, and {config.method.kind} needs {kind}. Leave data.file out.")
+    host, _ = learn(pipe, [made.prompts[0]], **call)
+    return host, made
+
+
+def begin_with(folder: Path, roles: Roles) -> None:
+    """Give the student the weights of a finished training's student: the average, where there is one.
+
+    Raises `UsageError` where there is none, or one of another kind.
+    """
+    place = folder / "latest" / "student"
+    file = next((file for file in (place / "average.safetensors", place / "weights.safetensors") if file.is_file()), None)
+    if file is None:
+        raise UsageError(f"There is no student in '{folder}/latest'. student.start is the folder of a finished training.")
+    found = {name: value for name, value in load_file(file).items() if not name.startswith("heads.")}
+    own = roles["student"].parameters()
+    odd = [name for name in found.keys() | own.keys() if name not in own or name not in found or own[name].shape != found[name].shape]
+    if odd:
+        raise UsageError(
+            f"The student of '{folder}' differs from this one in {len(odd)} weights (the first: {min(odd)}). Say the same"
+            " rank, layers and full as there."
+        )
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
 
 
 def _own(config: TrainConfig) -> OwnFiles | None:
