@@ -230,8 +230,8 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     if item["type"] != "extra_forbidden":
         return f"'{path}': {item['msg']}, got {item['input']!r}"
     model: Any = kind
-    for part in item["loc"][:-1]:
-        model = _section(model.model_fields[str(part)].annotation)
+    for part in (part for part in item["loc"][:-1] if isinstance(part, str)):  # the others are places in lists
+        model = _section(model.model_fields[part].annotation)
     allowed = list(model.model_fields)
     return (
         f"unknown key '{path}'; allowed here: {', '.join(allowed)}.{nearest(str(item['loc'][-1]), allowed)}"

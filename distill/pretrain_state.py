@@ -57,7 +57,11 @@ def claimed(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tupl
         if not _locked(lock):
             raise UsageError(f"Another process is training in '{out}'. Wait for it, stop it, or give another folder.")
         (out / "config.json").write_text(json.dumps(wanted, indent=1))
-        yield
+        try:
+            yield
+        finally:
+            if {file.name for file in out.iterdir()} <= {"config.json", ".lock"}:  # refused before anything was made
+                (out / "config.json").unlink()
 
 
 def _locked(lock: IO[str]) -> bool:

@@ -35,6 +35,8 @@ ALIASES = {
     "lora_target_modules": "student.layers",
     "train_data_dir": "data.folder",
     "prompts": "data.prompts",
+    "data_file": "data.file",
+    "start": "student.start",
     "base_lora": "student.base_lora",
     "full": "student.full",
     # kohya's
@@ -49,7 +51,8 @@ class StudentConfig(Strict):
     """What is trained. full: the whole network instead of an adapter, with a copy for every role.
 
     rank, alpha: of the adapters; None for alpha is rank (a scale of 1). layers: ends of the names of the layers they
-    are on, None for all. base_lora: a LoRA (file or folder) that teacher and student both keep.
+    are on, None for all. base_lora: a LoRA (file or folder) that teacher and student both keep. start: folder of a finished
+    training with a student of the same kind, whose weights this one begins with.
     """
 
     full: bool = False
@@ -57,19 +60,21 @@ class StudentConfig(Strict):
     alpha: float | None = Field(None, gt=0)
     layers: tuple[str, ...] | None = None
     base_lora: str | None = None
+    start: str | None = None
 
 
 class DataConfig(Strict):
     """What it is trained on. prompts: a list, or the name of a file with one a line. count: samples that the teacher
     makes, for methods that need latents or pairs and where no folder is given. folder: own pictures or clips with
     captions; resize: whether files of another size are scaled and cut, or skipped; uncaptioned: whether files without a
-    caption get the empty prompt, or are skipped. call: arguments of the teacher's pipeline (steps, guidance, size).
+    caption get the empty prompt, or are skipped. file: `data.safetensors` of another training with the same teacher. call: arguments of the teacher's pipeline (steps, guidance, size).
     drop: share of rows without prompt.
     """
 
     prompts: tuple[str, ...] | str = ()
     count: int = Field(512, ge=1)
     folder: str | None = None
+    file: str | None = None
     resize: bool = True
     uncaptioned: bool = False
     call: dict[str, Any] = Field(default_factory=dict)
@@ -100,7 +105,7 @@ def load_config(
     overrides: dotted names of ours, or other trainers' names (`ALIASES`, dashes or underscores). Raises `UsageError`
     naming what is unknown, contradicts, or is missing.
     """
-    given = {_ours(name): value for name, value in (overrides or {}).items()}
+    given = {ours(name): value for name, value in (overrides or {}).items()}
     raw, where = read_config(file, given) if file is not None else (_tree(given), "the options")
     kind = raw.setdefault("method", {}).setdefault("kind", method)
     if kind != method:
@@ -118,7 +123,7 @@ def methods() -> list[str]:
     return sorted(Method.members())
 
 
-def _ours(name: str) -> str:
+def ours(name: str) -> str:
     plain = name.replace("-", "_")
     if plain in ALIASES:
         return ALIASES[plain]

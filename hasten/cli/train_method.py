@@ -40,6 +40,37 @@ def add(app: typer.Typer) -> None:
     """Put a command for each method on `hasten train`."""
     for method, what in METHODS.items():
         app.command(method, help=what, context_settings=EXTRA)(_command(method))
+    app.command("chain", context_settings=EXTRA)(_chain)
+
+
+def _chain(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for data, a folder per stage, and the student.")],
+    config: Annotated[Path, typer.Option(help="YAML file with model, stages (each method and train), student, data.")],
+    model: Annotated[str | None, typer.Option(help="Teacher: a bundled model, a folder, or a hub id.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any value but those of stages: data.count=64.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Trainings one after the other, each beginning with the student of the one before: pairs and then dmd, say."""
+    output = Output("train chain", json)
+    with output.open():
+        from hasten.distill import processes
+        from hasten.distill.chain import load_chain, train_chain
+
+        named = _named(context.args) | ({"model": model} if model is not None else {})
+        settings = load_chain(config, named | assignments(set_ or [], "--set"))
+        started = time.perf_counter()
+        with writable(out.absolute()):
+            train_chain(settings, out, resume=resume, say=output.note)
+        seconds = time.perf_counter() - started
+        if not processes.first():
+            return
+        steps = sum(stage.train.steps for stage in settings.stages)
+        output.say(_where(settings.model, out, steps, seconds))
+        output.finish([{"model": settings.model, "method": "chain", "folder": str(out), "seconds": seconds}])
 
 
 def _command(method: str) -> Any:
