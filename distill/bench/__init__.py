@@ -1,0 +1,1 @@
+"""How good are students? Teacher, training-free solvers and students on the same noise, under the same judge."""

@@ -1,0 +1,161 @@
+"""The contest: one set of prompts and noise, and everybody who can make samples of it.
+
+Shapes: N samples; z, x0 [N, ...] in the scale of the network's input.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.distill.bench.judged import measures
+from hasten.distill.encode import decode
+from hasten.distill.few_steps import FewSteps, sample
+from hasten.distill.host_call import Condition, learn
+from hasten.distill.trained import Trained
+from hasten.errors import UsageError
+from hasten.pipelines import loading, tiny_models
+from hasten.pipelines.judge import DIGITS, DIRECTIONS, SPEEDS
+from hasten.pipelines.solver import FLOW, VARIANCE_PRESERVING, other_scheduler
+from hasten.session import Attachment
+
+SEED = 77_000
+"""Of the noise; trainings draw theirs from seeds of their own."""
+
+PLACES = ("top left", "top right", "bottom left", "bottom right", "center")
+
+BATCH = 50
+
+
+def prompts(kind: str, count: int) -> list[str]:
+    """`count` prompts in turn over all that the tiny models know: 100 of pictures, 80 of clips."""
+    if kind == "video":
+        all_of = [f"a {d} moving {way}, {speed}" for speed in SPEEDS for way in DIRECTIONS for d in DIGITS]
+    else:
+        all_of = [f"a {stroke} {d} at the {place}" for stroke in ("thin", "thick") for place in PLACES for d in DIGITS]
+    return [all_of[i % len(all_of)] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Finished latents, evaluations of a conditional or unconditional row per sample, and processor seconds per sample."""
+
+    x0: Tensor
+    evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Contest:
+    """model: of the teacher. call: its arguments. z: the noise; condition: what students are told."""
+
+    model: str
+    kind: str
+    pipe: Any
+    call: dict[str, Any]
+    prompts: tuple[str, ...]
+    z: Tensor
+    condition: Condition
+
+    @classmethod
+    def of(cls, model: str, count: int, call: dict[str, Any] | None = None, seed: int = SEED) -> Contest:
+        """`count` samples of a bundled model of digits. Raises `UsageError` for a model that the judge cannot read."""
+        kind = tiny_models.card(model)["kind"] if model in tiny_models.names() else "?"
+        if kind not in ("image", "video"):
+            known = [name for name in tiny_models.names() if tiny_models.card(name)["kind"] in ("image", "video")]
+            raise UsageError(f"The judge reads digits: a bundled model of {', '.join(known)} is needed, got {model!r}.")
+        pipe = loading.open_pipeline(model, quiet=True)
+        asked = tiny_models.call_defaults(pipe) | (call or {})
+        told = prompts(kind, count)
+        distinct = list(dict.fromkeys(told))
+        host, conditions = learn(pipe, distinct, **asked)
+        z = torch.randn(count, *host.shape, generator=torch.Generator().manual_seed(seed))
+        rows = torch.tensor([distinct.index(prompt) for prompt in told])
+        return cls(model, kind, pipe, asked, tuple(told), z, conditions.rows(rows))
+
+    def solver(self, name: str, steps: int, guided: bool = True) -> Made:
+        """The teacher's own pipeline by one of diffusers' solvers; `keep` is the model's own."""
+        hold = Attachment()
+        hold.replace(self.pipe, "scheduler", other_scheduler(self.pipe.scheduler, name))
+        off = {} if guided else {arg: 1.0 for arg in ("true_cfg_scale", "guidance_scale") if arg in self.call}
+        call = self.call | off | {"num_inference_steps": steps, "output_type": "latent"}
+        try:
+            with torch.no_grad():
+                return self._timed((1 + guided) * steps, lambda rows: self._piped(call, rows))
+        finally:
+            hold.restore()
+
+    def solvers(self) -> list[str]:
+        """Solvers that diffusers has for this model, `heun` aside: it asks twice per step."""
+        flow = "FlowMatch" in type(self.pipe.scheduler).__name__
+        return [name for name in (FLOW if flow else VARIANCE_PRESERVING) if name != "heun"]
+
+    def student(self, trained: Trained, calls: int) -> Made:
+        """A student by this many calls, evenly in its network's time, in the way that it was trained for."""
+        who, path = trained.student, trained.host.path
+        steps = trained.steps if trained.steps is not None and len(trained.steps.angles) == calls else None
+        if steps is None:
+            steps = FewSteps.even(calls, path, trained.steps.how if trained.steps is not None else "ode")
+        again = torch.Generator().manual_seed(SEED + 1)
+        fresh = torch.randn(max(0, calls - 1), *self.z.shape, generator=again)
+
+        def made(rows: slice) -> Tensor:
+            told = self.condition.rows(torch.arange(len(self.prompts))[rows])
+            return sample(who, self.z[rows], told, steps, lambda number, x: fresh[number][rows])
+
+        with torch.no_grad():
+            return self._timed(calls, made)
+
+    def row(self, made: Made) -> dict[str, Any]:
+        """What is measured of it."""
+        return {"evaluations": made.evaluations, "seconds": made.seconds} | measures(self.pictures(made), self.prompts, self.kind)
+
+    def pictures(self, made: Made) -> list[Any]:
+        """Decoded by the pipeline itself: arrays [H, W, 3] or [T, H, W, 3] in [0, 1]."""
+        return [picture for rows in self._slices() for picture in decode(self.pipe, made.x0[rows], self.call)]
+
+    def first(self, count: int) -> Contest:
+        """The same with the first rows alone."""
+        keep = torch.arange(count)
+        return replace(self, prompts=self.prompts[:count], z=self.z[:count], condition=self.condition.rows(keep))
+
+    def _piped(self, call: dict[str, Any], rows: slice) -> Tensor:
+        given = dict(call)
+        told = list(self.prompts[rows])
+        if given.get("negative_prompt") is not None:
+            given["negative_prompt"] = [given["negative_prompt"]] * len(told)
+        return torch.as_tensor(self.pipe(**given, prompt=told, latents=self.z[rows])[0])
+
+    def _timed(self, evaluations: int, made: Callable[[slice], Tensor]) -> Made:
+        started = time.process_time()
+        x0 = torch.cat([made(rows).float() for rows in self._slices()])
+        return Made(x0, evaluations, (time.process_time() - started) / len(x0))
+
+    def _slices(self) -> Iterator[slice]:
+        return (slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH))
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """What a training has cost: processor seconds and the most memory, with those of the data it shared."""
+    import json
+
+    file = folder / "cost.json"
+    found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
+def halves(contest: Contest, made: Made) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same measures on the first and the last half of the samples: how far they are from being certain."""
+    middle = len(made.x0) // 2
+    parts: Sequence[slice] = (slice(0, middle), slice(middle, 2 * middle))
+    both = [contest.pictures(made)[part] for part in parts]
+    one, two = (
+        measures(pictures, contest.prompts[part], contest.kind) for pictures, part in zip(both, parts, strict=True)
+    )
+    return one, two
