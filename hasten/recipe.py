@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, PrivateAttr
@@ -68,16 +68,10 @@ class Verify(Axis):
     """Axis `verify`: how drafts of several slots are checked in one evaluation."""
 
 
-class Adapter(Axis):
-    """Axis `adapter`: a LoRA that is on the network while the recipe is on the host, a distilled student's for example.
-
-    path: the name of a student that comes with hasten; or a .safetensors file in diffusers' names, or a folder that has one,
-    and a relative one starts at the folder of the recipe's file, where it came from a file. scale: factor on what the LoRA
-    changes.
-    """
+class FromFile(Axis):
+    """Base of the parts that read a file: a relative path starts at the folder of the recipe's file, where it came from one."""
 
     path: str = Field(min_length=1)
-    scale: float = 1.0
     _folder: Path = PrivateAttr(default_factory=Path)
 
     @property
@@ -85,11 +79,22 @@ class Adapter(Axis):
         """Where to look. The recipe's own folder is not written out with the recipe: it says nothing to others."""
         return self._folder / (Path(self.path).expanduser() if self.path.startswith("~/") else Path(self.path))
 
-    def beside(self, folder: Path) -> Adapter:
+    def beside(self, folder: Path) -> Self:
         """The same, with relative paths that start at `folder`."""
         found = self.model_copy()
         found._folder = folder
         return found
+
+
+class Adapter(FromFile):
+    """Axis `adapter`: a LoRA that is on the network while the recipe is on the host, a distilled student's for example.
+
+    path: the name of a student that comes with hasten; or a .safetensors file in diffusers' names, or a folder that has one,
+    and a relative one starts at the folder of the recipe's file, where it came from a file. scale: factor on what the LoRA
+    changes.
+    """
+
+    scale: float = 1.0
 
 
 class Runtime(Axis):
@@ -210,12 +215,11 @@ def _scan(text: str, where: str) -> None:
 
 
 def read(path: Path) -> Recipe:
-    """Read a recipe file, whose adapter is looked for beside it; a missing one is a `RecipeError`."""
+    """Read a recipe file, whose own files are looked for beside it; a missing one is a `RecipeError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from None
     found = from_yaml(text, where=str(path))
-    if found.adapter is None:
-        return found
-    return found.model_copy(update={"adapter": found.adapter.beside(path.parent)})
+    files = {axis: part.beside(path.parent) for axis, part in found.axes.items() if isinstance(part, FromFile)}
+    return found.model_copy(update=files) if files else found

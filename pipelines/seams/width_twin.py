@@ -1,5 +1,7 @@
 """Narrow twins: an attention or feed-forward module with some of its heads or channels, made of the module's own weights.
 
+Adapters (LoRA) that are on its projections are cut with them: the rows of an up-projection, the columns of a down-projection.
+
 A twin is a shallow copy of the modules on the way to the projections, which alone are cut; it is made for one
 call and thrown away, so nothing is held, nothing in the model is touched and the weights are always the present ones.
 """
@@ -7,9 +9,10 @@ call and thrown away, so nothing is held, nothing in the model is touched and th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +57,7 @@ class Narrowing:
                 if "forward" in vars(inner) or is_whole_compiled(inner):
                     return "is wrapped or compiled"
             linear = inner._modules.get(last)
-            if type(linear) is not nn.Linear or "forward" in vars(linear):
+            if linear is None or not _is_plain(linear):
                 return "has projections that are no plain linear layers"
         return ""
 
@@ -74,7 +77,7 @@ class Narrowing:
             weight = _linear(module, name).weight
             keep = torch.zeros(weight.shape[1], device=weight.device, dtype=weight.dtype)
             keep[self._rows(index).to(weight.device)] = 1
-            linears[name] = _with(_linear(module, name), weight * keep, _linear(module, name).bias)
+            linears[name] = _changed(module.get_submodule(name), "columns", partial(torch.mul, keep))
         return self._copied(module, linears)
 
     def importance(self, module: nn.Module, seen: dict[str, Tensor] | None = None) -> Tensor:
@@ -104,12 +107,11 @@ class Narrowing:
         halves = linear.weight.shape[0] // (self.num * self.size)
         rows = rows.to(linear.weight.device)
         picked = torch.cat([rows + half * self.num * self.size for half in range(halves)])
-        bias = None if linear.bias is None else linear.bias.index_select(0, picked)
-        return _with(linear, linear.weight.index_select(0, picked), bias)
+        return _changed(module.get_submodule(name), "rows", lambda tensor: tensor.index_select(0, picked))
 
     def _cut_out(self, module: nn.Module, name: str, rows: Tensor, bias: bool) -> nn.Module:
-        linear = _linear(module, name)
-        return _with(linear, linear.weight.index_select(1, rows.to(linear.weight.device)), linear.bias if bias else None)
+        rows = rows.to(_linear(module, name).weight.device)
+        return _changed(module.get_submodule(name), "columns", lambda tensor: tensor.index_select(1, rows), bias)
 
     def _copied(self, module: nn.Module, linears: dict[str, nn.Module]) -> nn.Module:
         """A shallow copy of `module` with the modules at these dotted names replaced."""
@@ -131,7 +133,7 @@ def narrowing_of(module: nn.Module, *, attention: bool) -> Narrowing | str:
 
 
 def _attention(module: nn.Module) -> Narrowing | str:
-    linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    linears = {name: linear for name, child in module.named_children() if (linear := linear_of(child)) is not None}
     values = tuple(name for name in linears if name in VALUES | ADDED_VALUES)
     ins = tuple(name for name in linears if name in QUERIES | KEYS | ADDED) + values
     outs = tuple(_outs(module))
@@ -141,7 +143,7 @@ def _attention(module: nn.Module) -> Narrowing | str:
     inner, num = linears[ins[0]].out_features, int(getattr(module, attribute))
     if num < 2:
         return "has one head only"
-    wide = {linears[name].out_features for name in ins} | {module.get_submodule(name).in_features for name in outs}
+    wide = {linears[name].out_features for name in ins} | {_linear(module, name).in_features for name in outs}
     if wide != {inner} or inner % num:
         return "has heads that share keys or values"
     return Narrowing(num, inner // num, ins, outs, values, attribute)
@@ -149,14 +151,14 @@ def _attention(module: nn.Module) -> Narrowing | str:
 
 def _outs(module: nn.Module) -> Iterator[str]:
     for name, child in module.named_children():
-        if name in OUTS and isinstance(child, nn.Linear):
+        if name in OUTS and linear_of(child) is not None:
             yield name
-        elif name in OUTS and isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and isinstance(child[0], nn.Linear):
+        elif name in OUTS and isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and linear_of(child[0]) is not None:
             yield f"{name}.0"
 
 
 def _feed_forward(module: nn.Module) -> Narrowing | str:
-    linears = {name: inner for name, inner in module.named_modules() if isinstance(inner, nn.Linear)}
+    linears = dict(_linears(module))
     for out in reversed(linears):
         num = linears[out].in_features
         ins = [name for name in linears if name != out]
@@ -169,10 +171,61 @@ def _feed_forward(module: nn.Module) -> Narrowing | str:
     return "is no pair of projections with channels between them"
 
 
+def linear_of(module: nn.Module) -> nn.Linear | None:
+    """The linear layer that a module is, or is with adapters of peft on it; None for another."""
+    module = module._modules.get("base_layer") or module if "lora_A" in module._modules else module
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _linears(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Linear]]:
+    """Dotted name -> linear layer, those inside adapters not counted."""
+    for name, child in module.named_children():
+        if (linear := linear_of(child)) is not None:
+            yield path + name, linear
+        else:
+            yield from _linears(child, f"{path}{name}.")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Is it a linear layer as torch has it, with ordinary LoRA on it at most (no DoRA or other variant)?"""
+    parts = [layer]
+    if "lora_A" in layer._modules:
+        if getattr(layer, "lora_variant", None):
+            return False
+        ups = [*layer.lora_A.children(), *layer.lora_B.children()]  # type: ignore[union-attr, operator]
+        parts = [layer, layer._modules["base_layer"] or layer, *ups]
+        return all(type(part) is nn.Linear for part in parts[1:]) and not any("forward" in vars(part) for part in parts)
+    return type(layer) is nn.Linear and "forward" not in vars(layer)
+
+
 def _linear(module: nn.Module, name: str) -> nn.Linear:
-    found = module.get_submodule(name)
-    assert isinstance(found, nn.Linear)
+    found = linear_of(module.get_submodule(name))
+    assert found is not None
     return found
+
+
+def _changed(
+    layer: nn.Module, side: Literal["rows", "columns"], change: Callable[[Tensor], Tensor], bias: bool = True
+) -> nn.Module:
+    """A copy of a linear layer, adapters included, whose rows or columns are changed. bias: whether it adds its bias."""
+    if isinstance(layer, nn.Linear):
+        own = layer.bias if bias else None
+        return _with(layer, change(layer.weight), own if own is None or side == "columns" else change(own))
+    twin = _shallow(layer)
+    parts: dict[str, Any] = vars(twin)["_modules"]
+    parts["base_layer"] = _changed(parts["base_layer"], side, change, bias)
+    low = "lora_B" if side == "rows" else "lora_A"
+    parts[low] = _each(parts[low], lambda part: _changed(part, side, change))
+    if not bias:
+        parts["lora_B"] = _each(parts["lora_B"], lambda part: _with(part, part.weight, None))
+    return twin
+
+
+def _each(adapters: nn.Module, change: Callable[[Any], nn.Module]) -> nn.Module:
+    """A copy of a dictionary of adapters' layers, each of them changed."""
+    twin = _shallow(adapters)
+    vars(twin)["_modules"] = {name: change(part) for name, part in adapters._modules.items()}
+    return twin
 
 
 def _with(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Module:
