@@ -15,3 +15,4 @@ class RoutedReuse(ReusePolicy, FromFile):
     """
 
     kind: ClassVar[str] = "routed"
+    leaves_out: ClassVar[bool] = True

@@ -106,6 +106,7 @@ class WidthReuse(ReusePolicy):
     """
 
     kind: ClassVar[str] = "width"
+    leaves_out: ClassVar[bool] = True
     width: Width = StraightWidth()
     order: Literal["norm", "measured", "stored"] = "norm"
     rule: Rule | None = None

@@ -43,6 +43,9 @@ class Guidance(Axis):
 class ReusePolicy(Axis):
     """Axis `reuse`: which evaluations of the network, or of its blocks, are replaced by earlier ones."""
 
+    leaves_out: ClassVar[bool] = False
+    """Are parts of evaluations left out with nothing in their place? Then that is how it shows that it did something."""
+
 
 class Attention(Axis):
     """Axis `attention`: which key blocks a query block reads."""
@@ -87,11 +90,11 @@ class FromFile(Axis):
 
 
 class Adapter(FromFile):
-    """Axis `adapter`: a LoRA that is on the network while the recipe is on the host, a distilled student's for example.
+    """Axis `adapter`: a LoRA, or quantised weights, on the network while the recipe is on the host: those of a student.
 
-    path: the name of a student that comes with hasten; or a .safetensors file in diffusers' names, or a folder that has one,
-    and a relative one starts at the folder of the recipe's file, where it came from a file. scale: factor on what the LoRA
-    changes.
+    path: the name of a student that comes with hasten; or a .safetensors file in diffusers' names or of quantised weights, or
+    a folder that has one, and a relative one starts at the folder of the recipe's file, where it came from a file. scale:
+    factor on what a LoRA changes; 1 for quantised weights.
     """
 
     scale: float = 1.0

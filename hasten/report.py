@@ -158,7 +158,7 @@ class Report(Traced):
                 )
         totals = self.totals
         axes = [axis for axis in _DOES if self.recipe is not None and axis in self.recipe.axes]
-        idle = [axis for axis in axes if not any(totals[action] for action in _DOES[axis])]
+        idle = [axis for axis in axes if not any(totals[action] for action in self._does(axis))]
         if idle and self.computed_fraction == 1.0:
             found.append(
                 f"This recipe skipped nothing: all {totals['compute']:,.0f} blocks were computed. {self._why_idle()}"
@@ -170,6 +170,11 @@ class Report(Traced):
         if totals["compute"] == 0:
             found.append("Nothing was computed: every evaluation was replaced. Do not trust this result.")
         return found
+
+    def _does(self, axis: str) -> set[Action]:
+        """The actions by which an axis of this recipe shows that it did something."""
+        left_out = axis == "reuse" and self.recipe is not None and self.recipe.reuse is not None and self.recipe.reuse.leaves_out
+        return _DOES[axis] | ({"skip"} if left_out else set())
 
     def _attention_warnings(self) -> list[str]:
         sparse = [call for call in self.attended if call.sparse]

@@ -18,11 +18,13 @@ from hasten.errors import ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.lora import Lora, find
+from hasten.pipelines.quantised import Quantised, is_quantised
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.seams.adapter import put_on
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
 from hasten.pipelines.seams.few_calls import sample_in_few_calls
 from hasten.pipelines.seams.guidance import GuidanceSeam
+from hasten.pipelines.seams.quantised import put_on as put_weights_on
 from hasten.pipelines.solver import swap_scheduler
 from hasten.recipe import Recipe
 from hasten.samplers.few_calls import FewCalls
@@ -185,19 +187,29 @@ class Session:
         """Put the recipe's adapter onto its network, and sample as it was trained to be sampled."""
         adapter, sampler = self.recipe.adapter, self.recipe.sampler
         if adapter is not None:
-            lora = Lora.load(find(adapter))
-            network = self.host if isinstance(self.host, nn.Module) else models.get(lora.site)
+            place = find(adapter)
+            made = Quantised.load(place) if is_quantised(place) else Lora.load(place)
+            network = self.host if isinstance(self.host, nn.Module) else models.get(made.site)
             if network is None:
                 raise ModelError(
-                    f"The adapter {adapter.path!r} is for a pipeline's {lora.site}, and {type(self.host).__name__} has"
+                    f"The adapter {adapter.path!r} is for a pipeline's {made.site}, and {type(self.host).__name__} has"
                     f" {', '.join(models)}. Load the model that it was trained for."
                 )
-            put_on(self._attachment, network, lora, adapter.scale)
-            if remark := lora.remark(network):
+            self.trace.facts["adapter"] = self._changed(network, made, adapter.scale)
+            if remark := made.remark(network):
                 self.note(remark)
-            self.trace.facts["adapter"] = f"{len(lora.layers)} layers changed, scale {adapter.scale:g}"
         if isinstance(sampler, FewCalls):
             self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
+
+    def _changed(self, network: nn.Module, made: Lora | Quantised, scale: float) -> str:
+        """Put an adapter or quantised weights onto `network`; what was done, in words."""
+        if isinstance(made, Lora):
+            put_on(self._attachment, network, made, scale)
+            return f"{len(made.layers)} layers changed, scale {scale:g}"
+        if scale != 1:
+            raise UsageError(f"adapter.scale is for what a LoRA adds, got {scale:g}; quantised weights are whole. Leave it out.")
+        put_weights_on(self._attachment, network, made)
+        return made.told()
 
     # --- what users ask ---------------------------------------------------------------------------
 
@@ -326,7 +338,7 @@ class Session:
                 self._warn(f"{name}: no attention call was sparse. The report says why.")
             elif all(call.reads_all for call in sparse):
                 self._warn(f"{name}: attention left out nothing; every sparse call read all pairs.")
-        if self.recipe.reuse is not None and not stood_in:
+        if self.recipe.reuse is not None and not stood_in and not (self.recipe.reuse.leaves_out and left_out):
             self._warn(f"{name}: reuse skipped nothing; its rule never allowed it. Raise its limit, or see the report.")
         if self.recipe.guidance is not None and self.guidance is not None and not left_out:
             self._warn(f"{name}: guidance left out no evaluation; the branches never agreed enough.")
