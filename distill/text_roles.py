@@ -87,29 +87,28 @@ class TextCall:
         first one of a text cannot be asked for.
         """
 
-        def evaluate(rows: Tensor) -> Tensor:
+        def evaluate(rows: Tensor, mine: Tensor) -> Tensor:
             whole = self.host.own(rows)
             return torch.cat([whole[:, :1], whole[:, :-1]], 1) if self.facts.shifted else whole
 
-        return self.allowed(_each_length(ids, end, asked, evaluate))
+        return self.allowed(each_length(ids, end, asked, evaluate))
 
     def states(self, ids: Tensor, end: Tensor, asked: Tensor) -> Tensor:
         """[n, C]: what goes into the layer that gives logits, at `asked`, unshifted; else as `logits`.
 
         Raises `RefusedError` for a model whose last layer is not known.
         """
+        return each_length(ids, end, asked, lambda rows, mine: self.inner(rows))
+
+    def inner(self, rows: Tensor) -> Tensor:
+        """[m, N, C]: what goes into the layer that gives logits, of whole rows int64 [m, N] of one length."""
         seen: list[Tensor] = []
-
-        def evaluate(rows: Tensor) -> Tensor:
-            seen.clear()
-            self.host.own(rows)
-            return seen[0]
-
         handle = self.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
-            return _each_length(ids, end, asked, evaluate)
+            self.host.own(rows)
         finally:
             handle.remove()
+        return seen[0]
 
     def read(self, states: Tensor) -> Tensor:
         """Logits float32 [n, V] of states [n, C] by the model's own last layer; those never written are `NEVER`."""
@@ -130,14 +129,15 @@ class TextCall:
         return found
 
 
-def _each_length(ids: Tensor, end: Tensor, asked: Tensor, evaluate: Callable[[Tensor], Tensor]) -> Tensor:
-    """evaluate(rows [b, l]) -> [b, l, ...] for the rows of each length; what it gives at `asked`, row after row."""
+def each_length(ids: Tensor, end: Tensor, asked: Tensor, evaluate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What `evaluate` gives at `asked` (bool [B, L]), row after row. It is called once for the rows of each length: with
+    ids int64 [b, l] and which rows of the batch these are, bool [B]; it gives [b, l, ...]."""
     number = torch.arange(ids.numel(), device=ids.device).view_as(ids)
     found, order = [], []
     for length in sorted(set(end.tolist())):  # one look at the device per call: a training looks once per step anyway
         mine = end == length
         wanted = asked[mine, : int(length)]
-        found.append(evaluate(ids[mine, : int(length)])[wanted])
+        found.append(evaluate(ids[mine, : int(length)], mine)[wanted])
         order.append(number[mine, : int(length)][wanted])
     return torch.cat(found)[torch.cat(order).argsort()]
 

@@ -26,10 +26,14 @@ METHODS = {
     "dmd-gan": "The same with a judge on the critic's features, who knows data.",
     "ladd": "Adversarial distillation: heads on the frozen teacher's features tell the student's samples from data.",
     "sana-sprint": "Continuous-time consistency with such heads beside it (SANA-Sprint).",
+    "dydit": "Run fewer heads, channels and tokens at the times that allow it, with routers that are trained beside (DyDiT).",
     "block": "Turn a causal model (tiny-lm) into one that writes blocks of tokens in any order (Fast-dLLM v2).",
     "dparallel": "Make a text diffusion model sure of many tokens at once (tiny-dllm): fewer evaluations for the same text.",
     "medusa": "Heads on a causal model (tiny-lm) that say the tokens behind the next one; the model itself verifies them.",
     "mtp": "An adapter for mask tokens alone: a causal model (tiny-lm) says several tokens at once and stays what it was.",
+    "ppd": "Prompt tokens behind a text say the tokens behind the next one (PPD); the causal model (tiny-lm) is frozen.",
+    "first": "Routers that read the prompt decide which layers of a causal model (tiny-lm) its text is written with (FiRST).",
+    "sorted-exits": "The first layers of a causal model (tiny-lm) are a model, too: all exits in one run (Sorted LLaMA).",
 }
 """Method -> what it does, for --help; a test compares it with the methods that there are."""
 

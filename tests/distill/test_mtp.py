@@ -1,4 +1,5 @@
-"""Several tokens at once from a causal model: the gate, Medusa's heads, multi-token prediction, block diffusion.
+"""Causal models that do more or less than one token per evaluation: what all methods for them have in common, the gate, Medusa's
+heads, multi-token prediction, block diffusion.
 
 Shapes: B texts of at most L tokens, V logits.
 """
@@ -19,16 +20,27 @@ from hasten.distill.draw import Draw
 from hasten.distill.gate import gated
 from hasten.distill.host_call import Condition
 from hasten.distill.method import Batch, Method
-from hasten.distill.methods import medusa, mtp
+from hasten.distill.methods import first, medusa, mtp, ppd, sorted_exits
 from hasten.distill.methods.block import KIND, BlockDiffusion, doubled_logits
+from hasten.distill.methods.first import First
 from hasten.distill.methods.medusa import Medusa, MedusaHeads
 from hasten.distill.methods.mtp import MultiToken, masks_behind
+from hasten.distill.methods.ppd import PromptTokens
+from hasten.distill.methods.sorted_exits import SortedExits
 from hasten.distill.roles import Adapter
 from hasten.distill.text_roles import TextCall, TextRoles, Texts
 from hasten.errors import UsageError
 from tests.distill.test_text_methods import MASK, VOCAB, host, texts, trainer, weights
 
-METHODS: tuple[Method, ...] = (Medusa(heads=2), MultiToken(masks=3), BlockDiffusion(block=4))
+METHODS: tuple[Method, ...] = (
+    Medusa(heads=2), MultiToken(masks=3), BlockDiffusion(block=4), PromptTokens(ensemble=2), First(), SortedExits(exits=(1,)),
+)  # fmt: skip
+WRITTEN = {
+    "medusa": (medusa.FILE, "heads.medusa."), "mtp": (mtp.FILE, "heads.sampler."), "ppd": (ppd.FILE, "heads.prompts."),
+    "first": (first.FILE, "heads.routers."),
+}  # fmt: skip
+"""Method -> the file of its heads, and what their names have in front in a training."""
+
 each = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
 
 
@@ -75,7 +87,7 @@ def test_nothing_to_gate_is_said() -> None:
         pass
 
 
-# --- both methods -----------------------------------------------------------------------------------
+# --- all methods -----------------------------------------------------------------------------------
 
 
 @each
@@ -93,11 +105,11 @@ def test_it_resumes_bit_for_bit_and_moves_every_weight(method: Method, tmp_path:
     trainer(method, tmp_path / "whole", kind="causal").fit()
     trainer(method, tmp_path / "cut", kind="causal").fit(stop_after=3)
     done = trainer(method, tmp_path / "cut", kind="causal")
-    first = {name: value.detach().clone() for name, value in done.players["student"].parameters.items()}
+    before = {name: value.detach().clone() for name, value in done.players["student"].parameters.items()}
     assert done.fit(resume=True) == 6
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert done.players["student"].still(first) == []
+    assert done.players["student"].still(before) == []
 
 
 @each
@@ -112,14 +124,15 @@ def test_what_is_written_is_what_was_trained(method: Method, tmp_path: Path) -> 
     done.fit()
     state: Any = done.state
     state.write(tmp_path / "student", "tiny", "sequential", done.players["student"].average)
-    assert (tmp_path / "student" / "adapter_model.safetensors").exists() != isinstance(method, Medusa)
+    assert (tmp_path / "student" / "adapter_model.safetensors").exists() == ("student" in method.trains)
     if isinstance(method, BlockDiffusion):
         assert json.loads((tmp_path / "student" / KIND).read_text()) == {"kind": "block", "block": 4, "shifted": True}
-        return
-    file = medusa.FILE if isinstance(method, Medusa) else mtp.FILE
-    label = "heads.medusa." if isinstance(method, Medusa) else "heads.sampler."
-    found = load_file(tmp_path / "student" / file)
-    assert found and all(torch.equal(value, done.players["student"].average[label + name]) for name, value in found.items())
+    elif isinstance(method, SortedExits):
+        assert json.loads((tmp_path / "student" / sorted_exits.FILE).read_text()) == {"exits": [1, 2]}
+    else:
+        file, label = WRITTEN[method.kind]
+        found, average = load_file(tmp_path / "student" / file), done.players["student"].average
+        assert found and all(torch.equal(value, average[label + name]) for name, value in found.items())
 
 
 # --- block diffusion --------------------------------------------------------------------------------
