@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from doc_tables import attention, caches, dllm, kernels, masked_images, recipes, runs
+from doc_tables import attention, caches, distill, dllm, kernels, masked_images, recipes, runs
 from doc_tables.results import ROOT
 
 MARK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -34,6 +34,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-sharpness": attention.sharpness,
     "attention-end-to-end": attention.end_to_end,
     "kernels": kernels.kernels,
+    "distill-bars": distill.bars,
+    "distill": distill.distill,
     "dllm-bars": dllm.bars,
     "dllm": dllm.dllm,
     "masked-images": masked_images.masked_images,

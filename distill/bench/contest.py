@@ -6,9 +6,8 @@ Shapes: N samples; z, x0 [N, ...] in the scale of the network's input.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,11 @@ from hasten.distill.host_call import Condition, learn
 from hasten.distill.trained import Trained
 from hasten.errors import UsageError
 from hasten.pipelines import loading, tiny_models
+from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.judge import DIGITS, DIRECTIONS, SPEEDS
 from hasten.pipelines.solver import FLOW, VARIANCE_PRESERVING, other_scheduler
+from hasten.recipe import Recipe
+from hasten.samplers.few_calls import FewCalls
 from hasten.session import Attachment
 
 SEED = 77_000
@@ -112,6 +114,16 @@ class Contest:
         with torch.no_grad():
             return self._timed(calls, made)
 
+    def recipe(self, recipe: Recipe) -> Made:
+        """What a user gets: the pipeline under a recipe with a student in it."""
+        sampler = recipe.sampler
+        if not isinstance(sampler, FewCalls):
+            raise UsageError(f"Recipe {recipe.name!r} has no student's sampler. Give a student's recipe.yaml.")
+        pipe = loading.open_pipeline(self.model, quiet=True)
+        call = self.call | {"output_type": "latent"}
+        with accelerate(pipe, recipe):
+            return self._timed(sampler.calls, lambda rows: self._piped(call, rows, pipe))
+
     def row(self, made: Made) -> dict[str, Any]:
         """What is measured of it."""
         return {"evaluations": made.evaluations, "seconds": made.seconds} | measures(self.pictures(made), self.prompts, self.kind)
@@ -125,12 +137,12 @@ class Contest:
         keep = torch.arange(count)
         return replace(self, prompts=self.prompts[:count], z=self.z[:count], condition=self.condition.rows(keep))
 
-    def _piped(self, call: dict[str, Any], rows: slice) -> Tensor:
+    def _piped(self, call: dict[str, Any], rows: slice, pipe: Any = None) -> Tensor:
         given = dict(call)
         told = list(self.prompts[rows])
         if given.get("negative_prompt") is not None:
             given["negative_prompt"] = [given["negative_prompt"]] * len(told)
-        return torch.as_tensor(self.pipe(**given, prompt=told, latents=self.z[rows])[0])
+        return torch.as_tensor((pipe or self.pipe)(**given, prompt=told, latents=self.z[rows])[0])
 
     def _timed(self, evaluations: int, made: Callable[[slice], Tensor]) -> Made:
         started = time.process_time()
@@ -139,23 +151,3 @@ class Contest:
 
     def _slices(self) -> Iterator[slice]:
         return (slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH))
-
-
-def costs(folder: Path) -> dict[str, float]:
-    """What a training has cost: processor seconds and the most memory, with those of the data it shared."""
-    import json
-
-    file = folder / "cost.json"
-    found: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
-
-
-def halves(contest: Contest, made: Made) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same measures on the first and the last half of the samples: how far they are from being certain."""
-    middle = len(made.x0) // 2
-    parts: Sequence[slice] = (slice(0, middle), slice(middle, 2 * middle))
-    both = [contest.pictures(made)[part] for part in parts]
-    one, two = (
-        measures(pictures, contest.prompts[part], contest.kind) for pictures, part in zip(both, parts, strict=True)
-    )
-    return one, two

@@ -1,0 +1,62 @@
+"""`hasten bench distill`: teacher, training-free solvers and students on the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hasten.cli.output import JsonOption, Output
+
+COLUMNS = {
+    "who": "who",
+    "name": "name",
+    "method": "method",
+    "weights": "weights",
+    "calls": "calls",
+    "evaluations": "evaluations",
+    "frechet": "Frechet",
+    "sliced": "sliced W2",
+    "recall": "recall",
+    "precision": "precision",
+    "accuracy": "accuracy",
+    "seconds": "s/sample",
+    "training_seconds": "training s",
+    "peak_bytes": "peak",
+    "note": "note",
+}
+"""Row key -> heading; see docs/distill-bench.md for what they mean."""
+
+
+def distill(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model of digits.")] = "tiny-image",
+    student: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Of a training (hasten train). May be repeated. Default: bundled students only."),
+    ] = None,
+    calls: Annotated[list[int] | None, typer.Option(metavar="K", help="May be repeated. Default: 1, 2, 4, 8.", min=1)] = None,
+    count: Annotated[int, typer.Option(metavar="N", help="Samples of everybody.", min=8)] = 500,
+    solvers: Annotated[bool, typer.Option(help="Training-free solvers by as many steps, too.")] = True,
+    quick: Annotated[bool, typer.Option(help="Fewer rows on at most 100 samples: about a minute.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Students against their teacher: Frechet distance, variety, prompt accuracy and time, by number of calls."""
+    output = Output("bench distill", json)
+    with output.open():
+        from hasten.distill.bench import table
+        from hasten.distill.bench.contest import Contest
+        from hasten.pipelines.students import students_of
+
+        contest = Contest.of(model, min(count, 100) if quick else count)
+        wanted = calls or ([1, 4] if quick else [1, 2, 4, 8])
+        rows: list[dict[str, Any]] = table.teacher(contest, [table.FULL_STEPS] if quick else table.STEPS, output.note)
+        rows += table.solvers(contest, wanted, [True] if quick else [True, False], output.note) if solvers else []
+        rows += [table.as_recipe(contest, recipe, output.note) for recipe in students_of(model)]
+        for folder in student or []:
+            rows += table.student(contest, folder, wanted, output.note)
+        verdicts = [bar.to_dict() | {"verdict": bar.verdict} for bar in table.bars(rows)]
+        output.table(rows, COLUMNS)
+        output.say("")
+        output.table(verdicts, {"bar": "bar", "verdict": "met", "detail": "numbers"})
+        output.finish(rows, bars=verdicts, model=model, count=len(contest.prompts))
