@@ -55,6 +55,17 @@ class Texts:
         """0 to L - 1, int64 [1, L]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device)[None]
 
+    def over(self, ends: tuple[int, ...]) -> Tensor:
+        """Behind the first of the tokens `ends` in what was generated, or `end` where there is none, int64 [B]: what a
+        model wrote behind an end of text says nothing."""
+        stops = torch.isin(self.ids, torch.tensor(ends, dtype=torch.int64, device=self.ids.device))
+        stops = stops & (self.place >= self.start[:, None]) & (self.place < self.end[:, None])
+        return torch.where(stops.any(1), stops.long().argmax(1) + 1, self.end)
+
+    def written(self, ends: tuple[int, ...]) -> Tensor:
+        """bool [B, L]: what was generated up to there."""
+        return (self.place >= self.start[:, None]) & (self.place < self.over(ends)[:, None])
+
 
 @dataclass(frozen=True, slots=True)
 class TextCall:

@@ -76,7 +76,7 @@ class _FirstState(TextState):
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
         texts, call = Texts.of(batch), self.learner.call
-        inside = (texts.place >= texts.start[:, None]) & (texts.place < texts.end[:, None])
+        inside = texts.written(call.facts.eos_ids)
         states, share = routed_states(self.learner, self.routers, texts, before(inside))
         cross = F.cross_entropy(call.read(states), texts.ids[inside], reduction="none")
         row, zeros = inside.nonzero()[:, 0], cross.new_zeros(len(texts.ids))

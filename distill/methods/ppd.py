@@ -70,11 +70,12 @@ class _PromptState(TextState):
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
         texts, m = Texts.of(batch), self.method
-        room = (texts.end - texts.start).clamp(min=1)
+        over = texts.over(self.learner.call.facts.eos_ids)
+        room = over - texts.start
         drawn = torch.stack([(draw.uniform(f"place {number}") * room).long() for number in range(m.places)], 1)
         at = texts.start[:, None] - 1 + drawn
         said, own = prompt_logits(self.learner.call, self.prompts.weight, texts, at)
-        there = at[..., None] + torch.arange(2, m.distances + 2, device=at.device) < texts.end[:, None, None]
+        there = at[..., None] + torch.arange(2, m.distances + 2, device=at.device) < over[:, None, None]
         aim = own.log_softmax(3)
         apart = (aim.exp() * (aim - said.log_softmax(3))).sum(3) * there
         weight = m.decay ** torch.arange(m.distances, device=at.device)

@@ -57,7 +57,7 @@ class _SortedState(TextState):
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
         texts, call = Texts.of(batch), self.learner.call
-        inside = (texts.place >= texts.start[:, None]) & (texts.place < texts.end[:, None])
+        inside = texts.written(call.facts.eos_ids)
         target, row = texts.ids[inside], inside.nonzero()[:, 0]
         zeros = torch.zeros(len(texts.ids), device=row.device)
         count = zeros.index_add(0, row, torch.ones(len(row), device=row.device)).clamp(min=1)

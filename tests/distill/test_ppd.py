@@ -90,7 +90,7 @@ def test_the_loss_is_the_weighted_divergence_of_one_place(tmp_path: Path) -> Non
     method = PromptTokens(distances=3, ensemble=2, places=1, decay=0.5)
     state: Any = trainer(method, tmp_path, kind="causal").state
     rows, draw = texts(1), Draw(0, 2, [0])
-    room = rows.end - rows.start
+    room = rows.over((1,)) - rows.start
     at = rows.start - 1 + (draw.uniform("place 0") * room).long()
     said, _ = prompt_logits(state.learner.call, state.prompts.weight, rows, at[:, None])
     plain = state.learner.call.allowed(state.learner.call.host.own(rows.ids[:, : int(rows.end)])[0])

@@ -127,6 +127,13 @@ def test_methods_for_pictures_say_what_they_cannot_train(tmp_path: Path) -> None
         Texts.of(Batch(Condition({"text": torch.zeros(1)}), Condition({})))
 
 
+def test_a_text_is_over_behind_its_first_end() -> None:
+    ids = torch.tensor([[EOS, 5, 6, EOS, EOS, 7], [5, 5, 6, 7, 8, 9], [5, 5, 6, 7, EOS, EOS], [5, 5, 6, 7, 9, EOS]])
+    rows = Texts(ids, torch.tensor([1, 2, 2, 2]), torch.tensor([6, 6, 6, 5]))
+    assert rows.over((EOS, 40)).tolist() == [4, 6, 5, 5] and rows.over(()).tolist() == [6, 6, 6, 5]
+    assert rows.written((EOS,))[0].tolist() == [False, True, True, True, False, False]
+
+
 # --- certainty forcing ------------------------------------------------------------------------------
 
 
