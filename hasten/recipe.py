@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from hasten.errors import RecipeError
 from hasten.part import Part, parse
@@ -94,10 +94,19 @@ class Adapter(FromFile):
 
     path: the name of a student that comes with hasten; or a .safetensors file in diffusers' names or of quantised weights, or
     a folder that has one, and a relative one starts at the folder of the recipe's file, where it came from a file. scale:
-    factor on what a LoRA changes; 1 for quantised weights.
+    factor on what a LoRA changes; 1 for quantised weights. calls, in place of a path: the student that comes with hasten for
+    the very model it is used on, and evaluates the network so often; the recipe's `reuse` is for models that have none.
     """
 
+    path: str = ""
+    calls: int | None = Field(None, ge=1)
     scale: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Adapter:
+        if bool(self.path) == (self.calls is not None):
+            raise RecipeError(f"adapter needs either path or calls, got path {self.path!r} and calls {self.calls}.")
+        return self
 
 
 class Runtime(Axis):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from hasten.errors import ModelError
+from hasten.errors import ModelError, RefusedError
 from hasten.pipelines.lora import BUNDLED, Lora, find, marks
 from hasten.pipelines.recipes import recipe
 from hasten.recipe import Recipe
@@ -41,6 +41,26 @@ def student_for(networks: Mapping[str, nn.Module], calls: int) -> Recipe | None:
         if network is not None and _is_base_of(made, network):
             return student
     return None
+
+
+def taught(recipe: Recipe, networks: Mapping[str, nn.Module]) -> Recipe:
+    """`recipe` for these networks: one that asks for a student that comes with hasten has that student's adapter and sampler
+    in place of its own `reuse`, or nothing but its own `reuse` where there is no such student.
+
+    Raises `RefusedError` where there is neither.
+    """
+    if recipe.adapter is None or recipe.adapter.calls is None:
+        return recipe
+    student = student_for(networks, recipe.adapter.calls)
+    if student is not None:
+        return recipe.model_copy(update={"adapter": student.adapter, "sampler": student.sampler, "reuse": None})
+    if recipe.reuse is None:
+        known = ", ".join(dict.fromkeys(each.models[0] for each in bundled() if calls_of(each) == recipe.adapter.calls))
+        raise RefusedError(
+            f"Recipe {recipe.name!r} is a distilled student by {recipe.adapter.calls} call(s), and hasten has one for"
+            f" {known or 'no model'} only. Train one (hasten train pairs --model FOLDER) and use its recipe.yaml, or take fast."
+        )
+    return recipe.model_copy(update={"adapter": None})
 
 
 def _is_base_of(made: Lora, network: nn.Module) -> bool:
