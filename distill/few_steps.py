@@ -6,6 +6,7 @@ Shapes: B rows; x [B, ...] on the circle; K calls at the angles tau_1 > ... > ta
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -53,10 +54,22 @@ Noise = Callable[[int, Tensor], Tensor]
 """(number of the call, x) -> fresh noise like x."""
 
 
+class OwnWay(ABC):
+    """A student that is not evaluated on the whole of its sample at once. role: whose weights it has."""
+
+    role: Role
+
+    @abstractmethod
+    def sampled(self, x: Tensor, condition: Condition, steps: FewSteps, noise: Noise | None) -> Tensor:
+        """What `sample` is for others."""
+
+
 def sample(
-    role: Role | Guided | Hinted | FlowMap, x: Tensor, condition: Condition, steps: FewSteps, noise: Noise | None = None
+    role: Role | Guided | Hinted | FlowMap | OwnWay, x: Tensor, condition: Condition, steps: FewSteps, noise: Noise | None = None
 ) -> Tensor:
     """x0 [B, ...] from pure noise x. noise: fresh noise between calls; wanted by `consistency` with several calls."""
+    if isinstance(role, OwnWay):
+        return role.sampled(x, condition, steps, noise)
     if (steps.how == "map") != isinstance(role, FlowMap):
         raise UsageError(f"Sampling by {steps.how!r} does not fit {type(role).__name__}; 'map' and FlowMap belong together.")
     x0, z = x, x

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
+from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import Condition
 from hasten.distill.roles import Role, Roles
@@ -99,7 +99,7 @@ class MethodState:
         """How slowly an average follows the student, in [0, 1)."""
         raise NotImplementedError
 
-    def student(self) -> Role | Hinted | FlowMap:
+    def student(self) -> Role | Hinted | FlowMap | OwnWay:
         """Who is sampled: the student, told what it was trained to be told."""
         return self.roles["student"]
 

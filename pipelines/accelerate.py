@@ -14,19 +14,22 @@ from hasten.agree import is_sharded
 from hasten.budget import Budget
 from hasten.caching.network import NetworkReuse
 from hasten.clock import Clock
-from hasten.errors import ModelError, UsageError
+from hasten.errors import LimitError, ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.lora import Lora, find
 from hasten.pipelines.quantised import Quantised, is_quantised
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.seams.adapter import put_on
+from hasten.pipelines.seams.chunk_calls import sample_in_chunks
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
 from hasten.pipelines.seams.few_calls import sample_in_few_calls
 from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.seams.quantised import put_on as put_weights_on
 from hasten.pipelines.solver import swap_scheduler
+from hasten.pipelines.students import taught
 from hasten.recipe import Recipe
+from hasten.samplers.chunk_calls import ChunkCalls
 from hasten.samplers.few_calls import FewCalls
 from hasten.samplers.solver import Solver
 from hasten.session import Attachment
@@ -143,6 +146,7 @@ class Session:
         self._warned: set[str] = set()
         self._began = 0.0
         models = denoisers(host)
+        self.recipe = recipe = taught(recipe, {} if isinstance(host, nn.Module) else models)
         others = [axis for axis in recipe.axes if axis not in AXES]
         if others:
             raise UsageError(
@@ -198,7 +202,10 @@ class Session:
             self.trace.facts["adapter"] = self._changed(network, made, adapter.scale)
             if remark := made.remark(network):
                 self.note(remark)
-        if isinstance(sampler, FewCalls):
+        if isinstance(sampler, ChunkCalls):
+            self._refuse_beside_chunks()
+            self.trace.facts["student"] = sample_in_chunks(self._attachment, self.host, sampler, self._hold)
+        elif isinstance(sampler, FewCalls):
             self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
 
     def _changed(self, network: nn.Module, made: Lora | Quantised, scale: float) -> str:
@@ -210,6 +217,23 @@ class Session:
             raise UsageError(f"adapter.scale is for what a LoRA adds, got {scale:g}; quantised weights are whole. Leave it out.")
         put_weights_on(self._attachment, network, made)
         return made.told()
+
+    def _hold(self, held: int) -> None:
+        """Count what a sampler holds, which cannot be dropped."""
+        cap = self.limits.max_cache_bytes
+        if cap is not None and held > cap:
+            raise LimitError(
+                f"Keys and values of earlier frames take {held:,} bytes, above the cap of {cap:,}. Set sampler.window, or raise the cap."
+            )
+        self.trace.hold(held)
+
+    def _refuse_beside_chunks(self) -> None:
+        others = [axis for axis in ("guidance", "reuse", "attention") if getattr(self.recipe, axis) is not None]
+        if others:
+            raise UsageError(
+                f"Recipe {self.recipe.name!r} sets {' and '.join(others)} beside a sampler that makes chunks of frames: what they"
+                " would leave out is said of whole clips. Take one of the two."
+            )
 
     # --- what users ask ---------------------------------------------------------------------------
 

@@ -63,7 +63,8 @@ class Card:
     def _calls(self) -> str:
         assert self.sampler is not None
         count = int(self.sampler["call"].get("num_inference_steps", len(self._levels)))
-        return f"{count} call{'s' if count > 1 else ''} of the network"
+        chunks = f" for each chunk of {self.sampler['chunk']} latent frames" if "chunk" in self.sampler else ""
+        return f"{count} call{'s' if count > 1 else ''} of the network{chunks}"
 
     @property
     def _levels(self) -> list[float]:
@@ -88,6 +89,8 @@ hasten generate {self.base} --prompt "..." --recipe FOLDER/recipe.yaml
 """
 
     def _plain(self) -> str:
+        if self.sampler and "chunk" in self.sampler:
+            return "Plain diffusers loads the adapter, but has no loop that makes a clip chunk after chunk on kept keys and values.\n"
         return f"In plain diffusers:\n```python\n{self.code()}```\n"
 
     def code(self) -> str:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from hasten.distill.chunks import ChunkSteps
 from hasten.distill.few_steps import FewSteps
 from hasten.distill.paths import Flow, NoisePath, VariancePreserving
 from hasten.errors import RefusedError
 from hasten.pipelines.host import Layout, denoisers
 from hasten.pipelines.seams.few_calls import arguments, changes, kind_of, levels_of, scheduler_for
+from hasten.samplers.chunk_calls import ChunkCalls
 from hasten.samplers.few_calls import FewCalls
 
 __all__ = ["describe", "few_calls", "scheduler_for", "told_guidance"]
@@ -44,7 +46,12 @@ def few_calls(steps: FewSteps, path: NoisePath, guidance: float | None = None) -
                 f"The student's first call is at sigma = {sigmas[0]:.4f}, and pipelines of flow matching start at 1."
                 " Train it with its first angle at pi / 2."
             )
-        return FewCalls(how=steps.how, sigmas=(1.0, *sigmas[1:]), guidance=guidance)
+        levels = (1.0, *sigmas[1:])
+        if isinstance(steps, ChunkSteps):
+            return ChunkCalls(how=steps.how, sigmas=levels, guidance=guidance, chunk=steps.chunk, first=steps.first)
+        return FewCalls(how=steps.how, sigmas=levels, guidance=guidance)
+    if isinstance(steps, ChunkSteps):
+        raise RefusedError("Chunks of frames are sampled from flow-matching models alone; this one is variance preserving.")
     assert isinstance(path, VariancePreserving)
     times = path.time(angles)
     off = [float(t) for t in times if abs(float(t) - round(float(t))) > 1e-4]
@@ -71,7 +78,9 @@ def told_guidance(pipe: Any, call: Mapping[str, Any]) -> float | None:
 
 def describe(part: FewCalls, pipe: Any) -> dict[str, Any]:
     """The sampler in plain values for headers and other programs: class and configuration of the scheduler, its levels,
-    and the arguments of the pipeline's call. Raises as `few_calls`, and for a model of the other kind."""
+    and the arguments of the pipeline's call; without a scheduler for chunks of frames. Raises as `few_calls`, and for a model of the other kind."""
+    if isinstance(part, ChunkCalls):  # no scheduler of diffusers goes chunk by chunk
+        return {"how": part.how, **levels_of(part), "chunk": part.chunk, "first": part.first, "call": arguments(type(pipe), part)}
     return {
         "how": part.how, "scheduler": kind_of(part), "config": changes(part, pipe.scheduler), **levels_of(part),
         "call": arguments(type(pipe), part),

@@ -20,7 +20,8 @@ from hasten.distill.export.card import Card, Rows
 from hasten.distill.export.lora import lora_of, save_network, styles_of
 from hasten.distill.export.names import PREFIX, Names, Style, write
 from hasten.distill.export.sampler import describe, few_calls, told_guidance
-from hasten.distill.few_steps import FewSteps
+from hasten.distill.few_steps import FewSteps, OwnWay
+from hasten.distill.method import Beside
 from hasten.distill.roles import Role
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import tiny_models
@@ -131,7 +132,7 @@ def student_of(trainer: Any, pipe: Any, base: str, **more: Any) -> Student:
     Raises `RefusedError` for a student that is more than its network: one that is told numbers by modules beside it.
     """
     who = trainer.state.student()
-    if not isinstance(who, Role):
+    if not isinstance(who, Role | OwnWay):
         raise RefusedError(
             f"This student's network is told numbers by modules beside it ({type(who).__name__}), which no file that diffusers"
             " reads can hold. Train with told = false, or sample it with hasten.distill."

@@ -10,7 +10,8 @@ from hasten.caching.stack import StackReuse
 from hasten.drift import Drift
 from hasten.forecast import Hold, LeaveOneOut, Polynomial
 from hasten.ledger import Ledger
-from hasten.recipe import Recipe
+from hasten.recipe import Adapter, Recipe
+from hasten.samplers.chunk_calls import ChunkCalls  # noqa: F401  # no recipe of a name has it; files name its kind
 from hasten.samplers.few_calls import FewCalls  # noqa: F401  # no recipe of a name has it; files name its kind
 from hasten.samplers.guidance import AdaptiveGuidance, AffineGuidance, GuidanceInterval, HeldGuidance
 from hasten.samplers.solver import Solver
@@ -33,16 +34,24 @@ def balanced() -> Recipe:
     )
 
 
-def fast() -> Recipe:
-    """About a sixth of the evaluations; damped linear forecasts, each gap put right when it ends.
+def fast(student: bool = True) -> Recipe:
+    """Four calls of a distilled student where hasten has one for the model; else about a sixth of the evaluations.
 
-    The positions were chosen at 50 steps on tuning prompts by a search, see `benchmarks/tune_presets.py`.
+    A student draws as well as its teacher, but not the same pictures (docs/distill-bench.md). Without one (student=false, or
+    a model that none comes for): damped linear forecasts, each gap put right when it ends, at positions that were chosen at
+    50 steps on tuning prompts by a search, see `benchmarks/tune_presets.py`.
     """
     at = (0.0, 0.102, 0.163, 0.224, 0.367, 0.551, 0.776, 0.918)
     return Recipe(
         reuse=NetworkReuse(rule=Listed(at=at, share=0.16), forecast=Polynomial(order=1, damp=0.75), correct=2),
+        adapter=Adapter(calls=4) if student else None,
         models=("any denoiser with an Euler or DDIM solver",),
     )
+
+
+def fastest() -> Recipe:
+    """One call of a distilled student, where hasten has one for the model; refused elsewhere."""
+    return Recipe(adapter=Adapter(calls=1), models=("tiny-image",))
 
 
 def auto(latent_error: float | None = None, psnr: float | None = None, quality: float | None = None) -> Recipe:

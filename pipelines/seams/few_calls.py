@@ -116,13 +116,13 @@ def _seeded(scheduler: Any) -> Any:
         if args or kwargs.get("generator") is not None:
             return step(model_output, timestep, sample, *args, **kwargs)
         if scheduler.step_index in (None, 0) or not drawn:
-            drawn[:] = _generators(sample)
+            drawn[:] = generators(sample)
         return step(model_output, timestep, sample, **{**kwargs, "generator": list(drawn)})
 
     return seeded
 
 
-def _generators(x: Tensor) -> list[torch.Generator]:
+def generators(x: Tensor) -> list[torch.Generator]:
     """A generator for each row, a function of the noise that the row starts from: one look at the device per run."""
     starts = x.detach().flatten(1)[:, :256].float().cpu().numpy()
     digests = [hashlib.blake2b(start.tobytes(), digest_size=8).digest() for start in starts]
@@ -138,16 +138,13 @@ def sample_in_few_calls(attachment: Attachment, pipe: Any, part: FewCalls) -> st
     if hasattr(plain, "_hasten_plain"):
         raise RefusedError(f"A student is sampled from this {plain.__name__} already. Close that session first.")
     attachment.replace(pipe, "scheduler", scheduler_for(part, pipe.scheduler))
-    made = type(plain.__name__, (plain,), _members(plain, part))
-    made.__module__, made.__qualname__, made.__doc__ = plain.__module__, plain.__qualname__, plain.__doc__
-    object.__setattr__(pipe, "__class__", made)
-    attachment.on_restore(lambda: object.__setattr__(pipe, "__class__", plain))
+    become(attachment, pipe, _call(plain, part), arguments(plain, part))
     calls = f"{part.calls} call{'s' if part.calls > 1 else ''}"
     return f"{calls} by {kind_of(part)}, no guidance"
 
 
-def _members(plain: Any, part: FewCalls) -> dict[str, Any]:
-    """What the pipeline's class has instead while a student is sampled."""
+def _call(plain: Any, part: FewCalls) -> Any:
+    """The call of the pipeline's class while a student is sampled."""
     original = plain.__call__
     overruled = arguments(plain, part)
 
@@ -159,13 +156,27 @@ def _members(plain: Any, part: FewCalls) -> dict[str, Any]:
         bound.arguments.update(overruled)
         return original(*bound.args, **bound.kwargs)
 
+    return call
+
+
+def become(attachment: Attachment, pipe: Any, call: Any, overruled: dict[str, Any]) -> None:
+    """Give `pipe` a class of its own whose `__call__` is `call`, until `attachment` is restored.
+
+    overruled: the arguments that `call` sets, for `overruled_by`.
+    """
+    plain = type(pipe)
+
     def reduce(self: Any, protocol: Any) -> Any:
         """A copy or a pickle of such a pipeline is a plain one."""
         state: Any = object.__reduce_ex__(self, protocol)
         made, (kind, *rest), *more = state
         return (made, (plain if kind is type(self) else kind, *rest), *more)
 
-    return {"__call__": call, "__reduce_ex__": reduce, "_hasten_plain": plain, "_hasten_call": overruled}
+    members = {"__call__": call, "__reduce_ex__": reduce, "_hasten_plain": plain, "_hasten_call": overruled}
+    made = type(plain.__name__, (plain,), members)
+    made.__module__, made.__qualname__, made.__doc__ = plain.__module__, plain.__qualname__, plain.__doc__
+    object.__setattr__(pipe, "__class__", made)
+    attachment.on_restore(lambda: object.__setattr__(pipe, "__class__", plain))
 
 
 def overruled_by(pipe: Any) -> dict[str, Any]:

@@ -89,6 +89,16 @@ class FrameSeam:
         modules = (module for module in network.modules() if getattr(module, "is_cross_attention", None) is False)
         self._attention: list[Any] = list(modules)
         self._walks = Walks()
+        self._made: dict[int, tuple[Site, Any]] = {}
+
+    def check(self, frames: int) -> None:
+        """Raises `UsageError` for a clip of more latent frames than the network knows places for."""
+        longest = int(self.network.config.rope_max_seq_len)
+        if frames > longest:
+            raise UsageError(
+                f"This network knows places in time up to {longest} latent frames; {frames} were asked for. Ask for a shorter"
+                " clip."
+            )
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of a latent frame."""
@@ -124,20 +134,17 @@ class FrameSeam:
             )
         if reason := reason_against(own):
             raise RefusedError(f"Attention of this {type(self.network).__name__} cannot be made causal: {reason}.")
-        site = Site(f"self-attention {number}", number, own, self._walks)
-        return stand_in(own, site, site.ticket)
+        if number not in self._made or self._made[number][0].original is not own:
+            site = Site(f"self-attention {number}", number, own, self._walks)
+            self._made[number] = site, stand_in(own, site, site.ticket)
+        return self._made[number][1]
 
     def _later(self, rope: Any, begin: int) -> Any:
         """The rotary embedding of frames that start at `begin`."""
-        longest = int(self.network.config.rope_max_seq_len)
 
         def shifted(x: Tensor) -> tuple[Tensor, Tensor]:
             channels, frames, height, width = x.shape[1:]
-            if begin + frames > longest:
-                raise UsageError(
-                    f"This network knows places in time up to {longest} latent frames; frame {begin + frames} was asked for."
-                    " Ask for a shorter clip."
-                )
+            self.check(begin + frames)
             cos, sin = rope(torch.empty(1, channels, begin + frames, height, width, device="meta"))
             own = frames * self.tokens(height, width)
             return cos[:, -own:], sin[:, -own:]
