@@ -21,7 +21,6 @@ from hasten.distill.export.lora import lora_of, save_network, styles_of
 from hasten.distill.export.names import PREFIX, Names, Style, write
 from hasten.distill.export.sampler import describe, few_calls, told_guidance
 from hasten.distill.few_steps import FewSteps, OwnWay
-from hasten.distill.method import Beside
 from hasten.distill.roles import Role
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import tiny_models
