@@ -10,7 +10,7 @@ Shapes: B rows; x0, z [B, ...] on the circle's scale (as the network sees clean 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,9 @@ from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import Condition
 from hasten.distill.roles import Role, Roles
+from hasten.errors import UsageError
 from hasten.part import Part
+from hasten.recipe import ReusePolicy
 
 Data = Literal["latents", "own", "prompts", "pairs", "tokens"]
 """What a method reads: clean latents with prompts; the same, but never the teacher's; prompts alone; noise and the
@@ -69,12 +71,27 @@ class Method(Part):
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What a student needs beside its weights: a file (its name, its bytes), and the part of a recipe that reads it."""
+
+    file: str
+    content: bytes
+    reuse: ReusePolicy
+
+
+def _no_row() -> Batch:
+    raise UsageError("This method looks at a row of the data before it starts, and was given none. Pass Facts(row=...).")
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
-    """What a method is told once. steps: how long it is trained. shape: of one row of the network's input."""
+    """What a method is told once. steps: how long it is trained. shape: of one row of the network's input. row: gives a row
+    of the data, for methods that have to see the network run before anything is trained."""
 
     roles: Roles
     steps: int
     shape: tuple[int, ...]
+    row: Callable[[], Batch] = _no_row
 
 
 class MethodState:
@@ -102,6 +119,10 @@ class MethodState:
     def student(self) -> Role | Hinted | FlowMap | OwnWay:
         """Who is sampled: the student, told what it was trained to be told."""
         return self.roles["student"]
+
+    def beside(self, weights: Mapping[str, Tensor]) -> Beside | None:
+        """What the student needs beside its network. weights: of the student and its heads, as they are to be written."""
+        return None
 
     def sampler(self) -> FewSteps | None:
         """How the student is to be sampled; None where it is sampled like the teacher."""

@@ -69,7 +69,7 @@ class Trainer:
             raise UsageError("There is no data to train on: the data set has no rows.")
         if self.settings.checkpointing:
             self.roles.recompute()
-        self.state = self.method.start(Facts(self.roles, self.settings.steps, self.shape))
+        self.state = self.method.start(Facts(self.roles, self.settings.steps, self.shape, self._row))
         self.players = {name: self._player(name) for name in self._names()}
         for player in self.players.values():
             processes.share([*player.parameters.values(), *player.buffers.values(), *player.average.values()])
@@ -197,6 +197,10 @@ class Trainer:
 
     def _rate(self, name: str) -> float:
         return self.settings.role_lr.get(name, self.settings.lr)
+
+    def _row(self) -> Batch:
+        """The first row of the data."""
+        return self.data.batch(torch.zeros(1, dtype=torch.int64), Draw(self.settings.seed, 0, (0,), self._device))
 
     @property
     def _device(self) -> torch.device:

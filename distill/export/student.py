@@ -21,6 +21,7 @@ from hasten.distill.export.lora import lora_of, save_network, styles_of
 from hasten.distill.export.names import PREFIX, Names, Style, write
 from hasten.distill.export.sampler import describe, few_calls, told_guidance
 from hasten.distill.few_steps import FewSteps, OwnWay
+from hasten.distill.method import Beside
 from hasten.distill.roles import Role
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import tiny_models
@@ -36,6 +37,7 @@ class Student:
     trained for.
 
     also: other programs to write an adapter for. merge: whether a style that teacher and student keep is put into the file.
+    beside: what the student needs beside its weights.
     """
 
     role: Role
@@ -50,6 +52,7 @@ class Student:
     training: Mapping[str, object] = field(default_factory=dict)
     also: tuple[Style, ...] = ()
     merge: bool = False
+    beside: Beside | None = None
 
     def save(self, folder: Path) -> Path:
         """Write adapter or network, other programs' files, sampler.json, recipe.yaml and README.md below `folder`.
@@ -69,6 +72,8 @@ class Student:
             files = [lora.save(folder / FILE), *self._others(lora, folder)]
             ranks, alphas = ({getattr(low, key) for low in lora.layers.values()} for key in ("rank", "alpha"))
             facts = {"rank": _one(ranks), "alpha": _one(alphas), "layers": len(lora.layers)}
+        if self.beside is not None:
+            files.append(atomic_write(folder / self.beside.file, self.beside.content))
         if told is not None:
             atomic_write(folder / "sampler.json", json.dumps(told, indent=1) + "\n")
         atomic_write(folder / "recipe.yaml", self._recipe(part).to_yaml())
@@ -101,7 +106,8 @@ class Student:
 
     def _recipe(self, sampler: FewCalls | None) -> Recipe:
         adapter = None if self.role.stage is None else Adapter(path=FILE)
-        return Recipe(name=self._name, models=(self.base,), sampler=sampler, adapter=adapter)
+        reuse = None if self.beside is None else self.beside.reuse
+        return Recipe(name=self._name, models=(self.base,), sampler=sampler, adapter=adapter, reuse=reuse)
 
     def _card(self, sampler: Mapping[str, Any] | None, training: Mapping[str, object], files: Mapping[str, str]) -> Card:
         plain = type(self.pipe)
@@ -138,11 +144,12 @@ def student_of(trainer: Any, pipe: Any, base: str, **more: Any) -> Student:
         )
     player = trainer.players["student"]
     # Heads that are only trained with (a learned weighting) are no part of the student.
-    weights = {n: w for n, w in (player.average or player.parameters).items() if not n.startswith("heads.")}
+    every = player.average or player.parameters
+    weights = {n: w for n, w in every.items() if not n.startswith("heads.")}
     facts = {"method": trainer.method.kind, "steps": trainer.settings.steps, "batch": trainer.settings.batch,
              "learning rate": trainer.settings.lr, "seed": trainer.settings.seed}  # fmt: skip
     facts |= {"averaged": trainer.settings.average} if player.average else {}
-    given = {"training": facts} | more
+    given = {"training": facts, "beside": trainer.state.beside(every)} | more
     return Student(trainer.roles["student"], pipe, base, trainer.state.sampler(), weights, **given)
 
 

@@ -17,6 +17,7 @@ from hasten.caching.context import ContextReuse
 from hasten.caching.deep import DeepReuse
 from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
+from hasten.caching.routed import RoutedReuse
 from hasten.caching.stack import StackReuse
 from hasten.caching.width import WidthReuse
 from hasten.forecast import Hold
@@ -27,6 +28,7 @@ from hasten.pipelines.seams.deep import DeepSeam
 from hasten.pipelines.seams.modules import ModuleSeam
 from hasten.pipelines.seams.network import NetworkSeam
 from hasten.pipelines.seams.reuse import ReuseSeam
+from hasten.pipelines.seams.routed import RoutedSeam
 from hasten.pipelines.seams.stack import StackSeam
 from hasten.pipelines.seams.width import WidthSeam
 from hasten.pipelines.seams.writes import Kind, Writes, kind_of
@@ -46,6 +48,7 @@ SEAMS: dict[type[ReusePolicy], Callable[[DenoiserGate, Any], ReuseSeam]] = {
     DeepReuse: DeepSeam,
     ContextReuse: ContextSeam,
     WidthReuse: WidthSeam,
+    RoutedReuse: RoutedSeam,
 }
 """Which seam puts which policy onto a network. A new span is one policy, one seam and one entry here."""
 

@@ -31,7 +31,8 @@ class WidthSite:
     """One module that may run narrow.
 
     name: dotted; owner, attribute: where its parent keeps it; block: its number through all block lists. cut: how it is
-    cut. order: its units, the most important first. flops: of one call in full. reason: why it is not cut, "" where it is.
+    cut. order: its units, the most important first. flops: of one call in full. width: of the tokens, where they were seen
+    to be treated one by one; 0 otherwise. reason: why it is not cut, "" where it is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class WidthSite:
     order: Tensor = field(default_factory=lambda: torch.empty(0))
     flops: int = 0
     calls: int = 0
+    width: int = 0
     reason: str = ""
 
     def narrow(self, count: int) -> nn.Module:
@@ -91,14 +93,15 @@ class WidthGates:
         finally:
             self._active.visitor = None
 
-    def learn(self, forward: Callable[[], Any], order: Order, agree: Mean = alone) -> bool:
+    def learn(self, forward: Callable[[], Any], order: Order, agree: Mean = alone, tokens: bool = False) -> bool:
         """Watch one evaluation: what each module costs, which of its units matter, and that cutting it is right.
 
         Afterwards only the modules that can be cut are gated. False when something was not finite, which teaches
         nothing; then another evaluation has to be watched. agree: makes importance one on all ranks that share a sample.
+        tokens: also find out which modules treat every token by itself.
         """
         with Flops() as counter:
-            teacher = Teacher(counter, order, agree)
+            teacher = Teacher(counter, order, agree, tokens)
             self.run(forward, teacher)
             self.flops = counter.total - teacher.extra
         if teacher.blinded:
@@ -138,8 +141,9 @@ class Teacher:
     blinded: whether a module returned something that is not finite.
     """
 
-    def __init__(self, counter: Flops, order: Order, agree: Mean) -> None:
+    def __init__(self, counter: Flops, order: Order, agree: Mean, tokens: bool = False) -> None:
         self.counter, self.order, self.agree, self.extra, self.blinded = counter, order, agree, 0, False
+        self.tokens = tokens
 
     def module(self, site: WidthSite, full: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site.calls += 1
@@ -170,6 +174,8 @@ class Teacher:
             self.blinded = True
             return
         site.reason = loss_of_repeat(wanted, lambda: cut.twin(module, half)(*args, **kwargs))
+        if self.tokens and not cut.heads and not site.reason:
+            site.width = _token_width(module, args, kwargs)
 
 
 class WidthWalk:
@@ -224,3 +230,16 @@ def _listen(site: WidthSite, name: str, seen: dict[str, Tensor]) -> Any:
         seen[name] = args[0].float().square().flatten(0, -2).mean(dim=0)
 
     return site.module.get_submodule(name).register_forward_pre_hook(note)
+
+
+def _token_width(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """D of the tokens [B, N, D] that are all a module is given, if half of them alone give what they give among all; 0
+    where they do not."""
+    given = [*args, *kwargs.values()]
+    if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].ndim != 3:
+        return 0
+    x = given[0]
+    whole = module(x)
+    if not isinstance(whole, Tensor) or whole.shape != x.shape:
+        return 0
+    return x.shape[2] if not loss_of_repeat(whole[:, 1::2], lambda: module(x[:, 1::2])) else 0
