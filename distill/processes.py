@@ -25,6 +25,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def launched() -> int:
+    """How many processes were launched together. Also outside of `joined`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def first() -> bool:
     """Whether this process was launched alone or as the first: who tells the user. Also outside of `joined`."""
     return os.environ.get("RANK", "0") == "0"
@@ -34,7 +39,7 @@ def first() -> bool:
 def joined() -> Iterator[None]:
     """While open, this process belongs to the group it was launched in; nothing happens to one that was launched alone.
     Over NCCL where there are GPUs, a GPU for each process, otherwise over gloo."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if launched() < 2 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
@@ -62,6 +67,14 @@ def share(tensors: Iterable[Tensor]) -> None:
     if count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+@torch.no_grad()
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @torch.no_grad()

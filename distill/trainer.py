@@ -13,23 +13,26 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hasten.distill import processes
+from hasten.distill import processes, sharding
 from hasten.distill.draw import Draw
+from hasten.distill.health import Health
+from hasten.distill.log import Log
 from hasten.distill.method import Batch, Facts, Method, MethodState
+from hasten.distill.optimizers import optimizer_of
 from hasten.distill.players import Player
-from hasten.distill.pretrain_loop import learning_rate
-from hasten.distill.pretrain_state import replace_folder, truncate_log
-from hasten.distill.roles import Roles, follow
+from hasten.distill.pretrain_state import replace_folder
+from hasten.distill.roles import Roles
 from hasten.distill.settings import TrainSettings
+from hasten.distill.sharding import Share
 from hasten.errors import ResumeError, UsageError
 
 
@@ -49,7 +52,8 @@ class Trainer:
 
     `latest/` holds a folder per role with weights, average and optimiser, renewed every `checkpoint_seconds` (written
     aside and renamed); `log.jsonl` a line per step. A step's loss that is not finite ends the training with the last
-    checkpoint intact.
+    checkpoint intact. watch: looks at the training after each step, in every process; its numbers join the log. ended: asked
+    after each step whether to write a checkpoint and stop; it is enough that one process is told so.
     """
 
     method: Method
@@ -61,6 +65,7 @@ class Trainer:
     progress: bool = True
     checkpoint_seconds: float = 120.0
     watch: Callable[[int, Trainer], Mapping[str, float]] | None = None
+    ended: Callable[[], bool] = lambda: False
     state: MethodState = field(init=False)
     players: dict[str, Player] = field(init=False)
 
@@ -70,9 +75,12 @@ class Trainer:
         if self.settings.checkpointing:
             self.roles.recompute()
         self.state = self.method.start(Facts(self.roles, self.settings.steps, self.shape, self._row))
+        for name in self._names():
+            own, buffers = self._own(name)
+            processes.share([*own.values(), *buffers.values()])
+        if self.settings.shard:
+            sharding.shard(self.roles)
         self.players = {name: self._player(name) for name in self._names()}
-        for player in self.players.values():
-            processes.share([*player.parameters.values(), *player.buffers.values(), *player.average.values()])
 
     def fit(self, resume: bool = False, stop_after: int | None = None) -> int:
         """Train to the end, or to `stop_after` steps. Returns the number of steps done in all.
@@ -80,26 +88,28 @@ class Trainer:
         Raises `ResumeError` where a checkpoint is incomplete or of another training; `FloatingPointError` where a loss
         is not finite.
         """
-        start = self._resume() if resume else 0
+        start = self.restore() if resume else 0
         last = min(self.settings.steps, stop_after or self.settings.steps)
         self.out.mkdir(parents=True, exist_ok=True)
-        if processes.rank() == 0:
-            truncate_log(self.out / "log.jsonl", start)
         first = {name: _copies(player) for name, player in self.players.items()}
-        saved = time.monotonic()
-        with (self.out / "log.jsonl").open("a") as lines, self._bar(start) as bar:
-            for step in range(start, last):
-                row = self._step(step)
-                self._tell(lines, bar, step, row)
-                if step + 1 == last or time.monotonic() - saved > self.checkpoint_seconds:
-                    lines.flush()
-                    self.save(step + 1)
+        saved, done = time.monotonic(), start
+        with closing(self._log(start)) as log, self._bar(start) as bar:
+            health = Health(log.earlier)
+            while done < last:
+                row, stop, late = self._step(done, time.monotonic() - saved > self.checkpoint_seconds)
+                self._tell(log, bar, done, row, health)
+                done += 1
+                if done == last or stop or late:
+                    log.flush()
+                    self.save(done)
                     saved = time.monotonic()
+                if stop:
+                    return done
         self._warn_still(first, last - start)
-        return max(start, last)
+        return max(start, done)
 
     def save(self, step: int) -> None:
-        """Write `latest/`, one folder for each role."""
+        """Write `latest/`, one folder for each role. Every process must call this: weights in parts are gathered."""
 
         def write(part: Path) -> None:
             for name, player in self.players.items():
@@ -109,24 +119,39 @@ class Trainer:
 
         if processes.rank() == 0:
             replace_folder(self.out / "latest", write)
+        elif self.settings.shard:
+            for player in self.players.values():
+                player.save(None)
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this process holds, by kind; `base` are the weights that nothing trains."""
+        own = {id(p) for player in self.players.values() for p in player.parameters.values()}
+        networks = {id(role.host.network): role.host.network for role in self.roles.values()}
+        base = sharding.held(p for n in networks.values() for p in n.parameters() if id(p) not in own)
+        kinds = [player.held() for player in self.players.values()]
+        return {"base": base, **{kind: sum(each[kind] for each in kinds) for kind in kinds[0]}}
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> dict[str, float]:
-        factor = learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.cooldown)
+    def _step(self, step: int, late: bool) -> tuple[dict[str, float], bool, bool]:
+        """(numbers for the log, whether to stop behind this step, whether a checkpoint is due)."""
         told: dict[str, Tensor] = {}
         kept: list[Mapping[str, Any]] = [{} for _ in range(self.settings.accumulate)]
         for phase in self.state.phases(step):
             player = self.players[phase]
             told |= self._phase(player, step, kept)
-            _change(player, self._rate(phase) * factor, self.settings.clip, told)
+            start = "" if phase == "student" else f"{phase}."
+            told[f"{start}gradient"] = player.change(self._rate(phase) * self.settings.factor(step), self.settings.clip)
         for name in self.method.averages:
-            follow(self.roles[name], self.roles["student"], self.state.decay(name))
+            _follow(self.players[name], self.players["student"], self.state.decay(name))
         early = (1 + step) / (10 + step)
         self.players["student"].follow(min(self.settings.average, early))
         # One look at the device per step, for all numbers together; all processes see the same, and stop together.
-        numbers = processes.average(torch.stack([t.double() for t in told.values()]))
-        return dict(zip(told, numbers.tolist(), strict=True))
+        flags = [torch.tensor(float(flag), device=self._device) for flag in (self.ended(), late)]
+        numbers = processes.average(torch.stack([t.double() for t in (*told.values(), *flags)])).tolist()
+        every = self.settings.checkpoint_every
+        due = (step + 1) % every == 0 if every else numbers[-1] > 0
+        return dict(zip(told, numbers, strict=False)), numbers[-2] > 0, due
 
     def _phase(self, player: Player, step: int, kept: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Gradients of one phase on all parts of the batch; what is to be told of it."""
@@ -145,7 +170,6 @@ class Trainer:
             for name, value in {"loss": loss.rows.mean(), **loss.metrics}.items():
                 key = name if player.name == "student" else f"{player.name}.{name}"
                 told[key] = told.get(key, torch.zeros((), device=value.device)) + value.detach().float() * share
-        _average_gradients(player)
         return told
 
     def _parts(self, step: int) -> list[range]:
@@ -176,31 +200,35 @@ class Trainer:
     def _phases(self) -> list[str]:
         return list(dict.fromkeys(phase for step in range(64) for phase in self.state.phases(step)))
 
-    def _player(self, name: str) -> Player:
+    def _own(self, name: str) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """Weights of a role and of its heads, and the heads' buffers."""
         own = dict(self.roles[name].parameters()) if name in self.roles else {}
         buffers: dict[str, Tensor] = {}
         for label, module in self.state.heads(name):
             own |= {f"heads.{label}.{key}": value for key, value in module.named_parameters()}
             buffers |= {f"heads.{label}.{key}": value for key, value in module.named_buffers()}
+        return own, buffers
+
+    def _player(self, name: str) -> Player:
+        own, buffers = self._own(name)
+        shares = {key: Share.of(value) for key, value in own.items()} if self.settings.shard else {}
         if name in self.method.averages:
             for value in own.values():
                 value.requires_grad_(False)
-            return Player(name, own, None, buffers)
-        s = self.settings
-        optimizer = torch.optim.AdamW(
-            list(own.values()), lr=self._rate(name), betas=s.betas, weight_decay=s.weight_decay,
-            foreach=True,
-        )  # fmt: skip
-        keeps = name == "student" and s.average > 0
-        average = {key: value.detach().clone() for key, value in own.items()} if keeps else {}
-        return Player(name, own, optimizer, buffers, average)
+            return Player(name, own, None, buffers, shares={key: share for key, share in shares.items() if share.cut})
+        changed = [share.own for share in shares.values()] or list(own.values())
+        player = Player(name, own, optimizer_of(self.settings, changed, self._rate(name)), buffers, shares=shares)
+        if name == "student" and self.settings.average > 0:
+            player.average = {key: value.clone() for key, value in player.current().items()}
+        return player
 
     def _rate(self, name: str) -> float:
         return self.settings.role_lr.get(name, self.settings.lr)
 
-    def _row(self) -> Batch:
-        """The first row of the data."""
-        return self.data.batch(torch.zeros(1, dtype=torch.int64), Draw(self.settings.seed, 0, (0,), self._device))
+    def _row(self, count: int = 1) -> Batch:
+        """The first row of the data, or the first ones."""
+        rows = range(min(count, len(self.data)))
+        return self.data.batch(torch.tensor(rows), Draw(self.settings.seed, 0, rows, self._device))
 
     @property
     def _device(self) -> torch.device:
@@ -213,7 +241,11 @@ class Trainer:
         hidden = not self.progress or processes.rank() > 0
         return tqdm(total=self.settings.steps, initial=start, desc=self.method.kind, disable=hidden, mininterval=2)
 
-    def _tell(self, lines: IO[str], bar: Any, step: int, row: dict[str, float]) -> None:
+    def _log(self, start: int) -> Log:
+        about = {"method": self.method.model_dump(), "train": self.settings.model_dump(mode="json")}
+        return Log(self.out / "log.jsonl" if processes.rank() == 0 else None, start, self.settings.report_to, about)
+
+    def _tell(self, log: Log, bar: Any, step: int, row: dict[str, float], health: Health) -> None:
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
@@ -222,12 +254,12 @@ class Trainer:
             )
         more = dict(self.watch(step, self)) if self.watch is not None else {}
         if processes.rank() == 0:
-            rounded = {name: float(f"{value:.6g}") for name, value in (row | more).items()}
-            lines.write(json.dumps({"step": step, "time": round(time.time(), 1), **rounded}) + "\n")
+            log.write(step, row | more | health.look(step, row | more))
         bar.update()
         bar.set_postfix(loss=f"{row.get('loss', float('nan')):.4f}", refresh=False)
 
-    def _resume(self) -> int:
+    def restore(self) -> int:
+        """Take everything from the last checkpoint; its number of steps. Raises `ResumeError` as `fit` does."""
         folder = self.out / "latest"
         if not folder.exists() and (old := folder.with_name("latest.old")).exists():
             old.rename(folder)
@@ -257,24 +289,13 @@ class Trainer:
 
 
 def _copies(player: Player) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in player.parameters.items()}
+    return {name: value.clone() for name, value in player.current().items()}
 
 
-def _change(player: Player, rate: float, clip: float, told: dict[str, Tensor]) -> None:
-    """One step of the role's optimiser."""
-    assert player.optimizer is not None
-    for group in player.optimizer.param_groups:
-        group["lr"] = rate
-    norm = nn.utils.clip_grad_norm_(list(player.parameters.values()), clip)
-    told["gradient" if player.name == "student" else f"{player.name}.gradient"] = norm.detach()
-    player.optimizer.step()
-    player.optimizer.zero_grad(set_to_none=True)
-
-
-def _average_gradients(player: Player) -> None:
-    if processes.count() == 1:
-        return
-    for parameter in player.parameters.values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        processes.average(parameter.grad)
+@torch.no_grad()
+def _follow(target: Player, student: Player, decay: float) -> None:
+    """target <- decay target + (1 - decay) student, weight by weight; heads of the student have no counterpart."""
+    own, new = (
+        sharding.local({n: p for n, p in player.parameters.items() if not n.startswith("heads.")}) for player in (target, student)
+    )
+    torch._foreach_lerp_(own, new, 1 - decay)
