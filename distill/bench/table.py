@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hasten.atomic import atomic_write
 from hasten.distill import cost
 from hasten.distill.bench.contest import Contest, Made
+from hasten.distill.export.card import measured
 from hasten.distill.trained import Trained, open_trained
 from hasten.errors import UsageError
 from hasten.pipelines.bench.bars import Bar
@@ -69,6 +71,25 @@ def student(contest: Contest, folder: Path, calls: Iterable[int], told: Told) ->
         told(f"{folder.name}, {count} calls")
         rows.append(_row(contest, contest.student(trained, count), STUDENT, folder.name, calls=count) | _facts(trained, folder))
     return rows
+
+
+CARD = {"name": "who", "calls": "calls", "evaluations": "evaluations", "frechet": "Frechet", "recall": "recall", "precision": "precision",
+        "accuracy": "prompt accuracy", "seconds": "CPU s each"}  # fmt: skip
+"""Key of a row -> heading in a model card."""
+
+
+def in_card(rows: Rows, folder: Path) -> list[Row]:
+    """The rows of a student's card: the teacher, and this student by what it was trained for and otherwise."""
+    kept = [row for row in rows if row["who"] == TEACHER or (row["who"] == STUDENT and row["name"] == folder.name)]
+    named = [row | {"name": f"teacher, {row['calls']} steps" if row["who"] == TEACHER else "student"} for row in kept]
+    return [{heading: row[key] for key, heading in CARD.items()} for row in named]
+
+
+def tell_card(rows: Rows, folder: Path) -> None:
+    """Put the measured table into the card of a training's student, where it has one."""
+    card = folder / "student" / "README.md"
+    if card.is_file():
+        atomic_write(card, measured(card.read_text(encoding="utf-8"), in_card(rows, folder)))
 
 
 def as_recipe(contest: Contest, recipe: Recipe, told: Told) -> Row:

@@ -15,6 +15,9 @@ from hasten.pipelines.lora import FILE, METADATA
 
 Rows = Sequence[Mapping[str, object]]
 
+AGAINST = "## Against the teacher"
+"""Heading above the measured table."""
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -72,12 +75,7 @@ class Card:
         return list(self.sampler.get("sigmas") or self.sampler["timesteps"])
 
     def _table(self) -> str:
-        if not self.table:
-            return "## Against the teacher\n\nNot measured yet: nothing is claimed.\n"
-        keys = list(self.table[0])
-        lines = [f"| {' | '.join(keys)} |", f"|{'---|' * len(keys)}"]
-        lines += [f"| {' | '.join(_said(row.get(key)) for key in keys)} |" for row in self.table]
-        return "## Against the teacher\n\n" + "\n".join(lines) + "\n"
+        return f"{AGAINST}\n\n{table(self.table)}"
 
     def _with_hasten(self) -> str:
         if self.loads == "network_folder":
@@ -151,6 +149,22 @@ hasten generate {self.base} --prompt "..." --recipe FOLDER/recipe.yaml
         if not self.files:
             return ""
         return "## Files\n\n" + "\n".join(f"- `{name}` sha256 `{digest}`" for name, digest in self.files.items()) + "\n"
+
+
+def table(rows: Rows) -> str:
+    """Measured rows as Markdown, or that there are none."""
+    if not rows:
+        return "Not measured yet: nothing is claimed. `hasten bench distill --student` measures students of the bundled models.\n"
+    keys = list(rows[0])
+    lines = [f"| {' | '.join(keys)} |", f"|{'---|' * len(keys)}"]
+    return "\n".join(lines + [f"| {' | '.join(_said(row.get(key)) for key in keys)} |" for row in rows]) + "\n"
+
+
+def measured(text: str, rows: Rows) -> str:
+    """A card with this table in place of the one it has. Raises `ValueError` for a text that has none."""
+    before, _, rest = text.partition(f"{AGAINST}\n")
+    after = rest.index("\n## ")
+    return f"{before}{AGAINST}\n\n{table(rows)}{rest[after:]}"
 
 
 def _facts(title: str, facts: Mapping[str, object]) -> str:

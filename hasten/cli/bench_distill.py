@@ -55,6 +55,7 @@ def distill(
         rows += [table.as_recipe(contest, recipe, output.note) for recipe in students_of(model)]
         for folder in student or []:
             rows += table.student(contest, folder, wanted, output.note)
+            table.tell_card(rows, folder)
         verdicts = [bar.to_dict() | {"verdict": bar.verdict} for bar in table.bars(rows)]
         output.table(rows, COLUMNS)
         output.say("")
