@@ -88,15 +88,19 @@ class HostCall:
         """The network's answer as the solver would get it [B, ...], float32 (float64 of a float64 network). x in the
         network's own scale; time [B]."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        arguments = dict(self.fixed)
-        arguments[self.layout.sample] = x.to(self.dtype)
-        assert self.layout.timestep is not None
-        arguments[self.layout.timestep] = time.to(x.device, wide)
-        _place(arguments, condition.tensors)
-        answer = Output(self.network(**arguments)).tensors[0]
+        answer = Output(self.network(**self.arguments(x, time, condition))).tensors[0]
         if self.channels is not None:
             answer = answer[:, : self.channels]
         return self.sign * answer.to(wide)
+
+    def arguments(self, x: Tensor, time: Tensor, condition: Condition) -> dict[str, Any]:
+        """What the network is called with."""
+        arguments = dict(self.fixed)
+        arguments[self.layout.sample] = x.to(self.dtype)
+        assert self.layout.timestep is not None
+        arguments[self.layout.timestep] = time.to(x.device, torch.promote_types(self.dtype, torch.float32))
+        _place(arguments, condition.tensors)
+        return arguments
 
 
 class _Caught(Exception):

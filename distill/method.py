@@ -65,6 +65,9 @@ class Method(Part):
 
     data: ClassVar[Data] = "latents"
 
+    composable: ClassVar[bool] = False
+    """Whether all that is learnt comes from the teacher as it is in that step, so that a style may be on both."""
+
     @abstractmethod
     def start(self, facts: Facts) -> MethodState:
         """State for one training."""

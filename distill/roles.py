@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hasten.distill.draw import Draw
 from hasten.distill.host_call import Condition, HostCall
 from hasten.distill.paths import guided, spread
 from hasten.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from hasten.distill.role_attention import RoleAttention
 
 TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Kinds of layers that an adapter is put on where no names are given."""
@@ -41,15 +46,22 @@ class Adapter:
 class Role:
     """One player: a network and the adapters that are on while it plays.
 
-    adapters: names, () for the base as it is. `trained`: whether its weights are to be changed.
+    adapters: names, () for the base as it is. `trained`: whether its weights are to be changed. attention: what its
+    network's attention does while somebody plays (None: always the network's own), and `sparse`, whether it does so here.
     """
+
+    attention: RoleAttention | None = None
+    sparse = False
 
     def __init__(self, name: str, host: HostCall, stage: Stage | None, adapters: tuple[str, ...], trained: bool) -> None:
         self.name, self.host, self.stage, self.adapters, self.trained = name, host, stage, adapters, trained
 
     def playing(self) -> AbstractContextManager[None]:
         """While open, the network is this role."""
-        return nullcontext() if self.stage is None else self.stage.on(self.adapters)
+        on = nullcontext() if self.stage is None else self.stage.on(self.adapters)
+        if self.attention is None:
+            return on
+        return _all([on, self.attention.sparse() if self.sparse else self.attention.dense()])
 
     def answer(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
         """What the network itself says, in its own terms (`host.path.output`). x on the circle."""
@@ -110,6 +122,7 @@ class Stage:
         self._layers: list[Any] = []
         self._trained: list[nn.Parameter] = []
         self._active: tuple[str, ...] = ()
+        self._style: tuple[str, ...] = ()
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Put a new adapter, which changes nothing yet, on the network. Raises `UsageError` for layers that it lacks."""
@@ -139,6 +152,25 @@ class Stage:
     @contextmanager
     def on(self, names: tuple[str, ...]) -> Iterator[None]:
         """These adapters and no others, until the context ends; then those that were on before."""
+        with self._only((*self._style, *names)):
+            yield
+
+    @contextmanager
+    def styled(self, names: tuple[str, ...]) -> Iterator[None]:
+        """While open, whoever plays has these adapters, too."""
+        before, self._style = self._style, names
+        try:
+            yield
+        finally:
+            self._style = before
+
+    def present(self) -> Callable[[], AbstractContextManager[None]]:
+        """How to have the adapters on, later, that are on now."""
+        playing = self._active
+        return lambda: self._only(playing)
+
+    @contextmanager
+    def _only(self, names: tuple[str, ...]) -> Iterator[None]:
         before = self._active
         if names != before:
             self._set(names)
@@ -147,14 +179,6 @@ class Stage:
         finally:
             if names != before:
                 self._set(before)
-
-    def recomputed(self, block: Any, *args: Any, **kwargs: Any) -> Any:
-        """A block of the network that is evaluated once more in the backward pass instead of keeping what it computed. The
-        role that plays now plays then, too, whoever does otherwise."""
-        playing = self._active
-        return checkpoint(
-            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.on(playing)), **kwargs
-        )
 
     def _set(self, names: tuple[str, ...]) -> None:
         for layer in self._layers:
@@ -178,7 +202,10 @@ class Stage:
 
 
 class Roles(dict[str, Role]):
-    """name -> role, of one training."""
+    """name -> role, of one training. styles: adapters on the network, of which one may be on for all roles in a step, and
+    where each came from."""
+
+    styles: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def on_one_base(cls, host: HostCall, trained: Iterable[str], adapter: Adapter, base: Iterable[str] = ()) -> Self:
@@ -214,13 +241,47 @@ class Roles(dict[str, Role]):
             network: Any = role.host.network
             if not getattr(network, "_supports_gradient_checkpointing", False):
                 raise ModelError(f"{type(network).__name__} has no gradient checkpointing. Leave train.checkpointing out.")
-            network.enable_gradient_checkpointing(role.stage.recomputed if role.stage is not None else None)
+            keepers = [keeper for keeper in (role.stage, role.attention) if keeper is not None]
+            network.enable_gradient_checkpointing(_recomputing(keepers) if keepers else None)
+
+    def styled(self, draw: Draw) -> AbstractContextManager[None]:
+        """While open, everybody has the style of this step: one of `styles` or none, each as often."""
+        stage = self["teacher"].stage
+        if not self.styles or stage is None:
+            return nullcontext()
+        number = draw.one_below("style", len(self.styles) + 1)
+        return stage.styled(tuple(self.styles)[number - 1 : number] if number else ())
 
     def of(self, name: str) -> Role:
         """This role. Raises `ModelError` where the training has none of that name."""
         if name not in self:
             raise ModelError(f"This training has no role {name!r}; it has {', '.join(self)}.")
         return self[name]
+
+
+class _Keeper(Protocol):
+    def present(self) -> Callable[[], AbstractContextManager[None]]: ...
+
+
+def _recomputing(keepers: Sequence[_Keeper]) -> Callable[..., Any]:
+    """How a block is evaluated once more in the backward pass instead of keeping what it computed. The role that plays now
+    plays then, too, whoever does otherwise."""
+
+    def recomputed(block: Any, *args: Any, **kwargs: Any) -> Any:
+        now = [keeper.present() for keeper in keepers]
+        again = (nullcontext(), _all(each() for each in now))
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: again, **kwargs)
+
+    return recomputed
+
+
+@contextmanager
+def _all(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+    """Several contexts as one, entered in order when it is."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hasten.distill.method import Method
 from hasten.distill.methods import load_all
@@ -14,6 +14,9 @@ from hasten.distill.pretrain_config import Strict, parse_as, read_config
 from hasten.distill.settings import TrainSettings
 from hasten.errors import UsageError, nearest
 from hasten.part import parse
+from hasten.pipelines.recipes import recipe
+from hasten.recipe import Attention
+from hasten.sparse_attn.policy import SparseAttention
 
 ALIASES = {
     # diffusers' scripts and trl
@@ -39,6 +42,7 @@ ALIASES = {
     "start": "student.start",
     "base_lora": "student.base_lora",
     "full": "student.full",
+    "composable": "student.styles",
     # kohya's
     "network_dim": "student.rank",
     "network_alpha": "student.alpha",
@@ -53,6 +57,10 @@ class StudentConfig(Strict):
     rank, alpha: of the adapters; None for alpha is rank (a scale of 1). layers: ends of the names of the layers they
     are on, None for all. base_lora: a LoRA (file or folder) that teacher and student both keep. start: folder of a finished
     training with a student of the same kind, whose weights this one begins with.
+
+    merge: whether the file that is written holds the base LoRA, too. styles: LoRA files, or folders with some, of which
+    each step has one on teacher and student, or none, so that the student goes with such styles later. attention: a recipe's
+    name, its file, or the axis itself: the student reads so little in every evaluation, the teacher everything.
     """
 
     full: bool = False
@@ -61,6 +69,32 @@ class StudentConfig(Strict):
     layers: tuple[str, ...] | None = None
     base_lora: str | None = None
     start: str | None = None
+    merge: bool = False
+    styles: tuple[str, ...] = ()
+    attention: SparseAttention | None = None
+
+    @field_validator("styles", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _axis(cls, value: Any) -> Any:
+        if value is None or isinstance(value, SparseAttention):
+            return value
+        found = recipe(value).attention if isinstance(value, str) else parse(Attention, value, "student.attention")
+        if not isinstance(found, SparseAttention):
+            raise UsageError(f"student.attention = {value!r} is no sparse attention of images and clips; radial is one.")
+        return found
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.styles and self.full:
+            raise ValueError("styles are adapters on the weights that teacher and student share; leave full out")
+        if self.merge and not self.base_lora:
+            raise ValueError("merge puts base_lora into the student's file, and there is none")
+        return self
 
 
 class DataConfig(Strict):
@@ -95,6 +129,18 @@ class TrainConfig(Strict):
     def _method(cls, value: Any) -> Method:
         load_all()
         return parse(Method, value, "method")  # type: ignore[type-abstract]  # a member is what comes
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        kind, student = self.method.kind, self.student
+        if self.method.data == "tokens" and (student.styles or student.attention is not None):
+            raise ValueError(f"student.styles and student.attention are for pictures and clips, and {kind} trains a text model")
+        if student.styles and not self.method.composable:
+            raise ValueError(
+                f"{kind} learns from data that were made without a style, so student.styles would teach two things at once;"
+                " possible with dmd, guidance, lcm, lcm-lora, meanflow, progressive, scm"
+            )
+        return self
 
 
 def load_config(

@@ -55,7 +55,8 @@ def open_trained(folder: Path) -> Trained:
     call = tiny_models.call_defaults(pipe) | config.data.call
     rows = Store.load(Path(config.data.file) if config.data.file else folder / "data.safetensors")
     host, _ = learn(pipe, [rows.prompts[0]], **call)
-    trainer = Trainer(config.method, cast(config, pipe, host), rows, config.train, folder, host.shape, progress=False)
+    roles = cast(config, pipe, host, rows.conditions)
+    trainer = Trainer(config.method, roles, rows, config.train, folder, host.shape, progress=False)
     for name, player in trainer.players.items():
         player.load(folder / "latest" / name)
     player = trainer.players["student"]

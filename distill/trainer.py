@@ -163,6 +163,7 @@ class Trainer:
             batch = self.data.batch(self._chosen(step, rows), draw)
             with ExitStack() as stack:
                 stack.enter_context(self._autocast())
+                stack.enter_context(self.roles.styled(draw))
                 loss = self.state.loss(player.name, batch, draw, step, kept[number])
             share = len(rows) / whole
             torch.autograd.backward(loss.rows.mean() * share)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill import processes, store
+from hasten.distill import processes, store, styles
 from hasten.distill.encode import encode, size_of
-from hasten.distill.host_call import HostCall, learn
+from hasten.distill.host_call import Condition, HostCall, learn
 from hasten.distill.own_files import OwnFiles, find
 from hasten.distill.pretrain_state import claimed
+from hasten.distill.role_attention import read_less
 from hasten.distill.roles import Adapter, Roles, follow
 from hasten.distill.store import Store
 from hasten.distill.teach import make_pairs
@@ -51,12 +52,13 @@ def train(
         # All weights of a copy are trained, and bfloat16 would round small steps away; train.precision is for speed.
         dtype = "float32" if config.student.full else None
         pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype)
-        mine = claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE) if processes.rank() == 0 else nullcontext()
+        wanted = config.model_dump(mode="json") | styles.digests(config.student.styles)
+        mine = claimed(out, wanted, resume, MAY_CHANGE) if processes.rank() == 0 else nullcontext()
         with mine:
             with processes.first_alone():
                 host, rows = prepare(config, pipe, out, say, resume)
             with _seeded(config.train.seed):
-                roles = cast(config, pipe, host)
+                roles = cast(config, pipe, host, rows.conditions)
                 if config.student.start is not None:
                     begin_with(Path(config.student.start).expanduser(), roles)
                     for name in config.method.averages:
@@ -77,7 +79,7 @@ def export(config: TrainConfig, trainer: Trainer, pipe: Any, out: Path, say: Say
 
     call = tiny_models.call_defaults(pipe) | config.data.call
     try:
-        student_of(trainer, pipe, config.model, call=call).save(out / "student")
+        student_of(trainer, pipe, config.model, call=call, merge=config.student.merge).save(out / "student")
     except RefusedError as error:
         say(f"The student was not written as a folder of its own: {error}")
 
@@ -185,14 +187,20 @@ def _own(config: TrainConfig) -> OwnFiles | None:
     return find(Path(data.folder).expanduser(), data.uncaptioned)
 
 
-def cast(config: TrainConfig, pipe: Any, host: HostCall) -> Roles:
-    """The roles that the method asks for, as adapters on one base or as copies."""
-    student = config.student
+def cast(config: TrainConfig, pipe: Any, host: HostCall, conditions: Condition) -> Roles:
+    """The roles that the method asks for, as adapters on one base or as copies. conditions: rows of the data, or one."""
+    student, method = config.student, config.method
     if student.full:
-        return Roles.of_copies(host, config.method.trains)
-    adapter = Adapter(student.rank, float(student.alpha or student.rank), student.layers)
-    style = tuple(getattr(host.network, "peft_config", ())) if student.base_lora else ()
-    return Roles.on_one_base(host, config.method.trains, adapter, style)
+        roles = Roles.of_copies(host, method.trains)
+    else:
+        adapter = Adapter(student.rank, float(student.alpha or student.rank), student.layers)
+        style = tuple(getattr(host.network, "peft_config", ())) if student.base_lora else ()
+        known = styles.put_on(pipe, host.network, student.styles)
+        roles = Roles.on_one_base(host, method.trains, adapter, style)
+        roles.styles = known
+    if student.attention is not None:
+        read_less(roles, ["student", *method.averages], student.attention, conditions)
+    return roles
 
 
 def memory(roles: Roles) -> str:

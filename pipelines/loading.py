@@ -57,7 +57,7 @@ def open_pipeline(
         silence()
     pipe = _load(name_or_path, revision, precision)
     if lora is not None:
-        _add_lora(pipe, Path(lora))
+        add_lora(pipe, Path(lora))
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=place)
@@ -229,18 +229,20 @@ def check_lora(path: Path) -> None:
         )
 
 
-def _add_lora(pipe: Any, path: Path) -> None:
+def add_lora(pipe: Any, path: Path, name: str | None = None) -> None:
+    """Load the LoRA at `path` (a file, or a folder with one) onto `pipe`, as the adapter `name`. Raises `ModelError` where it
+    does not fit."""
     if not hasattr(pipe, "load_lora_weights"):
-        _add_by_hand(pipe, path)
+        _add_by_hand(pipe, path, name or "lora")
         return
     try:
-        pipe.load_lora_weights(str(path), use_safetensors=True)
+        pipe.load_lora_weights(str(path), use_safetensors=True, adapter_name=name)
     except Exception as error:
         said = " ".join(str(error).split())[:240]
         raise ModelError(f"The LoRA {path} does not fit {type(pipe).__name__}: {said}.") from error
 
 
-def _add_by_hand(pipe: Any, path: Path) -> None:
+def _add_by_hand(pipe: Any, path: Path, name: str) -> None:
     """For the pipelines of diffusers that cannot load a LoRA themselves (PixArt)."""
     from hasten.pipelines.host import denoisers
     from hasten.pipelines.lora import Lora
@@ -249,7 +251,7 @@ def _add_by_hand(pipe: Any, path: Path) -> None:
     lora, networks = Lora.load(path), denoisers(pipe)
     if lora.site not in networks:
         raise ModelError(f"The LoRA {path} is for a pipeline's {lora.site}; {type(pipe).__name__} has {', '.join(networks)}.")
-    add(networks[lora.site], lora, "lora")
+    add(networks[lora.site], lora, name)
 
 
 def pick_device(name: str | None) -> torch.device:

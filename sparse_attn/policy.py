@@ -13,9 +13,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hasten.errors import RecipeError
+from hasten.errors import RecipeError, RefusedError
 from hasten.recipe import Attention
 from hasten.sparse_attn.attention import sparse_attention
+from hasten.sparse_attn.autograd import arranged, planned_attention
 from hasten.sparse_attn.chooser import Chooser, ChooserState, Sampled
 from hasten.sparse_attn.density import density
 from hasten.sparse_attn.mask import Mask
@@ -25,7 +26,7 @@ from hasten.sparse_attn.plan import Output, Plan
 from hasten.sparse_attn.recall import sampled_recall
 from hasten.sparse_attn.reference import dense as dense_with_lse
 from hasten.sparse_attn.segments import Tokens
-from hasten.sparse_attn.stand_ins.compensate import StandIn, query_squares
+from hasten.sparse_attn.stand_ins.compensate import Compensate, StandIn, query_squares
 from hasten.sparse_attn.stand_ins.recover import Recover, RecoverState
 from hasten.step import Step
 
@@ -79,6 +80,24 @@ class SparseAttention(Attention):
         first, last = round(self.warm * step.total), step.total - round(self.tail * step.total)
         again = self.every > 0 and step.index % self.every == 0
         return layer < self.dense_layers or step.index < first or step.index >= last or again
+
+    def in_every_step(self) -> SparseAttention:
+        """The same for a network that was trained to read so: no step is dense, and nothing of one is used in the next.
+
+        `min_tokens` None becomes 0: what was trained to be sparse is no longer dense where that would pay.
+        Raises `RefusedError` for parts that learn from dense steps, or through which no gradient passes.
+        """
+        if self.recover is not None or any(pattern.score.start().needs_lse for pattern in self.patterns):
+            raise RefusedError(
+                "This attention learns from dense steps (recover, or a score of measured mass), and a trained student has"
+                " none. Take another recipe, for example radial or semantic."
+            )
+        if not isinstance(self.compensate, Compensate | None):
+            raise RefusedError(
+                f"No gradient passes through compensation by {self.compensate.kind!r}. Take kind 'centroid', or none."
+            )
+        plain = {"warm": 0.0, "tail": 0.0, "every": 0, "refresh": 1, "share_branches": False}
+        return self.model_copy(update=plain | {"min_tokens": self.min_tokens or 0})
 
     def start(self, layer: int = 0) -> SparseState:
         """Fresh state for one run, branch (or all branches, with `share_branches`) and attention site."""
@@ -141,6 +160,22 @@ class SparseState:
         assert self._plan is not None
         self.facts.append(Fact(step.index, step.branch, "sparse", reused, density(self._plan), rho.mean()))
         return self._recover.correct(out, step) if self._recover is not None else out.o
+
+    def differentiable(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, q_tokens: Tokens, k_tokens: Tokens,
+        scale: float, mask: Mask | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A sparse call of `attend` with gradients in q, k and v. What is read is chosen anew, and is a constant; what
+        stands in for the rest is not. For policies that are `in_every_step`."""
+        with torch.no_grad():
+            self._select(q.detach(), k.detach(), v.detach(), step, q_tokens, k_tokens, scale, mask)
+        assert self._plan is not None and self._selection is not None
+        tables, order = None, self._selection.blocks.k
+        if self.policy.compensate is not None:
+            squares = query_squares(q.detach(), self._plan.groups, scale)
+            kept = (arranged(k, order.perm), arranged(v, order.perm))
+            tables = self.policy.compensate.tables(*kept, order, self._selection.approximate, squares)
+        return planned_attention(q, k, v, self._plan, scale, compensation=tables)[0]
 
     def num_bytes(self) -> int:
         """Bytes held for later steps."""

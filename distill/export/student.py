@@ -106,8 +106,9 @@ class Student:
 
     def _recipe(self, sampler: FewCalls | None) -> Recipe:
         adapter = None if self.role.stage is None else Adapter(path=FILE)
+        attention = None if self.role.attention is None else self.role.attention.policy
         reuse = None if self.beside is None else self.beside.reuse
-        return Recipe(name=self._name, models=(self.base,), sampler=sampler, adapter=adapter, reuse=reuse)
+        return Recipe(name=self._name, models=(self.base,), sampler=sampler, adapter=adapter, attention=attention, reuse=reuse)
 
     def _card(self, sampler: Mapping[str, Any] | None, training: Mapping[str, object], files: Mapping[str, str]) -> Card:
         plain = type(self.pipe)
@@ -149,6 +150,9 @@ def student_of(trainer: Any, pipe: Any, base: str, **more: Any) -> Student:
     facts = {"method": trainer.method.kind, "steps": trainer.settings.steps, "batch": trainer.settings.batch,
              "learning rate": trainer.settings.lr, "seed": trainer.settings.seed}  # fmt: skip
     facts |= {"averaged": trainer.settings.average} if player.average else {}
+    facts |= {"composed with": ", ".join(trainer.roles.styles.values())} if trainer.roles.styles else {}
+    if (attention := trainer.roles["student"].attention) is not None:
+        facts |= {"attention": " | ".join(type(p.score).__name__ for p in attention.policy.patterns) + ", sparse in every call"}
     given = {"training": facts, "beside": trainer.state.beside(every)} | more
     return Student(trainer.roles["student"], pipe, base, trainer.state.sampler(), weights, **given)
 

@@ -51,6 +51,7 @@ class DMD(Method):
     """
 
     kind: ClassVar[str] = "dmd"
+    composable: ClassVar[bool] = True
     trains: ClassVar[tuple[str, ...]] = ("student", "critic")
     data: ClassVar[Data] = "prompts"
     scale: float = Field(3.0, ge=0)
@@ -74,6 +75,7 @@ class DMDGAN(DMD):
     """
 
     kind: ClassVar[str] = "dmd-gan"
+    composable: ClassVar[bool] = False
     data: ClassVar[Data] = "latents"
     weight: float = Field(5e-3, ge=0)
     judged: float = Field(1e-2, gt=0)

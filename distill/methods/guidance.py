@@ -31,6 +31,7 @@ class Guidance(Method):
     """
 
     kind: ClassVar[str] = "guidance"
+    composable: ClassVar[bool] = True
     scale: Scale = Field((3.0, 3.0), validate_default=True)
     told: bool = False
 

@@ -121,6 +121,7 @@ class SanaSprint(SCM):
     """
 
     kind: ClassVar[str] = "sana-sprint"
+    composable: ClassVar[bool] = False
     adversary: LADD = LADD()
     weight: float = Field(0.5, ge=0)
 

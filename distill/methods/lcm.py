@@ -42,6 +42,7 @@ class LCMLoRA(Method):
     """
 
     kind: ClassVar[str] = "lcm-lora"
+    composable: ClassVar[bool] = True
     scale: Scale = Field((3.0, 15.0), validate_default=True)
     told: bool = False
     grid: int = Field(50, ge=1)

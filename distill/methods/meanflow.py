@@ -51,6 +51,7 @@ class MeanFlow(Method):
     """
 
     kind: ClassVar[str] = "meanflow"
+    composable: ClassVar[bool] = True
     scale: Scale = Field((3.0, 3.0), validate_default=True)
     mean: float = -0.4
     spread: float = Field(1.0, gt=0)

@@ -38,6 +38,7 @@ class Progressive(Method):
     """
 
     kind: ClassVar[str] = "progressive"
+    composable: ClassVar[bool] = True
     trains: ClassVar[tuple[str, ...]] = ("student", "before")
     averages: ClassVar[tuple[str, ...]] = ("before",)
     scale: Scale = Field((3.0, 3.0), validate_default=True)

@@ -49,6 +49,7 @@ class SCM(Method):
     """
 
     kind: ClassVar[str] = "scm"
+    composable: ClassVar[bool] = True
     scale: Scale = Field((4.5, 4.5), validate_default=True)
     told: bool = False
     mean: float = 0.9

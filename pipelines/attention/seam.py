@@ -133,7 +133,7 @@ class AttentionSeam:
                 self.gate.bare(marked)
 
         try:
-            found, elsewhere = learn(twin(call), evaluate, *_latents_of(self.gate.model), agreed=accord.anywhere)
+            found, elsewhere = learn(twin(call), evaluate, *latents_of(self.gate.model), agreed=accord.anywhere)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a network says to NaN is a reason to leave it alone
@@ -208,7 +208,7 @@ class Following:
             return dense()
         if self.seam.off:  # of this rank, perhaps: the others go on, and tokens are exchanged as before
             return dense()
-        reason = _unfit(about, q, k, named)
+        reason = unfit(about, q, k, named)
         if reason:
             self.seam.doubt(site.name, reason)
             return dense()
@@ -270,7 +270,7 @@ class Following:
         return (keys if about.q == about.k else about.q), keys
 
 
-def _unfit(about: Learned, q: Tensor, k: Tensor, named: dict[str, Any]) -> str:
+def unfit(about: Learned, q: Tensor, k: Tensor, named: dict[str, Any]) -> str:
     """Why this call cannot be sparse although its kind can; empty when it can."""
     if q.dim() != 4 or (q.shape[2], k.shape[2]) != (about.shapes[0][2], about.shapes[1][2]):
         return "it has another number of tokens than when it was looked at"
@@ -291,7 +291,7 @@ def _device(call: Call) -> torch.device:
     return first.device if isinstance(first, Tensor) else torch.device("cpu")
 
 
-def _latents_of(model: nn.Module) -> tuple[set[int], int]:
+def latents_of(model: nn.Module) -> tuple[set[int], int]:
     """How many channels the latents may have, and how many positions make a token, by the network's configuration."""
     config = dict(getattr(model, "config", {}))
     channels = {config[name] for name in CHANNELS if isinstance(config.get(name), int)}

@@ -112,8 +112,9 @@ class Sites:
         self._attachment.restore()
 
     @contextlib.contextmanager
-    def walking(self, walk: Walk, *, everywhere: bool = False) -> Iterator[None]:
-        """While open, attention calls of this thread go to `walk`. everywhere: those outside of processors, too."""
+    def walking(self, walk: Walk | None, *, everywhere: bool = False) -> Iterator[None]:
+        """While open, attention calls of this thread go to `walk` (None: to nobody). everywhere: those outside of processors,
+        too."""
         before, self.walks.now = self.walks.now, walk
         try:
             # A mode around compiled blocks would have them compiled again, only to look.
