@@ -111,7 +111,7 @@ class Lora:
 
         Raises `ModelError` for a file that is missing or no safetensors, `UsageError` for one with other names.
         """
-        file = _file(place)
+        file = file_of(place)
         tensors, head = read(file)
         sites = {name.partition(".")[0] for name in tensors}
         ended = all(name.endswith(tuple(_ENDS)) for name in tensors)
@@ -190,8 +190,8 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ModelError(f"{file} cannot be read as safetensors ({' '.join(str(error).split())[:120]}).") from error
 
 
-def _file(place: Path) -> Path:
-    """The LoRA file that `place` is, or has."""
+def file_of(place: Path) -> Path:
+    """The safetensors file that `place` is, or has: of several, the LoRA. Raises `ModelError` where that is not one."""
     if place.suffix not in ("", ".safetensors") and not place.is_dir():
         raise ModelError(f"{place} is not safetensors, and pickles can run any code when loaded. Name a .safetensors file.")
     if not place.is_dir():
