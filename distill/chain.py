@@ -21,7 +21,7 @@ from hasten.distill.methods import load_all
 from hasten.distill.pretrain_config import Strict, parse_as, read_config
 from hasten.distill.pretrain_state import claimed, replace_folder
 from hasten.distill.settings import TrainSettings
-from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig, ours
+from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig, spelt
 from hasten.distill.trainer import Trainer
 from hasten.distill.training import prepare, train
 from hasten.errors import UsageError
@@ -72,7 +72,7 @@ def load_chain(file: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
     Raises `UsageError` naming what is unknown, contradicts, or is missing.
     """
-    given = {ours(name): value for name, value in (overrides or {}).items()}
+    given = {key: plain for name, value in (overrides or {}).items() for key, plain in spelt(name, value).items()}
     own = sorted(name for name in given if name.split(".")[0] in ("method", "train"))
     if own:
         raise UsageError(f"{own[0]} is a matter of each stage: write it into '{file}', below stages.")

@@ -44,14 +44,17 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def claimed(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...]) -> Iterator[None]:
+def claimed(
+    out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...], usual: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Hold `out` for one training: write its configuration, or check that a resumed run has the same one.
 
-    `may_change`: dotted keys (or beginnings that end with a dot) in which a resumed run may differ. `UsageError` when
+    `may_change`: dotted keys (or their beginnings) in which a resumed run may differ; `usual`: what keys were that an older
+    version did not write. `UsageError` when
     the folder holds a training that is not to be resumed, or when another process is training in it right now: two
     would replace each other's logs and checkpoints. A killed process holds nothing.
     """
-    _check(out, wanted, resume, may_change)
+    _check(out, wanted, resume, may_change, usual or {})
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         if not _locked(lock):
@@ -76,12 +79,14 @@ def _locked(lock: IO[str]) -> bool:
     return True
 
 
-def _check(out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...]) -> None:
+def _check(
+    out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...], usual: Mapping[str, Any]
+) -> None:
     file = out / "config.json"
     if file.exists() and not resume:
         raise UsageError(f"'{out}' already holds a training. Resume it, or give an empty folder.")
     if file.exists():
-        found, new = _flat(json.loads(file.read_text())), _flat(wanted)
+        found, new = _flat(usual) | _flat(json.loads(file.read_text())), _flat(wanted)
         keys = sorted(k for k in found.keys() | new.keys() if not k.startswith(may_change))
         differing = [
             f"{k} was {found.get(k)!r}, now {new.get(k)!r}" for k in keys if found.get(k) != new.get(k)

@@ -145,8 +145,10 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's rows of a tensor that is cut, or the tensor; without gradient."""
-    plain: Tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return plain
+    if isinstance(tensor, DTensor):
+        own: Tensor = tensor.to_local()
+        return own.detach()
+    return tensor.detach()
 
 
 def _part(flat: Tensor, size: int) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from hasten.distill import store, text_filter_prompts
+from hasten.distill.ending import ending
+from hasten.distill.memory_plan import memory
 from hasten.distill.pretrain_state import claimed
 from hasten.distill.roles import Adapter
 from hasten.distill.store import Store
@@ -23,8 +25,8 @@ from hasten.distill.text_roles import TextCall, TextRoles
 from hasten.distill.text_teach import make_texts
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trainer import Trainer
-from hasten.distill.training import MAY_CHANGE, memory
-from hasten.errors import ResumeError, UsageError
+from hasten.distill.training import MAY_CHANGE, begun, check_packages
+from hasten.errors import ResumeError, StoppedError, UsageError
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text_models.families import choose
 from hasten.pipelines.text_models.host import TextHost
@@ -49,6 +51,7 @@ def train_text(
     Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
     """
     _check(config)
+    check_packages(config)
     network, tokenizer = open_text(config.model, None, None, None)
     host = choose(network, tokenizer)
     with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
@@ -57,7 +60,11 @@ def train_text(
         say(memory(roles))
         width = rows.conditions.tensors["ids"].shape[1]
         trainer = Trainer(config.method, roles, rows, config.train, out, (width,), progress)
-        if trainer.fit(resume, stop_after) == config.train.steps:
+        with ending() as trainer.ended:
+            done = trainer.fit(resume and begun(out, say), stop_after)
+        if done < min(config.train.steps, stop_after or config.train.steps):
+            raise StoppedError(f"Stopped after step {done} of {config.train.steps}, with a checkpoint. Go on with --resume.")
+        if done == config.train.steps:
             assert isinstance(trainer.state, TextState) and isinstance(config.method, TextMethod)
             trainer.state.write(out / "student", config.model, config.method.recipe, trainer.players["student"].average or None)
         return trainer
@@ -121,7 +128,9 @@ def _check(config: TrainConfig) -> None:
     unknown = sorted(set(config.data.call) - set(CALL))
     if unknown:
         raise UsageError(f"data.call of a language model has {', '.join(unknown)}; allowed: {', '.join(CALL)}.")
-    unfit = {"data.folder": config.data.folder, "data.drop": config.data.drop, "student.base_lora": config.student.base_lora}
+    data, settings = config.data, config.train
+    unfit = {"data.folder": data.folder, "data.drop": data.drop, "student.base_lora": config.student.base_lora,
+             "train.shard": settings.shard, "train.samples_every": settings.samples_every}  # fmt: skip
     for name, value in unfit.items():
         if value:
             raise UsageError(f"{name} = {value} has no meaning for a language model. Leave it out.")

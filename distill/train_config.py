@@ -26,12 +26,18 @@ ALIASES = {
     "train_batch_size": "train.batch",
     "gradient_accumulation_steps": "train.accumulate",
     "learning_rate": "train.lr",
+    "lr_scheduler": "train.schedule",
     "lr_warmup_steps": "train.warmup",
+    "optimizer": "train.optimizer",
     "adam_weight_decay": "train.weight_decay",
     "max_grad_norm": "train.clip",
     "ema_decay": "train.average",
     "mixed_precision": "train.precision",
     "gradient_checkpointing": "train.checkpointing",
+    "checkpointing_steps": "train.checkpoint_every",
+    "report_to": "train.report_to",
+    "validation_steps": "train.samples_every",
+    "num_validation_images": "train.samples",
     "seed": "train.seed",
     "rank": "student.rank",
     "lora_alpha": "student.alpha",
@@ -47,6 +53,10 @@ ALIASES = {
     "network_dim": "student.rank",
     "network_alpha": "student.alpha",
     "network_weights": "student.base_lora",
+    "optimizer_type": "train.optimizer",
+    "log_with": "train.report_to",
+    "save_every_n_steps": "train.checkpoint_every",
+    "sample_every_n_steps": "train.samples_every",
 }
 """Other trainers' names -> ours."""
 
@@ -151,7 +161,7 @@ def load_config(
     overrides: dotted names of ours, or other trainers' names (`ALIASES`, dashes or underscores). Raises `UsageError`
     naming what is unknown, contradicts, or is missing.
     """
-    given = {ours(name): value for name, value in (overrides or {}).items()}
+    given = {key: plain for name, value in (overrides or {}).items() for key, plain in spelt(name, value).items()}
     raw, where = read_config(file, given) if file is not None else (_tree(given), "the options")
     kind = raw.setdefault("method", {}).setdefault("kind", method)
     if kind != method:
@@ -169,13 +179,27 @@ def methods() -> list[str]:
     return sorted(Method.members())
 
 
+def spelt(name: str, value: Any) -> dict[str, Any]:
+    """An option in our names. `--resolution 512` is a square; kohya's `--resolution 768,512` is width and height."""
+    if name != "resolution":
+        return {ours(name): value}
+    sides = value.replace("x", ",").split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        numbers = [int(side) for side in sides]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise UsageError(f"--resolution {value}: expected a side (512), or width and height (768,512).")
+    return {"data.call.width": numbers[0], "data.call.height": numbers[-1]}
+
+
 def ours(name: str) -> str:
     plain = name.replace("-", "_")
     if plain in ALIASES:
         return ALIASES[plain]
     if "." in name or plain in TrainConfig.model_fields:
         return name
-    known = [*ALIASES, *TrainConfig.model_fields]
+    known = [*ALIASES, "resolution", *TrainConfig.model_fields]
     raise UsageError(f"Unknown option --{name}.{nearest(plain, known)} Dotted names work, too: --set train.lr=1e-4.")
 
 

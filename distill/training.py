@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,21 +13,28 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill import processes, store, styles
+from hasten.distill import cost, memory_plan, processes, store, styles
 from hasten.distill.encode import encode, size_of
+from hasten.distill.ending import ending
 from hasten.distill.host_call import Condition, HostCall, learn
+from hasten.distill.log import check_tracker
+from hasten.distill.optimizers import check_optimizer
 from hasten.distill.own_files import OwnFiles, find
 from hasten.distill.pretrain_state import claimed
 from hasten.distill.role_attention import read_less
 from hasten.distill.roles import Adapter, Roles, follow
+from hasten.distill.samples import Samples
+from hasten.distill.settings import TrainSettings
 from hasten.distill.store import Store
 from hasten.distill.teach import make_pairs
-from hasten.distill.train_config import DataConfig, TrainConfig
+from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig
 from hasten.distill.trainer import Trainer
-from hasten.errors import RefusedError, ResumeError, UsageError
+from hasten.errors import RefusedError, ResumeError, StoppedError, UsageError
 from hasten.pipelines import loading, tiny_models
 
-MAY_CHANGE = ("train.steps", "train.accumulate")
+MAY_CHANGE = (
+    "train.steps", "train.accumulate", "train.shard", "train.report_to", "train.samples", "train.recall", "train.checkpoint_every",
+)  # fmt: skip
 """What a resumed training may have otherwise."""
 
 Say = Callable[[str], None]
@@ -41,21 +47,27 @@ def train(
     """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end. Returns the
     trainer.
 
-    Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
+    Raises `UsageError` for what does not fit, before anything is loaded or trained; `ResumeError` as `Trainer.fit` does;
+    `StoppedError` when it was asked to end (SIGTERM), with a checkpoint written.
     """
+    check_packages(config)
     if config.method.data == "tokens":
         from hasten.distill.text_training import train_text
 
         return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
     with processes.joined():
         say = say if processes.rank() == 0 else _silent
-        # All weights of a copy are trained, and bfloat16 would round small steps away; train.precision is for speed.
-        dtype = "float32" if config.student.full else None
-        pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype)
+        if (found := memory_plan.plan(config)) is not None:
+            memory_plan.check_fits(found)
+            memory_plan.check_room(found.disk, out)
+            say(found.told())
+        pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
+        # What an older version did not know was as it is by default.
+        usual = config.model_copy(update={"student": StudentConfig(), "data": DataConfig(), "train": TrainSettings()})
         wanted = config.model_dump(mode="json") | styles.digests(config.student.styles)
-        mine = claimed(out, wanted, resume, MAY_CHANGE) if processes.rank() == 0 else nullcontext()
+        mine = claimed(out, wanted, resume, MAY_CHANGE, usual.model_dump(mode="json")) if processes.rank() == 0 else nullcontext()
         with mine:
-            with processes.first_alone():
+            with processes.first_alone(), cost.metered(out, "data"):
                 host, rows = prepare(config, pipe, out, say, resume)
             with _seeded(config.train.seed):
                 roles = cast(config, pipe, host, rows.conditions)
@@ -64,12 +76,36 @@ def train(
                     for name in config.method.averages:
                         follow(roles[name], roles["student"], 0.0)
                 trainer = Trainer(config.method, roles, rows, config.train, out, host.shape, progress)
-            say(memory(roles))
-            check_disk(trainer)
-            done = trainer.fit(resume and begun(out, say), stop_after)
-            if done == config.train.steps and processes.rank() == 0:
+            say(memory_plan.memory(roles))
+            memory_plan.check_disk(trainer)
+            if config.train.samples_every:
+                call = tiny_models.call_defaults(pipe) | config.data.call
+                trainer.watch = Samples(pipe, call, rows.prompts)
+            with cost.metered(out, "training"), ending() as trainer.ended:
+                done = trainer.fit(resume and begun(out, say), stop_after)
+            if done < min(config.train.steps, stop_after or config.train.steps):
+                raise StoppedError(f"Stopped after step {done} of {config.train.steps}, with a checkpoint. Go on with --resume.")
+            if done == config.train.steps and processes.rank() == 0 and not config.train.shard:
                 export(config, trainer, pipe, out, say)
-            return trainer
+    if done == config.train.steps and processes.first() and config.train.shard:
+        export(config, _whole(config, out), pipe, out, say)
+    return trainer
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raises `UsageError` where a package is missing that this training needs."""
+    check_optimizer(config.train)
+    check_tracker(config.train.report_to)
+
+
+def _whole(config: TrainConfig, out: Path) -> Trainer:
+    """The finished training once more in a single process that has whole weights, from its last checkpoint."""
+    single = config.model_copy(update={"train": config.train.model_copy(update={"shard": False})})
+    pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
+    host, rows = prepare(single, pipe, out, _silent)
+    made = Trainer(config.method, cast(single, pipe, host, rows.conditions), rows, single.train, out, host.shape, False)
+    made.restore()
+    return made
 
 
 def export(config: TrainConfig, trainer: Trainer, pipe: Any, out: Path, say: Say) -> None:
@@ -82,6 +118,12 @@ def export(config: TrainConfig, trainer: Trainer, pipe: Any, out: Path, say: Say
         student_of(trainer, pipe, config.model, call=call, merge=config.student.merge).save(out / "student")
     except RefusedError as error:
         say(f"The student was not written as a folder of its own: {error}")
+
+
+def dtype_of(config: TrainConfig) -> str | None:
+    """What the model is opened in. All weights of a copy are trained, and bfloat16 would round small steps away;
+    train.precision is for speed."""
+    return "float32" if config.student.full else None
 
 
 def begun(out: Path, say: Say) -> bool:
@@ -203,32 +245,6 @@ def cast(config: TrainConfig, pipe: Any, host: HostCall, conditions: Condition) 
     return roles
 
 
-def memory(roles: Roles) -> str:
-    """What weights, gradients and optimisers take, in words. Activations come on top."""
-    networks = {id(role.host.network): role.host.network for role in roles.values()}
-    held = sum(t.numel() * t.element_size() for n in networks.values() for t in n.parameters())
-    trained = sum(p.numel() for role in roles.values() if role.trained for p in role.parameters().values())
-    return (
-        f"Memory: weights {_size(held)} for {len(roles)} roles on {len(networks)} network(s); {trained / 1e6:.2f} M numbers"
-        f" are trained, with gradients and AdamW {_size(12 * trained)}; activations come on top."
-    )
-
-
-def check_disk(trainer: Trainer) -> None:
-    """Raises `UsageError` where the disk has no room for a checkpoint beside the one before it."""
-    one = 0
-    for player in trainer.players.values():
-        weights = sum(t.numel() * t.element_size() for t in player.parameters.values())
-        one += weights * (1 + bool(player.average) + 2 * (player.optimizer is not None))
-    place = next(folder for folder in (trainer.out, *trainer.out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < 2 * one:
-        raise UsageError(
-            f"Two checkpoints of {_size(one)} must fit on the disk, and '{trainer.out}' has {_size(free)} free. Make room,"
-            " or give another folder, before anything is trained."
-        )
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """New weights follow from the seed, and nobody else's random numbers change."""
@@ -239,10 +255,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _silent(text: str) -> None:
     """Says nothing: for all processes but the first."""
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count > 2**29 else f"{count / 2**20:.1f} MiB"
 
 
 def _prompts(data: DataConfig, model: str) -> tuple[str, ...]:

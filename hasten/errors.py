@@ -7,6 +7,7 @@ HastenError (ValueError)          exit code
 │   └── ModelError                2   no such model, a refused checkpoint format, a host without a denoiser
 ├── RefusedError                  1   a method cannot be right on this model, and there is nothing to fall back to
 ├── OutputError                   1   an unwritable folder, a full disk
+├── StoppedError                  143 a training that was told to end (SIGTERM), and can be resumed
 └── ResumeError                   1   a checkpoint that lacks something needed to continue exactly
 
 Every message says what was wrong, what was got, what is allowed and what to do next.
@@ -52,6 +53,12 @@ class OutputError(HastenError):
 
 class ResumeError(HastenError):
     """A checkpoint that does not hold all that an exact continuation needs."""
+
+
+class StoppedError(HastenError):
+    """A training that was told to end before it was finished. Its checkpoint is written."""
+
+    exit_code = 143
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -81,7 +81,7 @@ def _chain(
 def _command(method: str) -> Any:
     def command(
         context: typer.Context,
-        out: Annotated[Path, typer.Option(help="Folder for data, checkpoints and the student.")],
+        out: Annotated[Path, typer.Option("--out", "--output_dir", help="Folder for data, checkpoints and the student.")],
         config: Annotated[Path | None, typer.Option(help="YAML file with model, method, student, data, train.")] = None,
         model: Annotated[str | None, typer.Option(help="Teacher: a bundled model, a folder, or a hub id.")] = None,
         set_: Annotated[
@@ -96,7 +96,9 @@ def _command(method: str) -> Any:
             from hasten.distill.train_config import load_config
             from hasten.distill.training import train
 
-            named = _named(context.args) | ({"model": model} if model is not None else {})
+            named = _named(context.args)
+            resume = _resumed(named) or resume
+            named |= {"model": model} if model is not None else {}
             settings = load_config(method, config, named | assignments(set_ or [], "--set"))
             started = time.perf_counter()
             with writable(out.absolute()):
@@ -118,6 +120,14 @@ def _where(model: str, out: Path, steps: int, seconds: float) -> str:
         return f"The weights are in {out / 'latest'} after {steps} steps ({seconds:.0f} s)."
     use = f" Use it: hasten generate {model} --prompt TEXT --recipe {student / 'recipe.yaml'}"
     return f"The student is in {student} after {steps} steps ({seconds:.0f} s).{use if (student / 'recipe.yaml').is_file() else ''}"
+
+
+def _resumed(named: dict[str, Any]) -> bool:
+    """Whether diffusers' option for going on was among the words, which it is taken out of."""
+    given = named.pop("resume_from_checkpoint", None)
+    if given not in (None, "latest"):
+        raise UsageError(f"--resume_from_checkpoint {given}: only 'latest' is kept, in --out. Say --resume.")
+    return given is not None
 
 
 def _named(words: list[str]) -> dict[str, Any]:

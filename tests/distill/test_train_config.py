@@ -20,6 +20,20 @@ def test_other_trainers_names_mean_ours() -> None:
     assert load_config("pairs", None, {"model": "x", "network_dim": 3, "network_alpha": 1.5}).student.alpha == 1.5
 
 
+def test_looking_stopping_and_sizes_in_other_trainers_words() -> None:
+    diffusers = {"model": "x", "optimizer": "AdamW", "lr_scheduler": "constant_with_warmup", "report_to": "tensorboard",
+                 "checkpointing_steps": 500, "validation_steps": 100, "resolution": 512}  # fmt: skip
+    config = load_config("pairs", None, diffusers)
+    assert (config.train.optimizer, config.train.schedule, config.train.report_to) == ("adamw", "constant", "tensorboard")
+    assert (config.train.checkpoint_every, config.train.samples_every) == (500, 100)
+    assert config.data.call == {"width": 512, "height": 512}
+    kohya = {"model": "x", "resolution": "768,512", "optimizer_type": "AdamW8bit", "save_every_n_steps": 7, "sample_every_n_steps": 9}
+    config = load_config("pairs", None, kohya)
+    assert config.data.call == {"width": 768, "height": 512} and config.train.optimizer == "adamw8bit"
+    with pytest.raises(HastenError, match="expected a side .512., or width and height"):
+        load_config("pairs", None, {"model": "x", "resolution": "large"})
+
+
 def test_every_alias_names_a_field() -> None:
     for ours in ALIASES.values():
         section, _, name = ours.partition(".")
@@ -44,6 +58,8 @@ def test_a_file_with_changes(tmp_path: Path) -> None:
         ({"model": "x", "method.kind": "lcn"}, "hasten train lcn"),
         ({"model": "x", "method.hubar": 1}, "hubar"),
         ({"model": "x", "train.lr": -1}, "lr"),
+        ({"model": "x", "report_to": "wandb"}, "'none', 'tensorboard' or 'trackio'"),
+        ({"model": "x", "train.recall": 3}, "recall of fewer than 16 samples says nothing"),
         ({"model": "x", "prompts": "/no/such/file"}, "no prompts file"),
     ],
 )
