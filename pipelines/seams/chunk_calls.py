@@ -199,7 +199,7 @@ def told(part: ChunkCalls) -> str:
     """The way of sampling in words."""
     head = f"{part.first} first, then " if part.first else ""
     seen = "all frames before it" if part.window is None else f"{part.window} frames before it"
-    seen += f" and the {part.sink} first ones" if part.sink else ""
+    seen += f" and the first {part.sink}" if part.sink else ""
     return (
         f"chunks of {head}{part.chunk} latent frames that read {seen}, {part.calls} call{'s' if part.calls > 1 else ''} each and one"
         " without noise for what is kept, no guidance"
