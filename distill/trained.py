@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hasten.distill.few_steps import FewSteps
+from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import HostCall, learn
 from hasten.distill.pretrain_config import parse_as
@@ -26,10 +27,13 @@ from hasten.pipelines import loading, tiny_models
 
 @dataclass(frozen=True)
 class Trained:
-    """student: with its averaged weights, where there are any. steps: how it is sampled, None for "as its teacher"."""
+    """student: with its averaged weights, where there are any. steps: how it is sampled, None for "as its teacher". call: the
+    arguments of the pipeline that it was trained for."""
 
     config: TrainConfig
-    student: Role | Hinted | FlowMap
+    pipe: Any
+    call: dict[str, Any]
+    student: Role | Hinted | FlowMap | OwnWay
     steps: FewSteps | None
     trainer: Trainer
 
@@ -55,12 +59,11 @@ def open_trained(folder: Path) -> Trained:
     call = tiny_models.call_defaults(pipe) | config.data.call
     rows = Store.load(Path(config.data.file) if config.data.file else folder / "data.safetensors")
     host, _ = learn(pipe, [rows.prompts[0]], **call)
-    roles = cast(config, pipe, host, rows.conditions)
-    trainer = Trainer(config.method, roles, rows, config.train, folder, host.shape, progress=False)
+    trainer = Trainer(config.method, cast(config, pipe, host, rows.conditions), rows, config.train, folder, host.shape, progress=False)
     for name, player in trainer.players.items():
         player.load(folder / "latest" / name)
     player = trainer.players["student"]
     with torch.no_grad():
         for name, value in player.average.items():
             player.parameters[name].copy_(value)
-    return Trained(config, trainer.state.student(), trainer.state.sampler(), trainer)
+    return Trained(config, pipe, call, trainer.state.student(), trainer.state.sampler(), trainer)

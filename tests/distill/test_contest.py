@@ -55,7 +55,7 @@ def test_other_models_students_are_refused(tmp_path: Path) -> None:
 
 
 def test_solvers_are_the_pipeline_with_another_scheduler_and_leave_no_trace() -> None:
-    contest = Contest.of("tiny-flux", 2, CALL)
+    contest = Contest.of("tiny-flux", 5, CALL)
     own = contest.pipe.scheduler
     assert set(contest.solvers()) == {"euler", "unipc", "dpm++"}
     euler, guided = contest.solver("euler", 2, guided=False), contest.solver("keep", 2)
