@@ -48,7 +48,7 @@ def overhead(
 def recipes(
     model: Model = "tiny-video",
     recipe: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May be repeated. Default: balanced and fast.")
+        list[str] | None, typer.Option(metavar="NAME", help="May be repeated. Default: balanced, and fast without a student.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One prompt a line. Default: 16 of our own.")
@@ -79,7 +79,7 @@ def recipes(
             pipe,
             call,
             samples,
-            recipe or ["balanced", "fast"],
+            recipe or ["balanced", "fast:student=false"],
             model=model,
             converged_steps=converged,
             with_oracle=oracle,

@@ -68,10 +68,12 @@ def preset(text: str) -> tuple[str, Recipe]:
 
 
 def all_presets() -> list[str]:
-    """Every recipe but those of attention at its defaults, and `auto` over the tolerances that the bars ask about."""
-    caches = [name for name in names() if find_recipe(name).attention is None]
+    """Every recipe but those of attention and students at its defaults, `fast` as it is without a student, and `auto` over the
+    tolerances that the bars ask about. A student draws other pictures, so that likeness to the plain run says nothing of it."""
+    found = {name: find_recipe(name) for name in names()}
+    caches = [name for name, recipe in found.items() if recipe.attention is None and recipe.adapter is None]
     return [name for name in caches if name not in ("plain", "auto")] + [
-        f"auto:{tolerance}" for tolerance in TOLERANCES
+        "fast:student=false", *(f"auto:{tolerance}" for tolerance in TOLERANCES)
     ]
 
 

@@ -27,7 +27,7 @@ def bench_recipes(
     pipe: Any,
     call: dict[str, Any],
     samples: Sequence[Sample],
-    recipes: Sequence[str] | Mapping[str, Recipe] = ("balanced", "fast"),
+    recipes: Sequence[str] | Mapping[str, Recipe] = ("balanced", "fast:student=false"),
     *,
     model: str = "",
     converged_steps: int = 200,
