@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class FewSteps:
             raise UsageError(f"Angles must fall from at most pi / 2 and stay above 0, got {self.angles}.")
 
     @classmethod
-    def even(cls, calls: int, path: NoisePath, how: How = "consistency", *, shift: float = 1.0) -> FewSteps:
+    def even(cls, calls: int, path: NoisePath, how: How = "consistency", *, shift: float = 1.0) -> Self:
         """K angles, evenly in the network's own time: K/K, ..., 1/K of that of `path.start`, at whole times where the network
         has a table of them (its schedulers elsewhere know no others). shift > 1 moves them towards noise, as
         flow-matching schedulers do: t s / (1 + (s - 1) t)."""

@@ -132,7 +132,7 @@ class _Chunked:
         """A scheduler of diffusers whose levels and steps are those of the run."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        made: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=host.config.num_train_timesteps)  # type: ignore[no-untyped-call]
+        made: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=host.config.num_train_timesteps)
         step = made.step
 
         @functools.wraps(made.set_timesteps)

@@ -83,7 +83,8 @@ class FrameSeam:
         if is_whole_compiled(network):
             raise RefusedError(f"This {kind} is compiled as a whole, so its attention cannot be changed. Open it uncompiled.")
         self.network: Any = network
-        self.patch: tuple[int, int, int] = tuple(self.network.config.patch_size)
+        config: Any = network.config
+        self.patch: tuple[int, int, int] = tuple(config.patch_size)
         if self.patch[0] != 1:
             raise RefusedError(f"A token of this {kind} spans {self.patch[0]} latent frames; causal in time needs 1.")
         modules = (module for module in network.modules() if getattr(module, "is_cross_attention", None) is False)
