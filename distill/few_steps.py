@@ -17,6 +17,7 @@ from torch import Tensor
 from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import Condition
 from hasten.distill.paths import NoisePath, spread
+from hasten.distill.quantised import Quantised
 from hasten.distill.roles import Guided, Role
 from hasten.errors import UsageError
 
@@ -65,8 +66,9 @@ class OwnWay(ABC):
 
 
 def sample(
-    role: Role | Guided | Hinted | FlowMap | OwnWay, x: Tensor, condition: Condition, steps: FewSteps, noise: Noise | None = None
-) -> Tensor:
+    role: Role | Guided | Hinted | FlowMap | OwnWay | Quantised, x: Tensor, condition: Condition, steps: FewSteps,
+    noise: Noise | None = None,
+) -> Tensor:  # fmt: skip
     """x0 [B, ...] from pure noise x. noise: fresh noise between calls; wanted by `consistency` with several calls."""
     if isinstance(role, OwnWay):
         return role.sampled(x, condition, steps, noise)

@@ -20,6 +20,7 @@ from hasten.distill.draw import Draw
 from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import Condition
+from hasten.distill.quantised import Quantised
 from hasten.distill.roles import Role, Roles
 from hasten.errors import UsageError
 from hasten.part import Part
@@ -82,19 +83,20 @@ class Beside:
     reuse: ReusePolicy
 
 
-def _no_row() -> Batch:
+def _no_row(count: int = 1) -> Batch:
     raise UsageError("This method looks at a row of the data before it starts, and was given none. Pass Facts(row=...).")
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a method is told once. steps: how long it is trained. shape: of one row of the network's input. row: gives a row
-    of the data, for methods that have to see the network run before anything is trained."""
+    """What a method is told once. steps: how long it is trained. shape: of one row of the network's input. row: gives
+    the first row of the data (or the first `count`), for methods that have to see the network run before anything is
+    trained."""
 
     roles: Roles
     steps: int
     shape: tuple[int, ...]
-    row: Callable[[], Batch] = _no_row
+    row: Callable[..., Batch] = _no_row
 
 
 class MethodState:
@@ -119,7 +121,7 @@ class MethodState:
         """How slowly an average follows the student, in [0, 1)."""
         raise NotImplementedError
 
-    def student(self) -> Role | Hinted | FlowMap | OwnWay:
+    def student(self) -> Role | Hinted | FlowMap | OwnWay | Quantised:
         """Who is sampled: the student, told what it was trained to be told."""
         return self.roles["student"]
 

@@ -150,6 +150,13 @@ class TrainConfig(Strict):
                 f"{kind} learns from data that were made without a style, so student.styles would teach two things at once;"
                 " possible with dmd, guidance, lcm, lcm-lora, meanflow, progressive, scm"
             )
+        plain = StudentConfig()
+        unused = [name for name in StudentConfig.model_fields if getattr(student, name) != getattr(plain, name)]
+        if unused and not self.method.trains and self.method.data != "tokens":
+            raise ValueError(
+                f"{kind} trains the network's own layers, without an adapter or a copy, so student.{unused[0]} would do nothing;"
+                " drop it (what it trains is said by method.*)"
+            )
         return self
 
 

@@ -16,6 +16,7 @@ from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.hint import FlowMap, Hinted
 from hasten.distill.host_call import HostCall, learn
 from hasten.distill.pretrain_config import parse_as
+from hasten.distill.quantised import Quantised
 from hasten.distill.roles import Role
 from hasten.distill.store import Store
 from hasten.distill.train_config import TrainConfig
@@ -33,14 +34,15 @@ class Trained:
     config: TrainConfig
     pipe: Any
     call: dict[str, Any]
-    student: Role | Hinted | FlowMap | OwnWay
+    student: Role | Hinted | FlowMap | OwnWay | Quantised
     steps: FewSteps | None
     trainer: Trainer
 
     @property
     def host(self) -> HostCall:
         """How the student's network is called."""
-        return self.trainer.roles["student"].host
+        roles = self.trainer.roles
+        return roles.get("student", roles["teacher"]).host
 
 
 def open_trained(folder: Path) -> Trained:

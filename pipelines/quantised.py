@@ -41,11 +41,11 @@ class _Nearest(torch.autograd.Function):
     """Rounds; its gradient is that of the identity (straight through, arXiv 1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, v: Tensor) -> Tensor:
         return v.round()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -150,11 +150,11 @@ class Quantised:
         if self.facts.get("network", kind) != kind:
             raise ModelError(f"The weights are a {self.facts['network']}'s, and this is a {kind}. Load the model they were made of.")
         for name, layer in self.layers.items():
-            found = modules.get(name)
+            found: Any = modules.get(name)
             if type(found) not in KINDS:
                 got = "missing" if found is None else f"a {type(found).__name__}"
                 raise ModelError(f"{name!r} has quantised weights and is {got} in this {kind}. Load the model they were made of.")
-            shape = tuple(found.weight.shape)  # type: ignore[union-attr, operator, arg-type]
+            shape = tuple(found.weight.shape)
             if shape != tuple(layer.q.shape):
                 raise ModelError(f"{name!r} is {shape} in this {kind}, its quantised weights {tuple(layer.q.shape)}.")
 
@@ -169,7 +169,7 @@ class Quantised:
         return "The quantised weights were made of another training of this network, whose biases and norms may not fit them."
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, x in self.layers.items():
             found |= {f"{name}.q": packed(x.q) if x.bits <= 4 else x.q, f"{name}.s": x.s, f"{name}.low": x.low,
                       f"{name}.step": x.step}  # fmt: skip

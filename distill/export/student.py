@@ -19,9 +19,11 @@ from hasten.atomic import atomic_write
 from hasten.distill.export.card import Card, Rows
 from hasten.distill.export.lora import lora_of, save_network, styles_of
 from hasten.distill.export.names import PREFIX, Names, Style, write
+from hasten.distill.export.quantised import QuantisedStudent, quantised_student_of
 from hasten.distill.export.sampler import describe, few_calls, told_guidance
 from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.method import Beside
+from hasten.distill.quantised import Quantised
 from hasten.distill.roles import Role
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import tiny_models
@@ -132,12 +134,14 @@ class Student:
         return self.name or f"{Path(self.base).name}{calls}"
 
 
-def student_of(trainer: Any, pipe: Any, base: str, **more: Any) -> Student:
+def student_of(trainer: Any, pipe: Any, base: str, **more: Any) -> Student | QuantisedStudent:
     """The student of a finished training, its average where there is one. more: further fields of `Student`.
 
     Raises `RefusedError` for a student that is more than its network: one that is told numbers by modules beside it.
     """
     who = trainer.state.student()
+    if isinstance(who, Quantised):
+        return quantised_student_of(trainer, who, pipe, base, more)
     if not isinstance(who, Role | OwnWay):
         raise RefusedError(
             f"This student's network is told numbers by modules beside it ({type(who).__name__}), which no file that diffusers"

@@ -31,6 +31,8 @@ METHODS = {
     "sana-sprint": "Continuous-time consistency with such heads beside it (SANA-Sprint).",
     "dydit": "Run fewer heads, channels and tokens at the times that allow it, with routers that are trained beside (DyDiT).",
     "dydit": "Run fewer heads, channels and tokens at the times that allow it, with routers that are trained beside (DyDiT).",
+    "qalora": "Weights and activations of few bits, with adapters inside the rounding (EfficientDM); no data.",
+    "quest": "The same bits, with only the most sensitive layers tuned, then those that carry the time (QuEST).",
     "block": "Turn a causal model (tiny-lm) into one that writes blocks of tokens in any order (Fast-dLLM v2).",
     "dparallel": "Make a text diffusion model sure of many tokens at once (tiny-dllm): fewer evaluations for the same text.",
     "medusa": "Heads on a causal model (tiny-lm) that say the tokens behind the next one; the model itself verifies them.",
