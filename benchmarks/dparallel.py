@@ -1,8 +1,9 @@
 """A text diffusion student against its teacher: evaluations and right answers on the list tasks, by threshold.
 
     python benchmarks/dparallel.py --student OUT/student --seeds 5 6 [--count 32] [--above 0.9 0.8 0.7] [--json FILE]
+    python benchmarks/dparallel.py --model tiny-lm --student OUT/student --recipe threshold
 
-The student is a folder of `hasten train dparallel`, put onto the model by plain peft. Seeds 5 and 6 are for choosing; 77
+The student is a folder of `hasten train dparallel`, or of `hasten train block`, put onto the model by plain peft. Seeds 5 and 6 are for choosing; 77
 is that of the docs. `oracle` needs to know the text: no rule without that knowledge can write it in fewer evaluations.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from hasten.distill.methods.block import KIND
 from hasten.pipelines.bench import dllm
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.text_models.families import choose
@@ -24,10 +26,12 @@ from hasten.pipelines.text_models.loading import open_text
 
 
 def opened(model: str, student: Path | None) -> dllm.Bench:
-    """The model, with the student's adapter merged into it."""
+    """The model, with the student's adapter merged into it, and of the kind that the student is."""
     network, tokenizer = open_text(model, None, None, None)
     if student is not None:
         network = PeftModel.from_pretrained(network, str(student)).merge_and_unload().eval()
+        if (student / KIND).is_file():
+            network.config.hasten_diffusion = json.loads((student / KIND).read_text())
     return dllm.Bench(choose(network, tokenizer), tokenizer)
 
 
@@ -52,11 +56,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6])
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--above", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--recipe", default="dparallel", help="that has a threshold `above`")
     parser.add_argument("--teacher", action="store_true", help="the teacher, too, with each threshold and one token at a time")
     parser.add_argument("--json", type=Path)
     told = parser.parse_args()
     torch.set_num_threads(1)
-    ways = [f"dparallel:above={above}" for above in told.above]
+    ways = [f"{told.recipe}:above={above}" for above in told.above]
     players: list[tuple[str, Path | None, list[str]]] = [("teacher", None, [*ways, "sequential"])] if told.teacher else []
     players += [("student", told.student, ways)] if told.student else []
     rows = []

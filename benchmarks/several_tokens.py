@@ -1,4 +1,5 @@
-"""Medusa's heads and gated multi-token prediction: tokens per evaluation of verified greedy decoding on held-out list tasks.
+"""Medusa's heads, gated multi-token prediction, parallel prompt tokens: tokens per evaluation of verified greedy decoding on
+held-out list tasks.
 
     python benchmarks/several_tokens.py OUT/student [--model tiny-lm] [--seed 5] [--count 16]
 
@@ -19,20 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hasten.distill.methods import medusa, mtp
+from hasten.distill.methods import medusa, mtp, ppd
 from hasten.distill.text_roles import TextCall, TextRole, Texts
 from hasten.distill.text_teach import make_texts
 from hasten.pipelines.bench import dllm
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.text_models.families import choose
 from hasten.pipelines.text_models.loading import open_text
-
-
-def up_to_end(texts: Texts, ends: tuple[int, ...]) -> Texts:
-    """The texts up to their first end of text, which is a part of them."""
-    stops = torch.isin(texts.ids, torch.tensor(ends)) & (texts.place >= texts.start[:, None])
-    first = torch.where(stops.any(1), stops.float().argmax(1) + 1, texts.end)
-    return Texts(texts.ids, texts.start, torch.minimum(first, texts.end))
 
 
 def medusa_drafts(folder: Path, network: Any, texts: Texts) -> Tensor:
@@ -63,6 +57,26 @@ def mtp_drafts(folder: Path, network: Any, texts: Texts, masks: int) -> Tensor:
     return found
 
 
+def ppd_drafts(folder: Path, network: Any, texts: Texts) -> Tensor:
+    """The same of prompt tokens behind each place."""
+    prompts = load_file(folder / ppd.FILE)["weight"]
+    call, found = TextCall.of(choose(network)), torch.zeros_like(texts.ids)
+    for shift in range(int((texts.end - texts.start).max()) - 1):
+        at = (texts.start - 1 + shift).minimum(texts.end - 1)
+        mine = (at < texts.end - 2).nonzero()[:, 0]
+        if len(mine):
+            some = Texts(texts.ids[mine], texts.start[mine], texts.end[mine])
+            found[mine, at[mine] + 1] = ppd.accepted(call, prompts, some, at[mine, None])[:, 0]
+    return found
+
+
+def drafted(folder: Path, network: Any, texts: Texts, masks: int) -> Tensor:
+    """By what is in the folder."""
+    if (folder / medusa.FILE).exists():
+        return medusa_drafts(folder, network, texts)
+    return ppd_drafts(folder, network, texts) if (folder / ppd.FILE).exists() else mtp_drafts(folder, network, texts, masks)
+
+
 def evaluations(drafts: Tensor, texts: Texts) -> tuple[int, int]:
     """Tokens of all texts, and the evaluations that writing them takes: each gives one token and its accepted drafts."""
     tokens = steps = 0
@@ -89,9 +103,9 @@ def main() -> None:
     host = choose(network, tokenizer)
     work = dllm.lists(tokenizer, told.count, seed=told.seed)
     made = make_texts(host, tokenizer, work.prompts, work.new, recipe("sequential"))
-    texts = up_to_end(Texts(**made.conditions.tensors), host.facts.eos_ids)
-    heads = (told.student / medusa.FILE).exists()
-    drafts = medusa_drafts(told.student, network, texts) if heads else mtp_drafts(told.student, network, texts, told.masks)
+    whole = Texts(**made.conditions.tensors)
+    texts = Texts(whole.ids, whole.start, whole.over(host.facts.eos_ids))
+    drafts = drafted(told.student, network, texts, told.masks)
     every = evaluations(drafts, texts)
     print(json.dumps({"what": "all", "tokens": every[0], "evaluations": every[1], "per_evaluation": every[0] / every[1]}))
     for kind in dict.fromkeys(work.kinds):

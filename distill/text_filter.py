@@ -1,8 +1,8 @@
-"""Train a commit filter (`samplers/filter.py`) on a model's own generations, and calibrate it.
+"""What a commit filter (`samplers/filter.py`) is trained on, a model's own generations, and how it is calibrated.
 
 The model generates sequentially; at every step, what an evaluation said of each open slot is kept, with whether its
-token is the one that stands there in the end. A network of about 900 weights learns to tell. Its threshold is then
-chosen on texts that it has not seen, so that the expected share of slots which it would have written wrong is below a
+token is the one that stands there in the end. A network of about 1000 weights learns to tell (`methods/learn2pd.py`). Its
+threshold is then chosen on texts that it has not seen, so that the expected share of slots which it would have written wrong is below a
 target (conformal risk control, Angelopoulos et al., arXiv 2208.02814).
 
 Shapes: n rows of I inputs and O outputs (one slot, or all of a block: see `FilterNet`); B texts, L slots.
@@ -18,11 +18,13 @@ from typing import Any, Self
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hasten.atomic import atomic_write
 from hasten.canvas import Canvas
+from hasten.distill.host_call import Condition
+from hasten.distill.store import Store
 from hasten.errors import UsageError
 from hasten.pipelines.text.loop import TextLoop
 from hasten.pipelines.text_models.host import TextHost
@@ -60,37 +62,19 @@ Told = Callable[[str], None]
 """Called with what has been done, in words."""
 
 
-def fit(
-    host: TextHost, prompts: Sequence[Tensor], new: int | Sequence[int], recipe: Recipe, out: str | Path, *,
-    form: Form = "slots", false_commits: float = 0.01, oracle: bool = False, seed: int = 0, model: str = "",
-    told: Told = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
-    """Train a filter for `recipe` on generations of `new` slots behind `prompts`, write it to `out`, return its card.
+def as_store(traces: Traces, seed: int) -> Store:
+    """Rows for a training: those of two thirds of the texts, drawn by `seed`. The rest, for the threshold, is `held_back`."""
+    texts = int(traces.text.max()) + 1
+    order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed))
+    held = torch.isin(traces.text, order[: kept_for_threshold(texts)])
+    tensors = {field.name: getattr(traces, field.name) for field in fields(traces)} | {"held": held}
+    return Store((), Condition(tensors), Condition({}), (~held).nonzero()[:, 0])
 
-    new: for all, or for each. The recipe's commit rule is replaced by one slot at a time. false_commits: the expected
-    share of a text's slots that may be written wrong. A third of the prompts is kept for the threshold. oracle: learn
-    from states in which all that is final is written at once (as Learn2PD does), in place of sequential ones. model: its
-    name, for the card; what binds the filter to it is a stamp of its weights.
 
-    Raises `UsageError` where there are too few prompts for that share.
-    """
-    each = [new] * len(prompts) if isinstance(new, int) else list(new)
-    check(len(prompts), each, false_commits)
-    traces = collect(host, prompts, each, recipe, form=form, oracle=oracle, told=told)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
-    held = order[: kept_for_threshold(len(prompts))]
-    learned, kept = traces.of(order[len(held) :]), traces.of(held)
-    told(f"learning from {len(learned.inputs):,} states")
-    net = train(learned, form, seed=seed)
-    above = threshold(net, kept, false_commits)
-    card = {
-        "filter": form, "model": model, "above": above, "false_commits": false_commits, "texts": len(prompts),
-        "kept": len(held), "states": len(traces.inputs), "oracle": oracle, "seed": seed, **score(net, kept, above),
-        "false": risk(net, kept, above),
-    }  # fmt: skip
-    words = {key: str(value) for key, value in card.items()}
-    atomic_write(out, save({**net.state_dict(), STAMP: stamp(host.model)}, words))
-    return card
+def held_back(rows: Store) -> Traces:
+    """What `as_store` keeps from the training."""
+    found = rows.conditions.tensors
+    return Traces(**{field.name: found[field.name][found["held"]] for field in fields(Traces)})
 
 
 def kept_for_threshold(texts: int) -> int:
@@ -189,28 +173,24 @@ class _Recorder(CommitState):
         return Traces(*(x.cpu() for x in (inputs, right, valid, slot, text + first)))
 
 
-# --- what is learned --------------------------------------------------------------------------------
+# --- what is chosen on the texts that are held back ------------------------------------------------------
 
 
-def train(
-    traces: Traces, form: Form, *, hidden: int = 32, steps: int = 600, batch: int = 4096, lr: float = 1e-2, seed: int = 0
-) -> FilterNet:  # fmt: skip
-    """A filter that tells right tokens from wrong ones: binary cross-entropy on random rows, AdamW, cosine."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = FilterNet(form, hidden, traces.inputs.shape[1])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    target, weight = traces.right.float(), traces.valid.float()
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = torch.randint(len(target), (batch,), generator=g) if len(target) > batch else slice(None)
-        loss = F.binary_cross_entropy_with_logits(net(traces.inputs[rows]), target[rows], weight[rows], reduction="sum")
-        optimizer.zero_grad()
-        torch.autograd.backward(loss / weight[rows].sum().clamp(min=1))
-        optimizer.step()
-        schedule.step()
-    return net.eval().requires_grad_(False)
+def finished(net: FilterNet, rows: Store, false_commits: float) -> dict[str, Any]:
+    """The card of a trained filter: its threshold, and how it does on the texts that were held back."""
+    kept, texts = held_back(rows), rows.conditions.tensors["text"]
+    above = threshold(net, kept, false_commits)
+    return {
+        "filter": net.form, "above": above, "false_commits": false_commits, "texts": int(texts.max()) + 1,
+        "kept": len(kept.text.unique()), "states": len(texts), **score(net, kept, above), "false": risk(net, kept, above),
+    }  # fmt: skip
+
+
+def save_filter(net: FilterNet, card: dict[str, Any], model: nn.Module, out: str | Path) -> None:
+    """Write a filter that knows its model, with its card in the header."""
+    words = {key: str(value) for key, value in card.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    atomic_write(out, save({**tensors, STAMP: stamp(model)}, words))
 
 
 def threshold(net: FilterNet, traces: Traces, false_commits: float) -> float:

@@ -22,7 +22,6 @@ from hasten.distill.store import Store
 from hasten.distill.text_filter_prompts import Asked
 from hasten.distill.text_method import TextMethod, TextState
 from hasten.distill.text_roles import TextCall, TextRoles
-from hasten.distill.text_teach import make_texts
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trainer import Trainer
 from hasten.distill.training import MAY_CHANGE, begun, check_packages
@@ -50,23 +49,26 @@ def train_text(
 
     Raises `UsageError` for what does not fit, before anything is trained; `ResumeError` as `Trainer.fit` does.
     """
-    _check(config)
+    method = _check(config)
     check_packages(config)
     network, tokenizer = open_text(config.model, None, None, None)
     host = choose(network, tokenizer)
+    method.fits(host.facts)
     with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
         rows = prepare_texts(config, host, tokenizer, out, say, resume)
         roles = cast_texts(config, host)
         say(memory(roles))
-        width = rows.conditions.tensors["ids"].shape[1]
-        trainer = Trainer(config.method, roles, rows, config.train, out, (width,), progress)
+        found = rows.conditions.tensors
+        shape = tuple(found["ids"].shape[1:]) if "ids" in found else ()
+        trainer = Trainer(method, roles, rows, config.train, out, shape, progress)
+        assert isinstance(trainer.state, TextState)
+        trainer.state.rows = rows
         with ending() as trainer.ended:
             done = trainer.fit(resume and begun(out, say), stop_after)
         if done < min(config.train.steps, stop_after or config.train.steps):
             raise StoppedError(f"Stopped after step {done} of {config.train.steps}, with a checkpoint. Go on with --resume.")
         if done == config.train.steps:
-            assert isinstance(trainer.state, TextState) and isinstance(config.method, TextMethod)
-            trainer.state.write(out / "student", config.model, config.method.recipe, trainer.players["student"].average or None)
+            trainer.state.write(out / "student", config.model, method.recipe, trainer.players["student"].average or None)
         return trainer
 
 
@@ -74,10 +76,12 @@ def prepare_texts(
     config: TrainConfig, host: TextHost, tokenizer: Any, out: Path, say: Say = lambda text: None, resume: bool = False
 ) -> Store:
     """The teacher's texts: read from `out`, or written there. `ResumeError` where a resumed training would get others."""
-    call: dict[str, Any] = {"recipe": "sequential", "max_new_tokens": NEW} | config.data.call
+    method = _check(config)
+    call: dict[str, Any] = {"recipe": method.writes, "max_new_tokens": NEW} | config.data.call
     prompts = config.data.prompts
     facts: dict[str, object] = {
         "model": config.model, "call": call, "count": config.data.count, "prompts": prompts, "seed": config.train.seed,
+        **method.depends(),
     }  # fmt: skip
     if isinstance(prompts, str) and prompts:  # the file's text, which may change under the same name
         facts["lines"] = hashlib.sha256("\n".join(_lines(Path(prompts))).encode()).hexdigest()
@@ -88,7 +92,7 @@ def prepare_texts(
         raise ResumeError(f"The data have changed since '{file}' was made. Restore them, or start in an empty folder.")
     asked = _asked(config, host, tokenizer, int(call["max_new_tokens"]))
     say(f"{config.model} writes behind {asked.about} with the recipe {call['recipe']}.")
-    made = make_texts(host, tokenizer, asked.prompts, asked.new, find_recipe(str(call["recipe"])), say=say)
+    made = method.make(host, tokenizer, asked, find_recipe(str(call["recipe"])), config.train.seed, say)
     made.save(file, facts)
     return made
 
@@ -123,8 +127,9 @@ def _lines(file: Path) -> tuple[str, ...]:
     return tuple(line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
 
 
-def _check(config: TrainConfig) -> None:
-    """What can be said before anything is loaded."""
+def _check(config: TrainConfig) -> TextMethod:
+    """What can be said before anything is loaded; the method."""
+    assert isinstance(config.method, TextMethod)
     unknown = sorted(set(config.data.call) - set(CALL))
     if unknown:
         raise UsageError(f"data.call of a language model has {', '.join(unknown)}; allowed: {', '.join(CALL)}.")
@@ -134,3 +139,4 @@ def _check(config: TrainConfig) -> None:
     for name, value in unfit.items():
         if value:
             raise UsageError(f"{name} = {value} has no meaning for a language model. Leave it out.")
+    return config.method

@@ -1,6 +1,6 @@
 """Commit rules that were trained to tell which tokens are final already (Learn2PD, arXiv 2509.25188).
 
-`hasten train filter` trains one from a model's own generations. A filter is a safetensors file of a few KiB: two linear
+`hasten train learn2pd` (and `hasten train filter`) trains one from a model's own generations. A filter is a safetensors file of a few KiB: two linear
 layers and a stamp of the model that it was trained for, and in its metadata which of the two forms it has and above
 which probability a slot may be written.
 
@@ -25,20 +25,23 @@ from hasten.samplers.scores import Scores
 
 Form = Literal["slots", "block"]
 
-INPUTS, REACH = 5, 2
+INPUTS, REACH = 6, 2
 """What `features` gives per slot, and how many slots to each side a filter of the form "slots" looks at."""
+FIRST_INPUTS = 5
+"""What filters that were trained before there was a sixth look at: the first so many of them."""
 
 
 class FilterNet(nn.Module):
     """Inputs [n, I] -> logits [n, O] that a slot's token is final: linear, ReLU, linear.
 
-    form "slots": a row is a slot with its neighbours, O = 1. form "block": a row is a block of W slots, I = O = W.
+    form "slots": a row is a slot with its neighbours, O = 1; it looks at the first `seen` features. form "block": a row is a
+    block of W slots, I = O = W.
     """
 
-    def __init__(self, form: Form, hidden: int = 32, width: int = 32) -> None:
+    def __init__(self, form: Form, hidden: int = 32, width: int = 32, seen: int = FIRST_INPUTS) -> None:
         super().__init__()
-        self.form, self.width = form, width
-        inputs, outputs = ((2 * REACH + 1) * INPUTS, 1) if form == "slots" else (width, width)
+        self.form, self.width, self.seen = form, width, seen
+        inputs, outputs = ((2 * REACH + 1) * seen, 1) if form == "slots" else (width, width)
         self.first, self.second = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class Learned(CommitRule):
     """Slots that a trained filter takes for final with probability >= `above`.
 
     It sees of each slot and its two neighbours on either side: confidence, p1 - p2, entropy, whether the slot is
-    open, and where it stands in the block; so that one filter serves blocks of any size. above None: the probability
+    open, where it stands in the block, and how much of the block is open; so that one filter serves blocks of any size. above None: the probability
     that was calibrated in training for a target rate of false commits. weights: the file; None is for the model's own,
     which a pipeline puts in. Learn2PD's own filter is `LearnedBlock`.
     """
@@ -71,7 +74,8 @@ class _LearnedState(CommitState):
         self.net, self.above = found.net, found.above if above is None else above
 
     def select(self, scores: Scores, canvas: Canvas) -> Tensor:
-        return scores.among(canvas) & (self.chance(neighbours(features(scores, canvas)))[..., 0] >= self.above)
+        seen = neighbours(features(scores, canvas)[..., : self.net.seen])
+        return scores.among(canvas) & (self.chance(seen)[..., 0] >= self.above)
 
     def chance(self, inputs: Tensor) -> Tensor:
         """Probability that a token is final, [..., O], of inputs [..., I]."""
@@ -112,12 +116,14 @@ class _LearnedBlockState(_LearnedState):
 
 def features(scores: Scores, canvas: Canvas) -> Tensor:
     """Inputs [B, L, F] of a filter: of open slots c, p1 - p2, 1 - exp(-H) and 1; of all slots of the block, where
-    they stand in it, (0, 1]; else 0."""
+    they stand in it, (0, 1], and which share of it is open; else 0."""
     among, low, high = scores.among(canvas), canvas.span[:, :1], canvas.span[:, 1:]
-    place = (canvas.place - low + 1) / (high - low).clamp(min=1)
+    size = (high - low).clamp(min=1)
+    place, left = (canvas.place - low + 1) / size, among.sum(1, keepdim=True) / size
     sure = torch.stack([scores.confidence, scores.confidence - scores.second, -(-scores.entropy).expm1()], -1)
     sure = torch.where(among[..., None], sure, 0.0)
-    return torch.cat([sure, among[..., None], torch.where(canvas.active, place, 0.0)[..., None]], -1)
+    where = torch.where(canvas.active[..., None], torch.stack([place, left.expand_as(place)], -1), 0.0)
+    return torch.cat([sure, among[..., None], where], -1)
 
 
 def neighbours(given: Tensor) -> Tensor:
@@ -166,7 +172,7 @@ def load(weights: str | Path, form: Form) -> Filter:
     try:
         stamp = stored.pop(STAMP, None)
         hidden, inputs = stored["first.weight"].shape
-        net = FilterNet(form, hidden, inputs)
+        net = FilterNet(form, hidden, inputs, inputs // (2 * REACH + 1))
         net.load_state_dict(stored)
         return Filter(net.eval().requires_grad_(False), float(told["above"]), stamp)
     except (KeyError, ValueError, RuntimeError) as error:

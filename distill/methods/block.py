@@ -46,8 +46,7 @@ class BlockDiffusion(TextMethod):
 
 class _BlockState(TextState):
     def __init__(self, method: BlockDiffusion, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
-        self.causal(method.kind)
+        super().__init__(method, facts)
         self.method, self.mask = method, self.mask_token(method.kind)
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:

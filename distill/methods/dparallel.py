@@ -25,19 +25,23 @@ from torch import Tensor
 from hasten.distill.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
 from hasten.distill.text_method import TextMethod, TextState
+from hasten.distill.text_reorder import reordered
 from hasten.distill.text_roles import Texts
 
 
 class DParallel(TextMethod):
     """block: slots of a block. masked: share of a block that is masked in the first pass, drawn evenly from this range.
-    beta, temperature: of the entropy of right answers."""
+    beta, temperature: of the entropy of right answers. slack: nats per token by which a reordering of the block may be less likely
+    to the teacher and is learned all the same (`text_reorder.py`); None learns the teacher's own order, as the paper does."""
 
     kind: ClassVar[str] = "dparallel"
     recipe: ClassVar[str] = "dparallel"
+    causal: ClassVar[bool] = False
     block: int = Field(32, ge=1)
     masked: tuple[float, float] = (0.5, 0.5)
     beta: float = Field(2.0, ge=0)
     temperature: float = Field(0.5, gt=0)
+    slack: float | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> DParallel:
@@ -52,7 +56,7 @@ class DParallel(TextMethod):
 
 class _DParallelState(TextState):
     def __init__(self, method: DParallel, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
+        super().__init__(method, facts)
         self.method, self.mask = method, self.mask_token(method.kind)
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
@@ -62,12 +66,24 @@ class _DParallelState(TextState):
         noise = torch.special.ndtr(draw.normal("slots", torch.zeros(texts.ids.shape, device=texts.ids.device)))
         share = m.masked[0] + (m.masked[1] - m.masked[0]) * draw.uniform("share")
         first = inside & (noise < share[:, None])
+        own, told = self._own(texts, inside, first)
         asked = torch.cat([first, inside & ~first])
         behind = (texts.place >= high[:, None]).repeat(2, 1)
-        ids = texts.ids.repeat(2, 1)
+        ids = own.repeat(2, 1)
         logits = self.learner.logits(ids.masked_fill(asked | behind, self.mask), texts.end.repeat(2), asked)
         row = asked.nonzero()[:, 0] % len(texts.ids)
-        return certainty_forcing(logits, ids[asked], row, len(texts.ids), m.beta, m.temperature)
+        loss = certainty_forcing(logits, ids[asked], row, len(texts.ids), m.beta, m.temperature)
+        return Loss(loss.rows, loss.metrics | told)
+
+    def _own(self, texts: Texts, inside: Tensor, first: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is learned, int64 [B, L], and what the log is told of it."""
+        if self.method.slack is None:
+            return texts.ids, {}
+        ends = self.learner.call.facts.eos_ids
+        words = inside & texts.written(ends) & ~torch.isin(texts.ids, torch.tensor(ends, device=texts.ids.device))
+        teacher: Any = self.roles.of("teacher")
+        ids, moved = reordered(self.learner, teacher, texts, words, first & words, self.mask, self.method.slack)
+        return ids, {"moved": moved.float().mean()}
 
 
 def drawn_block(texts: Texts, block: int, u: Tensor) -> tuple[Tensor, Tensor]:

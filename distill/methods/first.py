@@ -65,8 +65,7 @@ class Routers(nn.Module):
 
 class _FirstState(TextState):
     def __init__(self, method: First, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
-        self.causal(method.kind)
+        super().__init__(method, facts)
         self.method, call = method, self.learner.call
         first = next(call.head.parameters())
         self.routers = Routers(int(first.shape[1]), call.facts.layers).to(first.device)

@@ -59,8 +59,7 @@ class MedusaHeads(nn.Module):
 
 class _MedusaState(TextState):
     def __init__(self, method: Medusa, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
-        self.causal(method.kind)
+        super().__init__(method, facts)
         self.method, call = method, self.learner.call
         first = next(call.head.parameters())
         self.network = MedusaHeads(int(first.shape[1]), method.heads).to(first.device)

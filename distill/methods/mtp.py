@@ -66,8 +66,7 @@ class SamplerHead(nn.Module):
 
 class _MultiTokenState(TextState):
     def __init__(self, method: MultiToken, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
-        self.causal(method.kind)
+        super().__init__(method, facts)
         self.method, self.mask = method, self.mask_token(method.kind)
         first = next(self.learner.call.head.parameters())
         self.sampler_head = SamplerHead(int(first.shape[1])).to(first.device)

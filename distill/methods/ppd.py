@@ -59,8 +59,7 @@ class PromptEmbeddings(nn.Module):
 
 class _PromptState(TextState):
     def __init__(self, method: PromptTokens, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
-        self.causal(method.kind)
+        super().__init__(method, facts)
         self.method = method
         network: Any = self.learner.call.network
         self.prompts = PromptEmbeddings(method.distances, method.ensemble, network.get_input_embeddings().weight)

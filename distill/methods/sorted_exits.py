@@ -51,8 +51,7 @@ class SortedExits(TextMethod):
 
 class _SortedState(TextState):
     def __init__(self, method: SortedExits, facts: Facts) -> None:
-        super().__init__(facts, method.kind)
-        self.causal(method.kind)
+        super().__init__(method, facts)
         self.exits = method.of(self.learner.call.facts.layers)
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:

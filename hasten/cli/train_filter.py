@@ -1,4 +1,4 @@
-"""`hasten train filter`: a commit filter (Learn2PD) for a masked language model, from its own generations."""
+"""`hasten train filter`: `hasten train learn2pd` in one go, without a folder to resume from, and for prompts in a chat template."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def train_filter(
     output = Output("train filter", json)
     with output.open():
         from hasten.distill import text_filter
+        from hasten.distill.methods.learn2pd import Learn2PD, fit
         from hasten.distill.text_filter_prompts import given, own
         from hasten.pipelines.loading import silence
         from hasten.pipelines.recipes import recipe
@@ -76,10 +77,8 @@ def train_filter(
         )
         output.note(f"{model}: one token at a time behind {asked.about}")
         with writable(out.absolute().parent):
-            card = text_filter.fit(
-                host, asked.prompts, asked.new, recipe("learned-filter"), out, form=cast("Form", form),
-                false_commits=false_commits, oracle=oracle, seed=seed, model=_name(model), told=output.note,
-            )  # fmt: skip
+            method = Learn2PD(form=cast("Form", form), false_commits=false_commits, oracle=oracle)
+            card = fit(host, asked, recipe(method.writes), out, method, seed=seed, model=_name(model), told=output.note)
         for line in said(card, out, network):
             output.say(line)
         if not card["recall"]:

@@ -81,12 +81,14 @@ def test_chat_prompts_go_through_the_template(hasten: Any, folder: Path) -> None
 class TestWhoseFilter:
     @pytest.fixture(scope="class")
     def filters(self, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        from hasten.distill.text_filter import fit
+        from hasten.distill.methods.learn2pd import Learn2PD, fit
+        from hasten.distill.text_filter_prompts import Asked
         from hasten.pipelines.recipes import recipe
 
         host = opened(folder).host
         out = tmp_path_factory.mktemp("filters") / FILES["slots"]
-        fit(host, [torch.tensor([number, 3]) for number in range(12)], 4, recipe("sequential"), out, false_commits=0.5)
+        asked = Asked([torch.tensor([number, 3]) for number in range(12)], [4] * 12, "")
+        fit(host, asked, recipe("sequential"), out, Learn2PD(false_commits=0.5))
         return out
 
     def test_another_model_s_is_refused(self, filters: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.canvas import TextFacts
-from hasten.distill.text_filter import Traces, collect, fit, risk, score, threshold, train
+from hasten.distill.methods.learn2pd import SETTINGS, Learn2PD, fit, train
+from hasten.distill.text_filter import Traces, as_store, collect, held_back, risk, score, threshold
 from hasten.distill.text_filter_bundle import note_filters
-from hasten.distill.text_filter_prompts import CODE_GIVEN, own
+from hasten.distill.text_filter_prompts import CODE_GIVEN, Asked, own
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.text.diffusion import TextDiffusionPipeline
@@ -127,7 +128,7 @@ class TestFit:
     def test_a_filter_from_end_to_end(self, form: Form, tmp_path: Path) -> None:
         out = tmp_path / "filter.safetensors"
         some = prompts([3, 5, 4, 6, 3, 2] * 5)
-        card = fit(tiny_llama(), some, 8, RECIPE, out, form=form, false_commits=0.2)
+        card = fit(tiny_llama(), Asked(some, [8] * 30, ""), RECIPE, out, Learn2PD(form=form, false_commits=0.2))
         assert card["filter"] == form and 0 <= card["wrong"] <= 1 and card["texts"] == 30
         rule = Learned(weights=str(out)) if form == "slots" else LearnedBlock(weights=str(out))
         loop = generate(tiny_llama(), some[:4], 8, Recipe(commit=Unmask(rule=rule), blocks=BLOCKS))
@@ -137,8 +138,16 @@ class TestFit:
         """Labels that follow from the confidence alone are learned."""
         traces = collect(tiny_llama(), prompts([3] * 12), [8] * 12, RECIPE)
         traces.right = traces.inputs[:, 2:3] > 0.3
-        net = train(traces, "slots")
+        net = train(tiny_llama(), as_store(traces, 0), Learn2PD(), SETTINGS.model_copy(update={"steps": 200}))
         assert float(((net(traces.inputs) > 0) == traces.right).float().mean()) > 0.97
+
+    def test_what_is_held_back_is_not_learned(self) -> None:
+        traces = collect(tiny_llama(), prompts([3] * 7), [8] * 7, RECIPE)
+        rows, kept = as_store(traces, 3), held_back(as_store(traces, 3))
+        learned = rows.conditions.rows(rows.prompt).tensors["text"]
+        assert len(kept.text.unique()) == 2 and not torch.isin(learned, kept.text).any()
+        assert len(learned) + len(kept.text) == len(traces.text)
+        assert not torch.equal(held_back(as_store(traces, 4)).text.unique(), kept.text.unique())
 
     @pytest.mark.parametrize(
         ("texts_", "new", "rate", "match"),
@@ -148,7 +157,8 @@ class TestFit:
         self, texts_: int, new: int, rate: float, match: str, tmp_path: Path
     ) -> None:
         with pytest.raises(UsageError, match=match):
-            fit(tiny_llama(), prompts([3] * texts_), new, RECIPE, tmp_path / "f", false_commits=rate)
+            asked = Asked(prompts([3] * texts_), [new] * texts_, "")
+            fit(tiny_llama(), asked, RECIPE, tmp_path / "f", Learn2PD.model_construct(false_commits=rate))
 
 
 class TestStamp:

@@ -13,6 +13,8 @@ from hasten.canvas import DONE
 from hasten.errors import UsageError
 from hasten.samplers.commit import CommitRule
 from hasten.samplers.filter import (
+    FIRST_INPUTS,
+    INPUTS,
     FilterNet,
     Form,
     Learned,
@@ -38,9 +40,9 @@ def test_what_a_filter_sees() -> None:
     scores = scripted(canvas, [[0.5, 0.75, 1.0]], second=[[0.25, 0.25, 0.0]])
     seen = features(scores, canvas)[0]
     expected = [
-        [0, 0, 0, 0, 0], [0, 0, 0, 0, 0],  # the prompt
-        [0.5, 0.25, 0.5, 1, 0.25], [0, 0, 0, 0, 0.5], [0.75, 0.5, 0.25, 1, 0.75], [1, 1, 0, 1, 1],
-        [0, 0, 0, 0, 0], [0, 0, 0, 0, 0],  # open, but not in this block
+        [0] * 6, [0] * 6,  # the prompt
+        [0.5, 0.25, 0.5, 1, 0.25, 0.75], [0, 0, 0, 0, 0.5, 0.75], [0.75, 0.5, 0.25, 1, 0.75, 0.75], [1, 1, 0, 1, 1, 0.75],
+        [0] * 6, [0] * 6,  # open, but not in this block
     ]  # fmt: skip
     torch.testing.assert_close(seen, torch.tensor(expected, dtype=torch.float32))
 
@@ -58,9 +60,9 @@ def test_confidences_of_a_short_block() -> None:
     assert confidences(scores, canvas, 4).tolist() == [[0.5, 0.25, 0.125, 0], [0.75, 0.5, 0.25, 0]]
 
 
-def threshold_weights(at: float) -> dict[str, Tensor]:
+def threshold_weights(at: float, seen: int = FIRST_INPUTS) -> dict[str, Tensor]:
     """A filter of the form "slots" whose logit is 100 (c - at)."""
-    net = FilterNet("slots", 1)
+    net = FilterNet("slots", 1, seen=seen)
     state = {name: torch.zeros_like(value) for name, value in net.state_dict().items()}
     state["first.weight"][0, 2] = 100.0  # confidence of the slot itself: feature 0, the middle of five
     state["first.bias"][:] = 0.0
@@ -69,8 +71,10 @@ def threshold_weights(at: float) -> dict[str, Tensor]:
     return state
 
 
-def test_a_filter_that_is_a_threshold(tmp_path: Path) -> None:
-    rule = Learned(weights=written(tmp_path, "slots", threshold_weights(0.6)))
+@pytest.mark.parametrize("seen", [FIRST_INPUTS, INPUTS])
+def test_a_filter_that_is_a_threshold(seen: int, tmp_path: Path) -> None:
+    """Filters that were trained before there was a sixth input go on as they were."""
+    rule = Learned(weights=written(tmp_path, "slots", threshold_weights(0.6, seen)))
     canvas = open_canvas([2, 1], [4, 3])
     scores = scripted(canvas, [[0.5, 0.7, 0.65, 0.1], [0.9, 0.2, 0.61]])
     assert picked(canvas, rule.start().select(scores, canvas)) == [[1, 2], [0, 2]]
