@@ -46,6 +46,10 @@ class TextMethod(Method):
         """The data: texts that the teacher writes behind what it is asked."""
         return make_texts(host, tokenizer, asked.prompts, asked.new, recipe, say=say)
 
+    def used(self, model: str, student: Path) -> str:
+        """How a student in this folder is used, in words."""
+        return f"put it onto the model and merge it: PeftModel.from_pretrained(model, '{student}').merge_and_unload()"
+
     def depends(self) -> dict[str, object]:
         """What of the method the data depend on."""
         return {}

@@ -43,6 +43,9 @@ class BlockDiffusion(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _BlockState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        return f"{super().used(model, student)}, and put what {KIND} says into its config as hasten_diffusion"
+
 
 class _BlockState(TextState):
     def __init__(self, method: BlockDiffusion, facts: Facts) -> None:

@@ -15,6 +15,7 @@ Shapes: B texts of at most L tokens; n tokens that are asked for, V logits of ea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,9 @@ class DParallel(TextMethod):
 
     def start(self, facts: Facts) -> MethodState:
         return _DParallelState(self, facts)
+
+    def used(self, model: str, student: Path) -> str:
+        return f"{super().used(model, student)}, and decode it with the recipe dparallel"
 
 
 class _DParallelState(TextState):

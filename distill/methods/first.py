@@ -46,6 +46,9 @@ class First(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _FirstState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        return f"hasten.distill.text_depth.only leaves layers out; python benchmarks/fewer_layers.py {student} says what that costs"
+
 
 class Routers(nn.Module):
     """Mean states of a prompt [m, C] before layer k (1 to K - 1) -> probability [m] that the layer is needed."""

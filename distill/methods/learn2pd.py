@@ -59,6 +59,10 @@ class Learn2PD(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _FilterState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        name = "learned-filter" if self.form == "slots" else "learn2pd"
+        return f"hasten generate {model} --prompt TEXT --recipe {name}:weights={student / FILES[self.form]}"
+
     def depends(self) -> dict[str, object]:
         return {"form": self.form, "oracle": self.oracle}
 

@@ -42,6 +42,9 @@ class Medusa(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _MedusaState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        return f"no pipeline runs it yet; python benchmarks/several_tokens.py {student} counts what it saves"
+
 
 class MedusaHeads(nn.Module):
     """K residual blocks on states [n, C]; they answer states [K, n, C] for the model's last layer to read."""

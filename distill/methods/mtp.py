@@ -44,6 +44,9 @@ class MultiToken(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _MultiTokenState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        return f"no pipeline runs it yet; python benchmarks/several_tokens.py {student} counts what it saves"
+
 
 class SamplerHead(nn.Module):
     """State of a mask [n, C] and embedding of the token before [n, C] -> state [n, C]. Its last layer starts at zero: at first

@@ -45,6 +45,9 @@ class PromptTokens(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _PromptState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        return f"no pipeline runs it yet; python benchmarks/several_tokens.py {student} counts what it saves"
+
 
 class PromptEmbeddings(nn.Module):
     """weight [P, E, C]. The first ones follow from the model's `embeddings` [V, C]."""

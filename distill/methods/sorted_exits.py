@@ -41,6 +41,9 @@ class SortedExits(TextMethod):
     def start(self, facts: Facts) -> MethodState:
         return _SortedState(self, facts)
 
+    def used(self, model: str, student: Path) -> str:
+        return f"hasten.distill.text_depth.only leaves layers out; python benchmarks/fewer_layers.py {student} says what that costs"
+
     def of(self, layers: int) -> tuple[int, ...]:
         """The exits of a model of so many layers, the last of which is the model itself. Raises `UsageError` for others."""
         found = self.exits or tuple(range(2, layers, 2))

@@ -111,18 +111,20 @@ def _command(method: str) -> Any:
             seconds = time.perf_counter() - started
             if not processes.first():
                 return
-            output.say(_where(settings.model, out, settings.train.steps, seconds))
+            output.say(_where(settings.model, out, settings.train.steps, seconds, settings.method))
             output.finish([{"model": settings.model, "method": method, "folder": str(out), "seconds": seconds,
                             "rows": len(done.data)}])  # fmt: skip
 
     return command
 
 
-def _where(model: str, out: Path, steps: int, seconds: float) -> str:
-    """Where the student is, and how it is used."""
+def _where(model: str, out: Path, steps: int, seconds: float, method: Any = None) -> str:
+    """Where the student is, and how it is used. method: one that knows better (`TextMethod.used`)."""
     student = out / "student"
     if not student.is_dir():
         return f"The weights are in {out / 'latest'} after {steps} steps ({seconds:.0f} s)."
+    if hasattr(method, "used"):
+        return f"The student is in {student} after {steps} steps ({seconds:.0f} s). Use it: {method.used(model, student)}"
     use = f" Use it: hasten generate {model} --prompt TEXT --recipe {student / 'recipe.yaml'}"
     return f"The student is in {student} after {steps} steps ({seconds:.0f} s).{use if (student / 'recipe.yaml').is_file() else ''}"
 
