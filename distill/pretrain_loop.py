@@ -7,24 +7,27 @@ weights is usable at any time and is what gets exported.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hasten.distill.pretrain_state import load_checkpoint, save_checkpoint, truncate_log
+from hasten.distill.ending import ending
+from hasten.distill.health import Health
+from hasten.distill.log import Log
+from hasten.distill.pretrain_state import load_checkpoint, save_checkpoint
+from hasten.distill.schedule import learning_rate
 from hasten.distill.tiny_attention import BmmAttention
-from hasten.errors import UsageError
+from hasten.errors import StoppedError, UsageError
 
 Weights = dict[str, Tensor]
 
@@ -71,12 +74,6 @@ def step_seed(seed: int, phase: str, step: int) -> int:
     return zlib.crc32(f"{seed}/{phase}/{step}".encode())
 
 
-def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Factor in (0, 1]: linear warm-up, plateau, linear fall to zero over the last `cooldown` of the steps."""
-    rise = (step + 1) / warmup if step < warmup else 1.0
-    return min(rise, 1.0, (steps - step) / max(1.0, steps * cooldown))
-
-
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices inside the transformer blocks (for Muon), everything else (for AdamW)."""
     inner: list[nn.Parameter] = []
@@ -97,16 +94,16 @@ class Loop:
         self.checkpoint_seconds, self.progress = checkpoint_seconds, progress
 
     def run(self, task: Task, resume: bool, stop_after: int | None = None) -> Weights:
-        """Train to the end (or to `stop_after` steps); returns the averaged weights by parameter name."""
+        """Train to the end (or to `stop_after` steps); returns the averaged weights by parameter name. `StoppedError` when
+        it was told to end by SIGTERM, with a checkpoint written."""
         folder, log = self.out / "checkpoints" / task.name, self.out / f"log-{task.name}.jsonl"
         ema = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
         start = 0
         if resume and (folder.exists() or folder.with_name(folder.name + ".old").exists()):
             state = load_checkpoint(folder, model=task.model, ema=ema, optimizers=task.optimizers)
             start = int(state["step"])
-        truncate_log(log, start)
-        with log.open("a") as lines, self._context(task):
-            self._steps(task, start, min(task.steps, stop_after or task.steps), ema, folder, lines)
+        with closing(Log(log, start)) as lines, ending() as ended, self._context(task):
+            self._steps(task, start, min(task.steps, stop_after or task.steps), ema, folder, lines, ended)
         return ema
 
     def _autocast(self, precision: str) -> Any:
@@ -115,17 +112,20 @@ class Loop:
     def _context(self, task: Task) -> Any:
         return BmmAttention() if task.precision == "bf16" else nullcontext()
 
-    def _steps(self, task: Task, start: int, last: int, ema: Weights, folder: Path, lines: IO[str]) -> None:
+    def _steps(
+        self, task: Task, start: int, last: int, ema: Weights, folder: Path, lines: Log, ended: Callable[[], bool]
+    ) -> None:
         peaks = [group["lr"] for optimizer in task.optimizers for group in optimizer.param_groups]
-        saved = time.monotonic()
+        saved, health = time.monotonic(), Health(lines.earlier)
         bar = tqdm(total=task.steps, initial=start, desc=task.name, disable=not self.progress, mininterval=2)
         for step in range(start, last):
             loss = self._step(task, step, peaks, ema)
-            row = {"step": step, "loss": round(loss, 6), "time": round(time.time(), 1), **task.notes()}
-            lines.write(json.dumps(row) + "\n")
+            row = {"loss": loss, **task.notes()}
+            lines.write(step, row | health.look(step, row))
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            if time.monotonic() - saved > self.checkpoint_seconds or step + 1 == last:
+            stop = ended()
+            if time.monotonic() - saved > self.checkpoint_seconds or step + 1 == last or stop:
                 lines.flush()
                 save_checkpoint(
                     folder, model=task.model, ema=ema, optimizers=task.optimizers, state={"step": step + 1}
@@ -133,6 +133,10 @@ class Loop:
                 if task.export is not None:
                     task.export(ema, step + 1)
                 saved = time.monotonic()
+            if stop and step + 1 < last:
+                raise StoppedError(
+                    f"Stopped after step {step + 1} of {task.steps} ({task.name}), with a checkpoint. Go on with --resume."
+                )
         bar.close()
 
     def _step(self, task: Task, step: int, peaks: list[float], ema: Weights) -> float:

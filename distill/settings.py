@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from hasten.distill.pretrain_loop import learning_rate
+from hasten.distill.schedule import learning_rate
 
 Precision = Literal["no", "bf16"]
 Schedule = Literal["plateau", "constant", "linear", "cosine"]

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from hasten.distill import moving_digits
 from hasten.distill.pretrain_config import find_config
-from hasten.distill.pretrain_loop import learning_rate, step_seed
+from hasten.distill.pretrain_loop import step_seed
 from hasten.distill.pretrain_state import replace_folder
+from hasten.distill.schedule import learning_rate
 from hasten.pipelines.judge import JudgeNet
 
 

@@ -28,7 +28,8 @@ from hasten.distill.moving_digits import (
 )
 from hasten.distill.pretrain import pretrain
 from hasten.distill.pretrain_config import load_config, parse_config
-from hasten.distill.pretrain_loop import learning_rate, step_seed
+from hasten.distill.pretrain_loop import step_seed
+from hasten.distill.schedule import learning_rate
 from hasten.distill.tiny import build_denoiser, build_tokenizer, vocabulary
 from hasten.distill.tiny_attention import BmmAttention
 from hasten.distill.tiny_growth import grown_weights

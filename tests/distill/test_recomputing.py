@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.distill.host_call import Condition, HostCall, learn
+from hasten.distill.methods.heads import Judge, of_judge
 from hasten.distill.methods.pairs import Pairs
 from hasten.distill.roles import Adapter, Roles
 from hasten.errors import ModelError
@@ -64,6 +65,36 @@ def test_gradients_are_the_same(full: bool) -> None:
     assert again.keys() == kept.keys() and all(float(value.abs().sum()) > 0 for value in kept.values())
     for name, value in kept.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_a_judge_sees_and_pulls_the_same() -> None:
+    """Heads listen by hooks that are gone when blocks are evaluated again."""
+    roles, host, conditions = _cast()
+    judge = Judge(roles["critic"])
+    torch.manual_seed(2)
+    for head in judge.heads:
+        torch.nn.init.normal_(head.last.weight)  # type: ignore[union-attr, arg-type]
+    x, z = torch.randn(2, 2, *host.shape)
+    tau = torch.tensor([0.4, 1.1], dtype=torch.float64)
+
+    def looked() -> dict[str, Tensor]:
+        rows, pull = judge.pull(x, tau, z, conditions, "softplus")
+        real, fake = (judge.asked(seen, tau, conditions) for seen in (x, z))
+        with roles["teacher"].playing():
+            of_judge(real, fake, "hinge").mean().backward()
+        found = {"rows": rows, "pull": pull}
+        for name, value in (*roles["critic"].parameters().items(), *judge.heads.named_parameters()):
+            if value.grad is not None:
+                found[name], value.grad = value.grad.clone(), None
+        return found
+
+    kept = looked()
+    roles.recompute()
+    again = looked()
+    assert again.keys() == kept.keys() and len(kept) > 2 + len(list(judge.heads.parameters()))
+    for name, value in kept.items():
+        assert float(value.abs().sum()) > 0, name
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_diffusers_own_way_would_not_do() -> None:
