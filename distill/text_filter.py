@@ -182,7 +182,7 @@ def finished(net: FilterNet, rows: Store, false_commits: float) -> dict[str, Any
     above = threshold(net, kept, false_commits)
     return {
         "filter": net.form, "above": above, "false_commits": false_commits, "texts": int(texts.max()) + 1,
-        "kept": len(kept.text.unique()), "states": len(texts), **score(net, kept, above), "false": risk(net, kept, above),
+        "kept": len(torch.unique(kept.text)), "states": len(texts), **score(net, kept, above), "false": risk(net, kept, above),
     }  # fmt: skip
 
 
