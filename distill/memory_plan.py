@@ -42,6 +42,9 @@ NETWORKS = ("transformer", "unet")
 RESULTS = 34
 """Results of a block that are kept for its gradient, in numbers per token and channel."""
 
+OVER = 1.7
+"""The estimate of activations was up to so many times what was kept: what does not fit by the estimate alone is not refused."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -59,9 +62,10 @@ class MemoryPlan:
 
     def told(self) -> str:
         """In words."""
+        doubt = " It may not fit." if self.whole > free() else ""
         return (
             f"Memory plan: weights {size(self.weights)}, what is trained with gradients, AdamW and average {size(self.trained)},"
-            f" activations about {size(self.activations)}: {size(self.whole)} of {size(free())} that are free."
+            f" activations about {size(self.activations)}: {size(self.whole)} of {size(free())} that are free.{doubt}"
         )
 
 
@@ -96,7 +100,7 @@ def plan(config: TrainConfig) -> MemoryPlan | None:
 
 def check_fits(found: MemoryPlan) -> None:
     """Raises `UsageError` where there is not as much memory, with what to change."""
-    if found.whole <= free():
+    if found.weights + found.trained + found.activations / OVER <= free():
         return
     parts = {"weights": found.weights, "what is trained": found.trained, "activations": found.activations}
     worst = max(parts, key=lambda name: parts[name])
@@ -107,7 +111,8 @@ def check_fits(found: MemoryPlan) -> None:
         "activations": "Lower train.batch, raise train.accumulate, make smaller data (data.call), or say"
         " train.checkpointing=true.",
     }
-    raise UsageError(f"{found.told()} It does not fit; most are {worst}. {advice[worst]}")
+    told = found.told().removesuffix(" It may not fit.")
+    raise UsageError(f"{told} It does not fit; most are {worst}. {advice[worst]}")
 
 
 def memory(roles: Roles) -> str:

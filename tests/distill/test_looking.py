@@ -113,6 +113,10 @@ def test_what_is_most_is_what_is_to_be_changed(parts: tuple[int, int, int], word
         check_fits(MemoryPlan(*parts, disk=0))
     monkeypatch.setattr(memory_plan, "free", lambda: 1000)
     check_fits(MemoryPlan(*parts, disk=0))
+    monkeypatch.setattr(memory_plan, "free", lambda: 700)
+    if parts[2] == 900:  # the estimate alone is too high
+        check_fits(found := MemoryPlan(*parts, disk=0))
+        assert found.told().endswith("that are free. It may not fit.")
 
 
 def test_a_full_disk_is_said_before(tmp_path: Path) -> None:
