@@ -2,8 +2,9 @@
 
     python benchmarks/sparse_student.py data.safetensors --model tiny-image --steps 250 --share 0.25
 
-data.safetensors: pairs of `hasten train pairs` on this model; the last 256 are kept for the measurement. Prints for each
-student the mean square between its latents and the teacher's, over the variance of the latter.
+data.safetensors: pairs of `hasten train pairs` on this model; the last 256 are kept for the measurement. --start: a finished
+training whose student both begin with (its rank must be the same). Prints for each student the mean square between its
+latents and the teacher's, over the variance of the latter.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hasten.distill.roles import Adapter, Roles
 from hasten.distill.settings import TrainSettings
 from hasten.distill.store import Store
 from hasten.distill.trainer import Trainer
+from hasten.distill.training import begin_with
 from hasten.pipelines import loading, tiny_models
 from hasten.sparse_attn.layouts.layout import Identity
 from hasten.sparse_attn.pattern import Pattern
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     store = Store.load(given.data)
@@ -78,12 +81,16 @@ def main() -> None:
         pipe = loading.open_pipeline(given.model, device="cpu", quiet=True)
         host, _ = learn(pipe, ["a seven"], **tiny_models.call_defaults(pipe))
         torch.manual_seed(given.seed)
-        roles = Roles.on_one_base(host, ["student"], Adapter(given.rank, float(given.rank)))
+        roles = Roles.on_one_base(host, ["student"], Adapter(given.rank, given.rank))
+        if given.start is not None:
+            begin_with(given.start, roles)
         policy = reading(given.share, given.block)
         if sparse:
             read_less(roles, ["student"], policy, store.conditions)
         with tempfile.TemporaryDirectory() as out:
             trainer = Trainer(Pairs(), roles, data, settings, Path(out), host.shape, progress=False)
+            if given.start is not None:
+                print(f"before, read {'sparse' if sparse else 'dense'}: {apart(trainer, host, store):.4f}", flush=True)
             trainer.fit()
         name = "sparse" if sparse else "dense"
         print(f"trained {name}, read {name}: {apart(trainer, host, store):.4f}", flush=True)
