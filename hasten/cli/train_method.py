@@ -100,7 +100,9 @@ def _command(method: str) -> Any:
             from hasten.distill import processes
             from hasten.distill.train_config import load_config
             from hasten.distill.training import train
+            from hasten.pipelines.loading import silence
 
+            silence()
             named = _named(context.args)
             resume = _resumed(named) or resume
             named |= {"model": model} if model is not None else {}

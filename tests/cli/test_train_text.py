@@ -41,7 +41,7 @@ def test_a_filter_is_used_as_the_last_line_says(hasten: Any, tmp_path: Path) -> 
     ran = hasten("train", "learn2pd", *given)
     assert ran.code == 0, ran.err
     use = next(line for line in (ran.out + ran.err).splitlines() if "--recipe" in line).split("--recipe ")[1].strip()
-    ran = hasten("generate", model, "--prompt", "w1 w2", "--max-new-tokens", 5, "--recipe", use)
+    ran = hasten("generate", model, "--prompt", "w1 w2", "--call", "max_new_tokens=5", "--recipe", use)
     assert ran.code == 0, ran.err
 
 
