@@ -200,7 +200,8 @@ def told(part: ChunkCalls) -> str:
     head = f"{part.first} first, then " if part.first else ""
     seen = "all frames before it" if part.window is None else f"{part.window} frames before it"
     seen += f" and the first {part.sink}" if part.sink else ""
+    own = f"{head}{part.chunk} latent frame{'s' if part.chunk > 1 else ''}"
     return (
-        f"chunks of {head}{part.chunk} latent frames that read {seen}, {part.calls} call{'s' if part.calls > 1 else ''} each and one"
+        f"chunks of {own} that read {seen}, {part.calls} call{'s' if part.calls > 1 else ''} each and one"
         " without noise for what is kept, no guidance"
     )
