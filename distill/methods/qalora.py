@@ -14,7 +14,8 @@ Shapes: B rows of a batch, P points of each row's trajectory; x, answers [B, ...
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +41,9 @@ class Rounding(Method):
     weights, inputs: bits of weights and of what layers read. bins: of time, each with ranges of its own. steps: of the teacher's
     trajectories, guided by `scale`; points: steps of each at which the student is compared. samples: trajectories that
     ranges are calibrated on.
+
+    matched: `answer`, what the network says; or `step`, where the teacher's step from there leads with it. For networks that
+    predict noise the latter counts noisy times more, since their answers are divided by the signal.
     """
 
     trains: ClassVar[tuple[str, ...]] = ()
@@ -51,6 +55,7 @@ class Rounding(Method):
     steps: int = Field(20, ge=1)
     points: int = Field(10, ge=1)
     samples: int = Field(4, ge=1)
+    matched: Literal["answer", "step"] = "answer"
 
     @model_validator(mode="after")
     def _within(self) -> Rounding:
@@ -68,6 +73,23 @@ class QALoRA(Rounding):
     def start(self, facts: Facts) -> MethodState:
         """Raises `RefusedError` for networks whose layers cannot be told the time."""
         return QALoRAState(self, facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """P points of each of B rows, P B rows, the first points of all rows first. x, tau, condition: where; aim: what the teacher
+    says there; weight: of its squared error, float64."""
+
+    x: Tensor
+    tau: Tensor
+    condition: Condition
+    aim: Tensor
+    weight: Tensor
+
+    def off(self, made: Tensor, rows: int) -> Tensor:
+        """How far `made` is from the aim, a mean over numbers and points: float32 [B]."""
+        error = (made - self.aim).flatten(1).square().mean(1) * self.weight.to(made.device, made.dtype)
+        return error.reshape(-1, rows).mean(0)
 
 
 class RoundingState(MethodState):
@@ -108,13 +130,14 @@ class RoundingState(MethodState):
         z = draw.normal("z", torch.empty(len(batch), *batch.shape, device=draw.device))
         return walk(self.teacher, z, batch, self.method.steps, self.method.scale)
 
-    def points(self, way: Walk, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Condition, Tensor]:
-        """(x, tau, condition, the teacher's answer) at P points of each row, evenly apart, P B rows of them, the first
-        points of all rows first; every other one is without prompt where the teacher is guided."""
+    def points(self, way: Walk, batch: Batch, draw: Draw) -> Points:
+        """Points of the trajectories, evenly apart; every other one is without prompt where the teacher is guided."""
         count, rows = self.method.points, torch.arange(len(batch), device=draw.device)
         apart = self.method.steps / count
         places = ((draw.uniform("point") + torch.arange(count, device=draw.device)[:, None]) * apart).long()
-        tau = torch.tensor(way.taus, dtype=torch.float64, device=draw.device)[places].flatten()
+        taus = torch.tensor(way.taus, dtype=torch.float64, device=draw.device)
+        weights = self.weights(taus) if self.method.matched == "step" else torch.ones_like(taus)
+        tau, weight = taus[places].flatten(), weights[places].flatten()
         x, aim = (torch.stack(part)[places, rows].flatten(0, 1) for part in (way.x, way.c))
         condition = batch.condition.rows(rows.repeat(count))
         if way.u:
@@ -122,7 +145,14 @@ class RoundingState(MethodState):
             condition = condition.where(bare, batch.empty.rows(torch.zeros(len(bare), dtype=torch.int64)))
             without = torch.stack(way.u)[places, rows].flatten(0, 1)
             aim = torch.where(bare.reshape(-1, *[1] * (aim.ndim - 1)), without, aim)
-        return x, tau, condition, aim
+        return Points(x, tau, condition, aim, weight)
+
+    def weights(self, taus: Tensor) -> Tensor:
+        """(sin d q)^2 for steps of d radians, in units of their mean, [K]: x goes to cos d x - sin d (p x + q answer)."""
+        d = taus - torch.cat([taus[1:], taus.new_zeros(1)])
+        _, q = self.teacher.host.path.factors(taus)
+        weight = (d.sin() * q).square()
+        return weight / weight.mean()
 
 
 class QALoRAState(RoundingState):
@@ -133,7 +163,5 @@ class QALoRAState(RoundingState):
         return LowRank(weight, self.method.rank)
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
-        x, tau, condition, aim = self.points(self.trajectory(batch, draw), batch, draw)
-        made = self.quantised.answer(x, tau, condition)
-        off = (made - aim).flatten(1).square().mean(1)
-        return Loss(off.reshape(self.method.points, len(batch)).mean(0))
+        at = self.points(self.trajectory(batch, draw), batch, draw)
+        return Loss(at.off(self.quantised.answer(at.x, at.tau, at.condition), len(batch)))

@@ -61,14 +61,15 @@ class QuESTState(RoundingState):
     def __init__(self, method: QuEST, facts: Facts) -> None:
         super().__init__(method, facts)
         tuned = [name for name, layer in self.quantised.layers.items() if layer.change is not None]
-        self.clocks = frozenset(self.sight.clocks)
+        self.clocks = frozenset(tuned) & frozenset(self.sight.clocks)
         self.sensitive = frozenset(tuned) - self.clocks
         if not self.sensitive:
             kind = type(self.teacher.host.network).__name__
             raise RefusedError(f"{kind} has no layer by the names that QuEST tunes (to_q, ff.net.2, ...). Use method qalora.")
 
     def change(self, name: str, weight: Tensor) -> nn.Module | None:
-        chosen = name in self.sight.clocks or any(re.search(pattern, name) for pattern in SENSITIVE)
+        clocks = self.sight.clocks if self.method.turn < 1 else ()  # nobody's turn is no training
+        chosen = name in clocks or any(re.search(pattern, name) for pattern in SENSITIVE)
         return Every(weight) if chosen else None
 
     def chosen(self, step: int) -> frozenset[str]:
@@ -76,17 +77,16 @@ class QuESTState(RoundingState):
         return self.sensitive if step < self.method.turn * self.facts.steps or not self.clocks else self.clocks
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
-        x, tau, condition, aim = self.points(self.trajectory(batch, draw), batch, draw)
-        chosen, count = self.chosen(step), self.method.points
+        at, chosen = self.points(self.trajectory(batch, draw), batch, draw), self.chosen(step)
         for name, layer in self.quantised.layers.items():
             if isinstance(layer.change, Every):
                 layer.change.still = name not in chosen
         with torch.no_grad(), self._listening(chosen) as wanted:
-            self.teacher.answer(x, tau, condition)
+            self.teacher.answer(at.x, at.tau, at.condition)
         self.quantised.heard = {}
-        made = self.quantised.answer(x, tau, condition)
+        made = self.quantised.answer(at.x, at.tau, at.condition)
         heard, self.quantised.heard = self.quantised.heard, None
-        whole = _rows(made - aim, count, len(batch))
+        whole = at.off(made, len(batch))
         parts = torch.stack([self._off(heard[name], said, len(batch)) for name, said in wanted.items()]).mean(0)
         told = {"network": whole.detach().mean(), "layers": parts.detach().mean()}
         return Loss(whole + self.method.local * parts, told)

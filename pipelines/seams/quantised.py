@@ -54,13 +54,15 @@ class Moment:
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
     def _begins(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        time = torch.as_tensor(Call(self.layout, args, kwargs).timestep)
+        call = Call(self.layout, args, kwargs)
+        time, sample = torch.as_tensor(call.timestep), call.get(self.layout.sample)
         if time.ndim > 1:
             raise ModelError(
                 f"{type(network).__name__} is told a time for each token {tuple(time.shape)}, and quantised layers have ranges for"
                 " one time a row. Use it where all tokens of a row have the same time."
             )
-        self.now = self.of(time.reshape(-1))
+        now = self.of(time.reshape(-1))
+        self.now = now.to(sample.device) if isinstance(sample, Tensor) else now  # once, and not in every layer
 
     def _ends(self, *_: Any) -> None:
         self.now = None

@@ -19,7 +19,8 @@ from hasten.distill.draw import Draw
 from hasten.distill.export.quantised import packed_of
 from hasten.distill.export.student import student_of
 from hasten.distill.host_call import Condition
-from hasten.distill.methods.qalora import QALoRA
+from hasten.distill.methods.qalora import QALoRA, QALoRAState
+from hasten.distill.paths import VariancePreserving, spread, turned
 from hasten.distill.quantised import LowRank, TrainedLayer
 from hasten.distill.roles import Adapter, Roles
 from hasten.distill.train_config import load_config
@@ -156,6 +157,27 @@ def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
         return state.loss("student", rows.batch(torch.tensor(index), draw), draw, 1, {}).rows
 
     torch.testing.assert_close(losses([4, 2, 9]), torch.cat([losses([4]), losses([2]), losses([9])]))
+
+
+def test_what_is_matched_is_where_a_step_leads(tmp_path: Path) -> None:
+    path = VariancePreserving([0.99, 0.8, 0.5, 0.2, 0.04, 0.001])
+    state = trainer(QALoRA(rank=2, matched="step", **SHORT), tmp_path, path=path).state
+    assert isinstance(state, QALoRAState)
+    batch = store().batch(torch.tensor([0, 1]), Draw(0, 0, [0, 1]))
+    way = state.trajectory(batch, Draw(0, 0, [0, 1]))
+    taus = torch.tensor(way.taus, dtype=torch.float64)
+    weights = state.weights(taus)
+    off = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double()
+    led = []
+    for now, after in zip(taus, (*taus[1:], torch.tensor(0.0)), strict=True):
+        tau = now.expand(2)
+        p, q = (spread(factor, off) for factor in path.factors(tau))
+        x, y = off.flip(0), off.roll(1)
+        there = [turned(x, p * x + q * answer, tau - after) for answer in (y, y + off)]
+        led.append((there[1] - there[0]).square().mean())
+    size = torch.stack(led)
+    torch.testing.assert_close(size / size.mean(), weights)
+    assert weights.max() > 3 * weights.min()
 
 
 def test_training_comes_nearer_to_the_teacher(tmp_path: Path) -> None:
