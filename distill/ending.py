@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hasten.errors import StoppedError
+
 
 @contextmanager
 def ending() -> Iterator[Callable[[], bool]]:
@@ -21,3 +23,9 @@ def ending() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(told)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_finished(done: int, steps: int, stop_after: int | None) -> None:
+    """Raises `StoppedError` for a training that ended before it was to: behind step `done`."""
+    if done < min(steps, stop_after or steps):
+        raise StoppedError(f"Stopped after step {done} of {steps}, with a checkpoint. Go on with --resume.")

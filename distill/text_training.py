@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from hasten.distill import store, text_filter_prompts
-from hasten.distill.ending import ending
+from hasten.distill import processes, store, text_filter_prompts
+from hasten.distill.ending import check_finished, ending
 from hasten.distill.memory_plan import memory
 from hasten.distill.pretrain_state import claimed
 from hasten.distill.roles import Adapter
@@ -24,8 +24,8 @@ from hasten.distill.text_method import TextMethod, TextState
 from hasten.distill.text_roles import TextCall, TextRoles
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trainer import Trainer
-from hasten.distill.training import MAY_CHANGE, begun, check_packages
-from hasten.errors import ResumeError, StoppedError, UsageError
+from hasten.distill.training import MAY_CHANGE, begun, check_packages, usual
+from hasten.errors import ResumeError, UsageError
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text_models.families import choose
 from hasten.pipelines.text_models.host import TextHost
@@ -54,7 +54,7 @@ def train_text(
     network, tokenizer = open_text(config.model, None, None, None)
     host = choose(network, tokenizer)
     method.fits(host.facts)
-    with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE):
+    with claimed(out, config.model_dump(mode="json"), resume, MAY_CHANGE, usual(config)):
         rows = prepare_texts(config, host, tokenizer, out, say, resume)
         roles = cast_texts(config, host)
         say(memory(roles))
@@ -65,8 +65,7 @@ def train_text(
         trainer.state.rows = rows
         with ending() as trainer.ended:
             done = trainer.fit(resume and begun(out, say), stop_after)
-        if done < min(config.train.steps, stop_after or config.train.steps):
-            raise StoppedError(f"Stopped after step {done} of {config.train.steps}, with a checkpoint. Go on with --resume.")
+        check_finished(done, config.train.steps, stop_after)
         if done == config.train.steps:
             trainer.state.write(out / "student", config.model, method.recipe, trainer.players["student"].average or None)
         return trainer
@@ -139,4 +138,6 @@ def _check(config: TrainConfig) -> TextMethod:
     for name, value in unfit.items():
         if value:
             raise UsageError(f"{name} = {value} has no meaning for a language model. Leave it out.")
+    if processes.launched() > 1:
+        raise UsageError("Language models are trained in one process, and several were launched. Start without torchrun.")
     return config.method

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hasten.distill import cost, memory_plan, processes, store, styles
 from hasten.distill.encode import encode, size_of
-from hasten.distill.ending import ending
+from hasten.distill.ending import check_finished, ending
 from hasten.distill.host_call import Condition, HostCall, learn
 from hasten.distill.log import check_tracker
 from hasten.distill.optimizers import check_optimizer
@@ -29,7 +29,7 @@ from hasten.distill.store import Store
 from hasten.distill.teach import make_pairs
 from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig
 from hasten.distill.trainer import Trainer
-from hasten.errors import RefusedError, ResumeError, StoppedError, UsageError
+from hasten.errors import RefusedError, ResumeError, UsageError
 from hasten.pipelines import loading, tiny_models
 
 MAY_CHANGE = (
@@ -62,10 +62,8 @@ def train(
             memory_plan.check_room(found.disk, out)
             say(found.told())
         pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
-        # What an older version did not know was as it is by default.
-        usual = config.model_copy(update={"student": StudentConfig(), "data": DataConfig(), "train": TrainSettings()})
         wanted = config.model_dump(mode="json") | styles.digests(config.student.styles)
-        mine = claimed(out, wanted, resume, MAY_CHANGE, usual.model_dump(mode="json")) if processes.rank() == 0 else nullcontext()
+        mine = claimed(out, wanted, resume, MAY_CHANGE, usual(config)) if processes.rank() == 0 else nullcontext()
         with mine:
             with processes.first_alone(), cost.metered(out, "data"):
                 host, rows = prepare(config, pipe, out, say, resume)
@@ -83,13 +81,18 @@ def train(
                 trainer.watch = Samples(pipe, call, rows.prompts)
             with cost.metered(out, "training"), ending() as trainer.ended:
                 done = trainer.fit(resume and begun(out, say), stop_after)
-            if done < min(config.train.steps, stop_after or config.train.steps):
-                raise StoppedError(f"Stopped after step {done} of {config.train.steps}, with a checkpoint. Go on with --resume.")
+            check_finished(done, config.train.steps, stop_after)
             if done == config.train.steps and processes.rank() == 0 and not config.train.shard:
                 export(config, trainer, pipe, out, say)
     if done == config.train.steps and processes.first() and config.train.shard:
         export(config, _whole(config, out), pipe, out, say)
     return trainer
+
+
+def usual(config: TrainConfig) -> dict[str, Any]:
+    """What a configuration was in what an older version did not write."""
+    plain = config.model_copy(update={"student": StudentConfig(), "data": DataConfig(), "train": TrainSettings()})
+    return plain.model_dump(mode="json")
 
 
 def check_packages(config: TrainConfig) -> None:

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from hasten.distill import memory_plan
 from hasten.distill.memory_plan import MemoryPlan, check_fits, check_room, plan
+from hasten.distill.pretrain_state import claimed
 from hasten.distill.samples import sheet
 from hasten.distill.train_config import load_config
 from hasten.distill.training import train
-from hasten.errors import HastenError, UsageError
+from hasten.errors import HastenError, ResumeError, UsageError
 
 SMALL = {
     "model": "tiny-flux", "data.count": 20, "data.prompts": ["a seven", "a three"], "data.call.num_inference_steps": 2,
@@ -130,6 +131,24 @@ def test_missing_packages_are_said_before_anything_is_loaded(tmp_path: Path, mon
     for given, words in (({"train.optimizer": "adamw8bit"}, "bitsandbytes"), ({"train.report_to": "trackio"}, "trackio")):
         with pytest.raises(HastenError, match=words):
             train(load_config("pairs", None, SMALL | given), tmp_path / "a", progress=False)
+
+
+def test_language_models_are_trained_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="Language models are trained in one process"):
+        train(load_config("medusa", None, {"model": "tiny-lm"}), tmp_path / "a", progress=False)
+
+
+def test_settings_that_an_older_version_did_not_know_are_no_difference(tmp_path: Path) -> None:
+    """But for their own value: then a training is not resumed as another."""
+    wanted = {"train": {"steps": 3, "optimizer": "adamw"}}
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 3}}))
+    with claimed(tmp_path, wanted, True, ("train.steps",), wanted):
+        pass
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 3}}))
+    other = {"train": {"steps": 3, "optimizer": "adamw8bit"}}
+    with pytest.raises(ResumeError, match="train.optimizer was 'adamw', now 'adamw8bit'"), claimed(tmp_path, other, True, (), wanted):
+        pass
 
 
 @pytest.mark.timeout(900)
