@@ -11,42 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
 
-from hasten.distill.methods.block import KIND
+from hasten.distill.bench.texts import measured, opened
 from hasten.pipelines.bench import dllm
-from hasten.pipelines.recipes import recipe
-from hasten.pipelines.text_models.families import choose
-from hasten.pipelines.text_models.loading import open_text
-
-
-def opened(model: str, student: Path | None) -> dllm.Bench:
-    """The model, with the student's adapter merged into it, and of the kind that the student is."""
-    network, tokenizer = open_text(model, None, None, None)
-    if student is not None:
-        network = PeftModel.from_pretrained(network, str(student)).merge_and_unload().eval()
-        if (student / KIND).is_file():
-            network.config.hasten_diffusion = json.loads((student / KIND).read_text())
-    return dllm.Bench(choose(network, tokenizer), tokenizer)
-
-
-def measured(bench: dllm.Bench, work: dllm.Workload, name: str) -> dict[str, Any]:
-    """Evaluations and right answers of one recipe, over all and by task (evaluations / share right)."""
-    done = bench.generate(recipe(name), work)
-    row: dict[str, Any] = {"recipe": name, "nfe": statistics.mean(done.nfe)}
-    if work.right is None:
-        return row | {"texts": [bench.answer(text) for text in done.texts]}
-    right = [check(bench.answer(text)) for check, text in zip(work.right, done.texts, strict=True)]
-    row["exact_match"] = statistics.mean(right)
-    for kind in dict.fromkeys(work.kinds):
-        mine = [i for i, its in enumerate(work.kinds) if its == kind]
-        row[kind] = [round(statistics.mean(one[i] for i in mine), 3) for one in (done.nfe, right)]
-    return row
 
 
 def main() -> None:

@@ -28,9 +28,20 @@ COLUMNS = {
 }
 """Row key -> heading; see docs/distill-bench.md for what they mean."""
 
+TEXT_COLUMNS = {
+    "who": "who",
+    "name": "name",
+    "recipe": "recipe",
+    "evaluations": "evaluations",
+    "tokens_per_evaluation": "tokens each",
+    "exact_match": "exact",
+    "insert": "insert",
+    "shuffle": "shuffle",
+}
+
 
 def distill(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model of digits.")] = "tiny-image",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model: of digits, or of texts.")] = "tiny-image",
     student: Annotated[
         list[Path] | None,
         typer.Option(metavar="FOLDER", help="Of a training (hasten train). May be repeated. Default: bundled students only."),
@@ -41,9 +52,13 @@ def distill(
     quick: Annotated[bool, typer.Option(help="Fewer rows on at most 100 samples: about a minute.")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Students against their teacher: Frechet distance, variety, prompt accuracy and time, by number of calls."""
+    """Students against their teacher: Frechet distance, variety, prompt accuracy and time, by number of calls; of texts, the
+    evaluations that they take and whether they stay right."""
     output = Output("bench distill", json)
     with output.open():
+        if _writes_texts(model):
+            _texts(output, model, student or [], min(count, 8) if quick else min(count, 32))
+            return
         from hasten.distill.bench import table
         from hasten.distill.bench.contest import Contest
         from hasten.pipelines.students import students_of
@@ -61,3 +76,19 @@ def distill(
         output.say("")
         output.table(verdicts, {"bar": "bar", "verdict": "met", "detail": "numbers"})
         output.finish(rows, bars=verdicts, model=model, count=len(contest.prompts))
+
+
+def _writes_texts(model: str) -> bool:
+    from hasten.pipelines import tiny_models
+
+    return model in tiny_models.names() and tiny_models.card(model)["kind"] == "text"
+
+
+def _texts(output: Output, model: str, students: list[Path], count: int) -> None:
+    from hasten.distill.bench import texts
+
+    rows = texts.rows(model, students, count, output.note)
+    verdicts = [bar.to_dict() | {"verdict": bar.verdict} for bar in texts.bars(rows)]
+    output.table(rows, TEXT_COLUMNS)
+    output.table(verdicts, {"bar": "bar", "verdict": "met", "detail": "numbers"})
+    output.finish(rows, bars=verdicts, model=model, count=count)
