@@ -46,14 +46,18 @@ def test_a_prompt_token_sees_the_text_up_to_its_place_and_its_own_kind() -> None
 
 @pytest.mark.parametrize("ensemble", [1, 3])
 def test_prompt_tokens_that_are_the_text_s_own_say_what_the_model_says(ensemble: int) -> None:
-    call, rows = TextCall.of(host("causal")), same_tokens()
-    at = torch.tensor([[3, 5], [4, 4], [6, 3], [3, 7], [5, 6]])
-    for row in range(5):
+    """Behind each place of a text, the embeddings of the tokens that stand there: nothing else is what the model reads."""
+    call, rows = TextCall.of(host("causal")), texts(4)
+    network: Any = call.network
+    for row in range(4):
         one = Texts(rows.ids[row : row + 1], rows.start[row : row + 1], rows.end[row : row + 1])
-        said, own = prompt_logits(call, own_tokens(call, row + 5, 2, ensemble), one, at[row : row + 1])
-        torch.testing.assert_close(said, own, rtol=1e-4, atol=1e-4)
         plain = call.allowed(call.host.own(one.ids[:, : int(one.end)])[0])
-        torch.testing.assert_close(own[0, 1, 0], plain[at[row, 1] + 1], rtol=1e-4, atol=1e-4)
+        for at in range(int(one.end) - 2):
+            behind = one.ids[0, at + 1 : int(one.end)][:3]
+            prompts = network.get_input_embeddings()(behind).detach()[:, None].expand(-1, ensemble, -1)
+            said, own = prompt_logits(call, prompts, one, torch.tensor([[at]]))
+            torch.testing.assert_close(said[0, 0], plain[at + 1 : at + 1 + len(behind)], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(own, said, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_model_itself_says_does_not_depend_on_prompt_tokens() -> None:
