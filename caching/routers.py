@@ -178,7 +178,8 @@ class Routers(nn.Module):
     def _scores(self, name: str, x: Tensor) -> Tensor:
         place = [one.name for one in self._with_tokens].index(name)
         weight = self.scores[place].to(x.device)
-        return x.to(weight.dtype) @ weight
+        scores: Tensor = x.to(weight.dtype) @ weight
+        return scores
 
     # --- files ------------------------------------------------------------------------------------
 

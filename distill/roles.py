@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from hasten.distill.draw import Draw
 from hasten.distill.host_call import Condition, HostCall
 from hasten.distill.paths import guided, spread
+from hasten.distill.timed_lora import HOLDER, give_time
 from hasten.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A LoRA: rank, alpha (its scale is alpha / rank), and the layers it is on: ends of their names, None for all
-    linear and convolutional ones."""
+    linear and convolutional ones. experts: parts of the ranks whose weights follow the time; 1 for an ordinary LoRA."""
 
     rank: int = 32
     alpha: float = 32.0
     layers: tuple[str, ...] | None = None
+    experts: int = 1
 
 
 class Role:
@@ -218,6 +220,8 @@ class Roles(dict[str, Role]):
         roles = cls(teacher=Role("teacher", host, stage, stays, False))
         for name in trained:
             stage.add(name, adapter)
+            if adapter.experts > 1:
+                give_time(host, name, adapter.experts)
             roles[name] = Role(name, host, stage, (*stays, name), True)
             stage.train(roles[name].parameters().values())
         return roles
@@ -239,6 +243,8 @@ class Roles(dict[str, Role]):
         """
         for role in self.values():
             network: Any = role.host.network
+            if HOLDER in network._modules:
+                raise UsageError("Experts follow the time of the last call, and checkpointing evaluates again later. Leave it out.")
             if not getattr(network, "_supports_gradient_checkpointing", False):
                 raise ModelError(f"{type(network).__name__} has no gradient checkpointing. Leave train.checkpointing out.")
             keepers = [keeper for keeper in (role.stage, role.attention) if keeper is not None]

@@ -66,7 +66,8 @@ class StudentConfig(Strict):
 
     rank, alpha: of the adapters; None for alpha is rank (a scale of 1). layers: ends of the names of the layers they
     are on, None for all. base_lora: a LoRA (file or folder) that teacher and student both keep. start: folder of a finished
-    training with a student of the same kind, whose weights this one begins with.
+    training with a student of the same kind, whose weights this one begins with. experts: parts of an adapter's ranks whose
+    weights follow the time (TD-LoRA); 1 for an ordinary LoRA.
 
     merge: whether the file that is written holds the base LoRA, too. styles: LoRA files, or folders with some, of which
     each step has one on teacher and student, or none, so that the student goes with such styles later. attention: a recipe's
@@ -79,6 +80,7 @@ class StudentConfig(Strict):
     layers: tuple[str, ...] | None = None
     base_lora: str | None = None
     start: str | None = None
+    experts: int = Field(1, ge=1)
     merge: bool = False
     styles: tuple[str, ...] = ()
     attention: SparseAttention | None = None

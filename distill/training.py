@@ -238,7 +238,7 @@ def cast(config: TrainConfig, pipe: Any, host: HostCall, conditions: Condition) 
     if student.full:
         roles = Roles.of_copies(host, method.trains)
     else:
-        adapter = Adapter(student.rank, float(student.alpha or student.rank), student.layers)
+        adapter = Adapter(student.rank, float(student.alpha or student.rank), student.layers, student.experts)
         style = tuple(getattr(host.network, "peft_config", ())) if student.base_lora else ()
         known = styles.put_on(pipe, host.network, student.styles)
         roles = Roles.on_one_base(host, method.trains, adapter, style)

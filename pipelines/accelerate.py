@@ -18,6 +18,7 @@ from hasten.errors import LimitError, ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.lora import Lora, find
+from hasten.pipelines.timed_lora import TimedLora, read_adapter
 from hasten.pipelines.quantised import Quantised, is_quantised
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.seams.adapter import put_on
@@ -192,7 +193,7 @@ class Session:
         adapter, sampler = self.recipe.adapter, self.recipe.sampler
         if adapter is not None:
             place = find(adapter)
-            made = Quantised.load(place) if is_quantised(place) else Lora.load(place)
+            made = Quantised.load(place) if is_quantised(place) else read_adapter(place)
             network = self.host if isinstance(self.host, nn.Module) else models.get(made.site)
             if network is None:
                 raise ModelError(
@@ -211,8 +212,9 @@ class Session:
     def _changed(self, network: nn.Module, made: Lora | Quantised, scale: float) -> str:
         """Put an adapter or quantised weights onto `network`; what was done, in words."""
         if isinstance(made, Lora):
-            put_on(self._attachment, network, made, scale)
-            return f"{len(made.layers)} layers changed, scale {scale:g}"
+            name = put_on(self._attachment, network, made, scale)
+            timed = made.put_on(self._attachment, network, name) if isinstance(made, TimedLora) else ""
+            return f"{len(made.layers)} layers changed, scale {scale:g}{timed}"
         if scale != 1:
             raise UsageError(f"adapter.scale is for what a LoRA adds, got {scale:g}; quantised weights are whole. Leave it out.")
         put_weights_on(self._attachment, network, made)

@@ -87,6 +87,8 @@ hasten generate {self.base} --prompt "..." --recipe FOLDER/recipe.yaml
 """
 
     def _plain(self) -> str:
+        if self.loads == "timed":
+            return "No other program loads it: the adapter's strength follows the time, and an ordinary LoRA's does not.\n"
         if self.sampler and "chunk" in self.sampler:
             return "Plain diffusers loads the adapter, but has no loop that makes a clip chunk after chunk on kept keys and values.\n"
         return f"In plain diffusers:\n```python\n{self.code()}```\n"

@@ -26,8 +26,10 @@ from hasten.distill.method import Beside
 from hasten.distill.quantised import Quantised
 from hasten.distill.roles import Role
 from hasten.errors import RefusedError, UsageError
-from hasten.pipelines import tiny_models
+from hasten.distill.timed_lora import gates_of
+from hasten.pipelines import timed_lora, tiny_models
 from hasten.pipelines.lora import FILE, Lora
+from hasten.pipelines.timed_lora import TimedGates, plain
 from hasten.recipe import Adapter, Recipe
 from hasten.samplers.few_calls import FewCalls
 
@@ -71,7 +73,7 @@ class Student:
             facts: dict[str, object] = {}
         else:
             lora = self._lora(told)
-            files = [lora.save(folder / FILE), *self._others(lora, folder)]
+            files = [self._adapter(lora, folder), *self._others(lora, folder)]
             ranks, alphas = ({getattr(low, key) for low in lora.layers.values()} for key in ("rank", "alpha"))
             facts = {"rank": _one(ranks), "alpha": _one(alphas), "layers": len(lora.layers)}
         if self.beside is not None:
@@ -86,16 +88,31 @@ class Student:
     def _check(self) -> None:
         if self.role.stage is None and (self.also or self.merge):
             raise UsageError("A student that is a whole network has no adapter to write for other programs or to merge.")
+        if (gates := self._gates) is not None and (self.also or self.merge):
+            plain(lora_of(self.role, self.weights), gates)  # says why it cannot be, where it cannot
         for style in self.also:
             if style not in PREFIX:
                 raise UsageError(f"Adapters are written for {', '.join(PREFIX)} beside diffusers, not for {style!r}.")
             Names(self.role.host.network).check(style)
 
+    @property
+    def _gates(self) -> TimedGates | None:
+        """Those of an adapter whose strength changes with the time."""
+        return gates_of(self.role, self.weights)
+
+    def _adapter(self, lora: Lora, folder: Path) -> Path:
+        gates = self._gates
+        if gates is None or gates.table.constant:
+            return lora.save(folder / FILE)
+        return timed_lora.write(lora, gates, folder / timed_lora.FILE)
+
     def _sampler(self, steps: FewSteps) -> FewCalls:
         return few_calls(steps, self.role.host.path, told_guidance(self.pipe, self.call))
 
     def _lora(self, sampler: Mapping[str, Any] | None) -> Lora:
-        lora = lora_of(self.role, self.weights)
+        lora, gates = lora_of(self.role, self.weights), self._gates
+        if gates is not None and gates.table.constant:
+            lora = plain(lora, gates)
         for style in styles_of(self.role) if self.merge else ():
             lora = lora.merged(style)
         return replace(lora, facts=lora.facts | ({"sampler": sampler} if sampler else {}) | {"base": self.base})
@@ -107,7 +124,8 @@ class Student:
         return [write(lora, network, folder / style / f"{self._name}.safetensors", style) for style in self.also]
 
     def _recipe(self, sampler: FewCalls | None) -> Recipe:
-        adapter = None if self.role.stage is None else Adapter(path=FILE)
+        timed = self._gates is not None and not self._gates.table.constant
+        adapter = None if self.role.stage is None else Adapter(path=timed_lora.FILE if timed else FILE)
         attention = None if self.role.attention is None else self.role.attention.policy
         reuse = None if self.beside is None else self.beside.reuse
         return Recipe(name=self._name, models=(self.base,), sampler=sampler, adapter=adapter, attention=attention, reuse=reuse)
@@ -124,6 +142,8 @@ class Student:
     def _loads(self) -> str:
         if self.role.stage is None:
             return "network_folder"
+        if self._gates is not None and not self._gates.table.constant:
+            return "timed"
         if hasattr(self.pipe, "load_lora_weights"):
             return "pipeline"
         return "network" if hasattr(self.role.host.network, "load_lora_adapter") else "peft"

@@ -127,4 +127,5 @@ def _logistic(normal: Tensor) -> Tensor:
 
 
 def _square(error: Tensor) -> Tensor:
-    return error.flatten(1).square().mean(1)
+    rows: Tensor = error.flatten(1).square().mean(1)
+    return rows

@@ -24,8 +24,10 @@ from hasten.session import Attachment
 _OURS = "_hasten_wraps"
 
 
-def put_on(attachment: Attachment, network: nn.Module, lora: Lora, scale: float) -> None:
+def put_on(attachment: Attachment, network: nn.Module, lora: Lora, scale: float) -> str:
     """Let `network` run with `scale` times the change of `lora`, beside adapters that are on, until `attachment` is restored.
+
+    Returns its name in the network.
 
     Raises `ModelError` for an adapter of another model, `RefusedError` where it could not be put on and taken off exactly.
     """
@@ -37,6 +39,7 @@ def put_on(attachment: Attachment, network: nn.Module, lora: Lora, scale: float)
     attachment.on_restore(lambda: _take_off(network, name, flags, had_config))
     add(network, lora, name, scale)
     _give_back(flags)
+    return name
 
 
 def add(network: nn.Module, lora: Lora, name: str, scale: float = 1.0) -> None:

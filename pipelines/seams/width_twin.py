@@ -192,7 +192,7 @@ def _is_plain(layer: nn.Module) -> bool:
     if "lora_A" in layer._modules:
         if getattr(layer, "lora_variant", None):
             return False
-        ups = [*layer.lora_A.children(), *layer.lora_B.children()]  # type: ignore[union-attr, operator]
+        ups = [*layer.lora_A.children(), *layer.lora_B.children()]  # type: ignore[union-attr]
         parts = [layer, layer._modules["base_layer"] or layer, *ups]
         return all(type(part) is nn.Linear for part in parts[1:]) and not any("forward" in vars(part) for part in parts)
     return type(layer) is nn.Linear and "forward" not in vars(layer)
