@@ -18,7 +18,6 @@ from hasten.errors import LimitError, ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.lora import Lora, find
-from hasten.pipelines.timed_lora import TimedLora, read_adapter
 from hasten.pipelines.quantised import Quantised, is_quantised
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.seams.adapter import put_on
@@ -29,6 +28,7 @@ from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.seams.quantised import put_on as put_weights_on
 from hasten.pipelines.solver import swap_scheduler
 from hasten.pipelines.students import taught
+from hasten.pipelines.timed_lora import TimedLora, read_adapter
 from hasten.recipe import Recipe
 from hasten.samplers.chunk_calls import ChunkCalls
 from hasten.samplers.few_calls import FewCalls

@@ -25,8 +25,8 @@ from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.method import Beside
 from hasten.distill.quantised import Quantised
 from hasten.distill.roles import Role
-from hasten.errors import RefusedError, UsageError
 from hasten.distill.timed_lora import gates_of
+from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import timed_lora, tiny_models
 from hasten.pipelines.lora import FILE, Lora
 from hasten.pipelines.timed_lora import TimedGates, plain
@@ -126,8 +126,8 @@ class Student:
     def _recipe(self, sampler: FewCalls | None) -> Recipe:
         timed = self._gates is not None and not self._gates.table.constant
         adapter = None if self.role.stage is None else Adapter(path=timed_lora.FILE if timed else FILE)
-        attention = None if self.role.attention is None else self.role.attention.policy
         reuse = None if self.beside is None else self.beside.reuse
+        attention = None if self.role.attention is None else self.role.attention.policy
         return Recipe(name=self._name, models=(self.base,), sampler=sampler, adapter=adapter, attention=attention, reuse=reuse)
 
     def _card(self, sampler: Mapping[str, Any] | None, training: Mapping[str, object], files: Mapping[str, str]) -> Card:
