@@ -47,6 +47,9 @@ def distill(
         typer.Option(metavar="FOLDER", help="Of a training (hasten train). May be repeated. Default: bundled students only."),
     ] = None,
     calls: Annotated[list[int] | None, typer.Option(metavar="K", help="May be repeated. Default: 1, 2, 4, 8.", min=1)] = None,
+    teacher: Annotated[
+        list[int] | None, typer.Option(metavar="K", help="Steps of the teacher; may be repeated. Default: 50 and 25.", min=1)
+    ] = None,
     count: Annotated[int, typer.Option(metavar="N", help="Samples of everybody.", min=8)] = 500,
     solvers: Annotated[bool, typer.Option(help="Training-free solvers by as many steps, too.")] = True,
     quick: Annotated[bool, typer.Option(help="Fewer rows on at most 100 samples: about a minute.")] = False,
@@ -65,7 +68,7 @@ def distill(
 
         contest = Contest.of(model, min(count, 100) if quick else count)
         wanted = calls or ([1, 4] if quick else [1, 2, 4, 8])
-        rows: list[dict[str, Any]] = table.teacher(contest, [table.FULL_STEPS] if quick else table.STEPS, output.note)
+        rows: list[dict[str, Any]] = table.teacher(contest, teacher or (table.STEPS[:1] if quick else table.STEPS), output.note)
         rows += table.solvers(contest, wanted, [True] if quick else [True, False], output.note) if solvers else []
         rows += [table.as_recipe(contest, recipe, output.note) for recipe in students_of(model)]
         for folder in student or []:
