@@ -81,7 +81,7 @@ CARD = {"name": "who", "calls": "calls", "evaluations": "evaluations", "frechet"
 def in_card(rows: Rows, folder: Path) -> list[Row]:
     """The rows of a student's card: the teacher, and this student by what it was trained for and otherwise."""
     kept = [row for row in rows if row["who"] == TEACHER or (row["who"] == STUDENT and row["name"] == folder.name)]
-    named = [row | {"name": f"teacher, {row['calls']} steps" if row["who"] == TEACHER else "student"} for row in kept]
+    named = [{**row, "name": f"teacher, {row['calls']} steps" if row["who"] == TEACHER else "student"} for row in kept]
     return [{heading: row[key] for key, heading in CARD.items()} for row in named]
 
 

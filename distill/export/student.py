@@ -150,7 +150,8 @@ class Student:
 
     @property
     def _name(self) -> str:
-        calls = f"-{len(self.steps.angles)}-calls" if self.steps is not None else ""
+        count = len(self.steps.angles) if self.steps is not None else 0
+        calls = f"-{count}-call{'s' if count > 1 else ''}" if count else ""
         return self.name or f"{Path(self.base).name}{calls}"
 
 
