@@ -41,7 +41,7 @@ def bundle(
     def write(part: Path) -> None:
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
-        _forget_paths(part)
+        forget_paths(part)
         halve(part / "transformer" / "diffusion_pytorch_model.safetensors")
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
         card = _card(config, part, int(trained["step"]), load_digits(data).source if data else "unknown")
@@ -80,7 +80,7 @@ def _card(config: PretrainConfig, folder: Path, steps: int, source: str) -> dict
     }
 
 
-def _forget_paths(folder: Path) -> None:
+def forget_paths(folder: Path) -> None:
     """Remove where the parts were loaded from: a path of the training machine means nothing elsewhere."""
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())

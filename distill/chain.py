@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from hasten.distill import processes
 from hasten.distill.method import Method
@@ -77,9 +77,17 @@ def load_chain(file: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     if own:
         raise UsageError(f"{own[0]} is a matter of each stage: write it into '{file}', below stages.")
     config = parse_as(ChainConfig, *read_config(file, given))
+    if any(stage.method.kind == "dcgen" for stage in config.stages):
+        raise UsageError("dcgen makes another model, which no stage can begin with. Train it by itself, then distil what it made.")
     texts = [stage.method.kind for stage in config.stages if stage.method.data == "tokens"]
     if texts:
         raise UsageError(f"Chains are for pictures and clips; {texts[0]} trains a text model. Train its stages by themselves.")
+    for number, stage in enumerate(config.stages, 1):
+        try:
+            config.stage(number - 1, Path())
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UsageError(f"'{file}', stage {number} ({stage.method.kind}): {said}.") from None
     return config
 
 

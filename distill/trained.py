@@ -56,6 +56,8 @@ def open_trained(folder: Path) -> Trained:
     config = parse_as(TrainConfig, json.loads(file.read_text()), str(file))
     if config.method.data == "tokens":
         raise UsageError(f"'{folder}' trained a text model ({config.method.kind}), which makes no pictures.")
+    if config.method.kind == "dcgen":
+        raise UsageError(f"'{folder}' made a model of its own: open '{folder / 'student'}' as any pipeline.")
     dtype = "float32" if config.student.full else None
     pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype)
     call = tiny_models.call_defaults(pipe) | config.data.call

@@ -55,6 +55,10 @@ def train(
         from hasten.distill.text_training import train_text
 
         return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
+    if config.method.kind == "dcgen":
+        from hasten.distill.new_latents import train_new_latents
+
+        return train_new_latents(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
     with processes.joined():
         say = say if processes.rank() == 0 else _silent
         if (found := memory_plan.plan(config)) is not None:

@@ -32,6 +32,7 @@ METHODS = {
     "dydit": "Run fewer heads, channels and tokens at the times that allow it, with routers that are trained beside (DyDiT).",
     "qalora": "Weights and activations of few bits, with adapters inside the rounding (EfficientDM); no data.",
     "quest": "The same bits, with only the most sensitive layers tuned, then those that carry the time (QuEST).",
+    "dcgen": "Move a model of pictures to a deeper autoencoder (DC-Gen): fewer tokens in every evaluation.",
     "block": "Turn a causal model (tiny-lm) into one that writes blocks of tokens in any order (Fast-dLLM v2).",
     "dparallel": "Make a text diffusion model sure of many tokens at once (tiny-dllm): fewer evaluations for the same text.",
     "learn2pd": "A small filter that tells which tokens of a text diffusion model (tiny-dllm) are final already (Learn2PD).",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hasten.distill import styles
+from hasten.distill.chain import load_chain
 from hasten.distill.draw import Draw
 from hasten.distill.methods.guidance import Guidance
 from hasten.distill.roles import Adapter, Guided, Roles
@@ -146,3 +147,14 @@ def test_a_configuration_is_what_it_was_written_as() -> None:
     assert config.student.styles == ("a",) and config.student.attention is not None
     assert type(config).model_validate(config.model_dump(mode="json")) == config
 
+
+
+def test_a_chain_says_which_stage_takes_no_styles(tmp_path: Path) -> None:
+    file = tmp_path / "chain.yaml"
+    stages = "stages: [{method: {kind: lcm}}, {method: {kind: pairs}}]"
+    file.write_text(f"model: tiny-flux\n{stages}\nstudent: {{styles: [a.safetensors]}}\n")
+    with pytest.raises(UsageError, match=r"stage 2 \(pairs\): pairs learns from data that were made without a style"):
+        load_chain(file)
+    file.write_text("model: tiny-flux\nstages: [{method: {kind: dcgen, autoencoder: x}}]\n")
+    with pytest.raises(UsageError, match="dcgen makes another model"):
+        load_chain(file)
