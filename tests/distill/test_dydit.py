@@ -227,16 +227,25 @@ def test_a_student_runs_less_under_its_recipe_and_leaves_no_trace(tmp_path: Path
     plain = pipe("a seven", **call)[0]
     with hasten.accelerate(pipe, Recipe(adapter=RecipeAdapter(path=str(folder)))):
         full = pipe("a seven", **call)[0]
+    seen: list[Any] = []
     with hasten.accelerate(pipe, str(folder / "recipe.yaml")) as run:
         first = pipe("a seven", **call)[0]
+        hook = pipe.transformer.register_forward_hook(lambda *call: seen.append(call[1:]), with_kwargs=True)
         with watch(pipe) as work:  # the first run of a session proves that cutting is right, which is work, too
             made = pipe("a seven", **call)[0]
+        hook.remove()
         report = run.report()
     with watch(pipe) as whole:
         assert torch.equal(pipe("a seven", **call)[0], plain)
     assert torch.equal(made, first) and not torch.equal(made, full)
     assert not [w for w in report.warnings if "nothing" in w or "refused" in w], report.warnings
     assert report.computed_fraction < 0.9
+    state: Any = done.state
+    assert len(seen) == 6
+    for args, kwargs, answer in seen:  # what ran in use is what was trained, time by time
+        with torch.no_grad(), done.roles["student"].playing(), state.routed.on(state.routers(kwargs["timestep"] / 1000)):
+            trained = done.roles["student"].host.network(*args, **kwargs)
+        torch.testing.assert_close(answer[0], trained[0], rtol=1e-4, atol=1e-5)
     # Beside what the report counts: the adapter, and the scores of the tokens.
     low = sum(p.numel() for p in done.roles["student"].parameters().values()) / sum(p.numel() for p in pipe.transformer.parameters())
     assert report.computed_fraction < work.flops / whole.flops < report.computed_fraction + 2 * low
