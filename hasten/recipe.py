@@ -177,13 +177,16 @@ class Recipe(Part):
             if not isinstance(inner, dict):
                 raise RecipeError(f"{where}: there is no {dotted!r} in recipe {self.name!r}; its axes: {list(self.axes)}.")
             inner[last] = value
-        return parse(Recipe, data, where)._beside(self.adapter)
+        return parse(Recipe, data, where)._beside(self)
 
-    def _beside(self, adapter: Adapter | None) -> Recipe:
-        """The same recipe with its adapter looked for where `adapter` is."""
-        if self.adapter is None or adapter is None:
-            return self
-        return self.model_copy(update={"adapter": self.adapter.beside(adapter._folder)})
+    def _beside(self, before: Recipe) -> Recipe:
+        """The same recipe with its files looked for where those of `before` are."""
+        files: dict[str, FromFile] = {}
+        for axis, part in self.axes.items():
+            old = getattr(before, axis)
+            if isinstance(part, FromFile) and isinstance(old, FromFile):
+                files[axis] = part.beside(old._folder)
+        return self.model_copy(update=files) if files else self
 
     def to_yaml(self) -> str:
         """The serialised form; `from_yaml` gives an equal recipe back."""

@@ -20,7 +20,7 @@ from hasten.part import Part, parse
 from hasten.recipe import Guidance
 from hasten.step import Step
 
-NEEDED: dict[str, dict[str, Any]] = {"listed": {"at": (0.0, 0.4, 1.0)}}
+NEEDED: dict[str, dict[str, Any]] = {"listed": {"at": (0.0, 0.4, 1.0)}, "routed": {"path": "routers.safetensors"}}
 """Arguments of the parts that cannot be made without any."""
 
 

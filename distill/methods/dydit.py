@@ -123,7 +123,8 @@ def _end(path: NoisePath) -> float:
 
 def _logistic(normal: Tensor) -> Tensor:
     """Standard normal numbers as logistic ones, which is what the difference of two Gumbel numbers is."""
-    return torch.special.ndtr(normal.double()).clamp(1e-6, 1 - 1e-6).logit().float()
+    below: Tensor = torch.special.ndtr(normal.double())
+    return below.clamp(1e-6, 1 - 1e-6).logit().float()
 
 
 def _square(error: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from hasten.distill.settings import TrainSettings
 from hasten.distill.store import Store
 from hasten.distill.trainer import Trainer
 from hasten.errors import ModelError, RefusedError, UsageError
+from hasten.pipelines.recipes import recipe
 from hasten.pipelines.seams.routed import RoutedWalk
 from hasten.pipelines.seams.width_gate import WidthGates
 from hasten.pipelines.work import watch
@@ -300,3 +301,11 @@ def test_a_table_is_straight_between_its_knots() -> None:
     assert not table.constant
     one = TimeTable(1, 2)
     assert one(torch.tensor([0.3])).shape == (1, 2)
+
+
+def test_routers_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(Recipe(reuse=RoutedReuse(path="routers.safetensors")).to_yaml())
+    found = recipe(str(tmp_path / "recipe.yaml"))
+    for each in (found, found.replace({"name": "other"})):
+        assert isinstance(each.reuse, RoutedReuse) and each.reuse.place == tmp_path / "routers.safetensors"
+        assert str(tmp_path) not in each.to_yaml()
