@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,8 +66,18 @@ def shard(roles: Roles) -> None:
     adapters = {p for role in roles.values() if role.stage is not None and role.trained for p in role.parameters().values()}
     for network in {id(role.host.network): role.host.network for role in roles.values()}.values():
         whole = adapters & set(network.parameters())
-        for module in [*_blocks(network), network]:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        for block in _blocks(network):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        # What is outside of blocks stays whole until `rest`: judges differentiate what blocks answer, and the network's own
+        # answer, by which torch would know when to gather the rest again, is in no loss of theirs.
+        fully_shard(network, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+
+
+def rest(roles: Roles) -> None:
+    """Behind a phase, when nothing is to be differentiated any more: networks hold their parts alone."""
+    for role in roles.values():
+        network: Any = role.host.network
+        network.reshard()
 
 
 def take_gradients(shares: Sequence[Share]) -> None:

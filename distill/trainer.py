@@ -141,6 +141,8 @@ class Trainer:
             player = self.players[phase]
             told |= self._phase(player, step, kept)
             start = "" if phase == "student" else f"{phase}."
+            if self.settings.shard:
+                sharding.rest(self.roles)
             told[f"{start}gradient"] = player.change(self._rate(phase) * self.settings.factor(step), self.settings.clip)
         for name in self.method.averages:
             _follow(self.players[name], self.players["student"], self.state.decay(name))
@@ -254,6 +256,8 @@ class Trainer:
                 f" {self.settings.lr:g}) and resume from the last checkpoint in '{self.out}'."
             )
         more = dict(self.watch(step, self)) if self.watch is not None else {}
+        if self.settings.shard:
+            sharding.rest(self.roles)
         if processes.rank() == 0:
             log.write(step, row | more | health.look(step, row | more))
         bar.update()
