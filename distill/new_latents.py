@@ -146,8 +146,8 @@ def in_both(
     new, conditions = learn(pipe, [*old.prompts, ""], **call)
     assert old.x0 is not None
     made = []
-    for part in torch.arange(len(old)).split(BATCH):
-        seen = decode(base, old.x0[part].float(), call, "pt")
+    for start in range(0, len(old), BATCH):
+        seen = decode(base, old.x0[start : start + BATCH].float(), call, "pt")
         made.append(latents(pipe, new, 2 * seen[:, :, None] - 1))
     kept = conditions.rows(torch.arange(len(old.prompts)))
     empty = conditions.rows(torch.tensor([len(old.prompts)]))

@@ -85,7 +85,7 @@ class _DCGenState(MethodState):
         assert isinstance(batch, TwoSpaces) and batch.old is not None and batch.x0 is not None
         made = _embedded(self.embedder, batch.x0)
         with torch.no_grad():
-            wanted = functional.adaptive_avg_pool2d(_embedded(self.old, batch.old), made.shape[-2:])
+            wanted = functional.adaptive_avg_pool2d(_embedded(self.old, batch.old), (made.shape[-2], made.shape[-1]))
         rows = (made - wanted).square().flatten(1).mean(1)
         return Loss(rows, {"apart": (rows.mean() / wanted.var()).detach()})
 
