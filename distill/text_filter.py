@@ -2,8 +2,8 @@
 
 The model generates sequentially; at every step, what an evaluation said of each open slot is kept, with whether its
 token is the one that stands there in the end. A network of about 1000 weights learns to tell (`methods/learn2pd.py`). Its
-threshold is then chosen on texts that it has not seen, so that the expected share of slots which it would have written wrong is below a
-target (conformal risk control, Angelopoulos et al., arXiv 2208.02814).
+threshold is then chosen on texts that it has not seen, so that the expected share of slots which it would have
+written wrong is below a target (conformal risk control, Angelopoulos et al., arXiv 2208.02814).
 
 Shapes: n rows of I inputs and O outputs (one slot, or all of a block: see `FilterNet`); B texts, L slots.
 """

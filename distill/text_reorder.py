@@ -1,4 +1,4 @@
-"""Texts whose tokens may stand in another order: of those that the teacher takes for as good, the one that the student is surest of.
+"""Texts whose tokens may stand in another order: of those that the teacher takes for as good, what the student is surest of.
 
 Where many texts are right (any order of a list), the teacher's own is one of them at random, and nobody can know it before
 it is written: a student that is to write it at once learns nothing. So the student proposes: it is shown a block of masks, and

@@ -47,7 +47,8 @@ class First(TextMethod):
         return _FirstState(self, facts)
 
     def used(self, model: str, student: Path) -> str:
-        return f"hasten.distill.text_depth.only leaves layers out; python benchmarks/fewer_layers.py {student} says what that costs"
+        bench = f"python benchmarks/fewer_layers.py {student}"
+        return f"hasten.distill.text_depth.only leaves layers out; {bench} says what that costs"
 
 
 class Routers(nn.Module):
@@ -125,7 +126,8 @@ def routed_states(role: TextRole, routers: Routers, texts: Texts, asked: Tensor)
 
 @torch.no_grad()
 def route(call: TextCall, routers: Routers, prompts: Tensor) -> Tensor:
-    """Which layers the texts of these prompts (int64 [m, N], of one length) are to be written with, bool [m, K]: `text_depth.only`.
+    """Which layers the texts of these prompts (int64 [m, N], of one length) are to be written with, bool [m, K], for
+    `text_depth.only`.
 
     A layer runs on the rows that want it, and not at all where none does.
     """

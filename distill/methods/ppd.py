@@ -33,7 +33,8 @@ FILE = "prompt_tokens.safetensors"
 
 
 class PromptTokens(TextMethod):
-    """distances: prompt tokens. ensemble: embeddings of each. places: of each text, asked at once. decay: of the loss by distance."""
+    """distances: prompt tokens. ensemble: embeddings of each. places: of each text, asked at once. decay: of the loss by
+    distance."""
 
     kind: ClassVar[str] = "ppd"
     trains: ClassVar[tuple[str, ...]] = ()

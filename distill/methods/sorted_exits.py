@@ -42,13 +42,15 @@ class SortedExits(TextMethod):
         return _SortedState(self, facts)
 
     def used(self, model: str, student: Path) -> str:
-        return f"hasten.distill.text_depth.only leaves layers out; python benchmarks/fewer_layers.py {student} says what that costs"
+        bench = f"python benchmarks/fewer_layers.py {student}"
+        return f"hasten.distill.text_depth.only leaves layers out; {bench} says what that costs"
 
     def of(self, layers: int) -> tuple[int, ...]:
         """The exits of a model of so many layers, the last of which is the model itself. Raises `UsageError` for others."""
         found = self.exits or tuple(range(2, layers, 2))
         if not found or any(not 0 < exit < layers for exit in found):
-            raise UsageError(f"method.exits = {list(found)}: a model of {layers} layers has exits after 1 to {layers - 1} of them.")
+            allowed = f"a model of {layers} layers has exits after 1 to {layers - 1} of them"
+            raise UsageError(f"method.exits = {list(found)}: {allowed}. Name others.")
         return (*sorted(set(found)), layers)
 
 
