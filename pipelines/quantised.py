@@ -66,7 +66,8 @@ def whole(weight: Tensor, s: Tensor, bits: int) -> Tensor:
     steps (LSQ, arXiv 1902.08153, equation 3).
     """
     half = 2 ** (bits - 1)
-    return _nearest((weight.float() / per_channel(s, weight)).clamp(-half, half - 1))
+    q = _nearest((weight.float() / per_channel(s, weight)).clamp(-half, half - 1))
+    return q + 0.0  # whole numbers have no -0
 
 
 def rounded(x: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
