@@ -9,6 +9,7 @@ Shapes: B rows; x0, z [B, ...].
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from hasten.distill.draw import Draw
 from hasten.distill.few_steps import FewSteps
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
-from hasten.distill.paths import spread
+from hasten.distill.paths import spread, turned
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
@@ -32,13 +33,15 @@ def pseudo_huber(error: Tensor, c: float) -> Tensor:
 class Pairs(Method):
     """The student's x0 at pure noise shall be what the teacher made of that noise.
 
-    calls: with more than one, the student is asked at as many angles, on the straight way between noise and result on
-    the circle, and is sampled deterministically. huber: c of the pseudo-Huber loss, 0 for squares.
+    calls: with more than one, the student is asked at as many angles, and is sampled deterministically. own: it is asked
+    where its own earlier calls have led it, as it will be when it is used; otherwise on the straight way between noise
+    and result on the circle, where nothing that it does wrong is seen. huber: c of the pseudo-Huber loss, 0 for squares.
     """
 
     kind: ClassVar[str] = "pairs"
     data: ClassVar[Data] = "pairs"
     calls: int = Field(1, ge=1)
+    own: bool = False
     huber: float = Field(0.0, ge=0)
 
     def start(self, facts: Facts) -> MethodState:
@@ -54,14 +57,30 @@ class _PairsState(MethodState):
         self.angles = torch.tensor(self.steps.angles, dtype=torch.float64)
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
+        assert batch.x0 is not None
+        x, tau = self._walked(batch, draw) if self.method.own else self._straight(batch, draw)
+        made = self.roles["student"].data(x, tau, batch.condition)
+        return Loss(pseudo_huber(made - batch.x0, self.method.huber))
+
+    def _straight(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """(x, tau) on the way from each row's noise to its result, at a call of its own."""
         assert batch.x0 is not None and batch.z is not None
         first = self.angles[0]
         # The student starts with z itself, whatever angle it is told: this is the noise it then sees in it.
-        x0, z = batch.x0, (batch.z - float(first.cos()) * batch.x0) / float(first.sin())
-        tau = self.angles.to(x0.device)[draw.below("call", len(self.angles))]
-        x = spread(tau.cos(), x0) * x0 + spread(tau.sin(), x0) * z
-        made = self.roles["student"].data(x, tau, batch.condition)
-        return Loss(pseudo_huber(made - x0, self.method.huber))
+        z = (batch.z - float(first.cos()) * batch.x0) / float(first.sin())
+        tau = self.angles.to(z.device)[draw.below("call", len(self.angles))]
+        return spread(tau.cos(), z) * batch.x0 + spread(tau.sin(), z) * z, tau
+
+    @torch.no_grad()
+    def _walked(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """(x, tau) where the student's own calls have led, before a call that is drawn for the whole batch."""
+        assert batch.z is not None
+        x = batch.z
+        angles = [torch.full((len(x),), angle, dtype=torch.float64, device=x.device) for angle in self.steps.angles]
+        call = draw.one_below("call", len(angles))
+        for tau, after in pairwise(angles[: call + 1]):
+            x = turned(x, self.roles["student"].velocity(x, tau, batch.condition), tau - after)
+        return x, angles[call]
 
     def sampler(self) -> FewSteps:
         return self.steps
