@@ -60,7 +60,7 @@ def demo(
             output.table(rows, COLUMNS)
             output.say(
                 "\nfaster: than plain. skipped: of the network's evaluations. PSNR in dB and SSIM: likeness to plain on"
-                " raw frames.\njudge reads: what a classifier of real handwriting sees."
+                " raw frames;\na student draws as well as its teacher, but not the same clip. judge reads: what a classifier of real handwriting sees."
             )
             run.close(rows)
         output.say(
@@ -72,6 +72,8 @@ def demo(
 def left_out(sample: Sample) -> str:
     """Evaluations of the network that were not computed: `76 of 100`."""
     report = sample.report
+    if "student" in report.trace.facts:
+        return f"a student's {report.nfe:.0f} calls"
     skipped = report.evaluations - report.nfe
     return f"{skipped:.0f} of {report.evaluations}" if skipped else "nothing"
 
