@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from hasten.distill.host_call import learn
-from hasten.distill.memory_plan import plan
-from hasten.distill.roles import Adapter, Roles
+from hasten.distill.loop.memory_plan import plan
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.distill.train_config import load_config
 from hasten.pipelines import loading, tiny_models
 

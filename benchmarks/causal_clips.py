@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hasten.distill.chunks import Chunks, ChunkSteps
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import sample
-from hasten.distill.host_call import Condition, HostCall
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Method
 from hasten.distill.methods.causal import Causal
 from hasten.distill.methods.self_forcing import Magic141, SelfForcing
-from hasten.distill.paths import HALF_TURN, Flow, spread
-from hasten.distill.roles import Role, Roles
+from hasten.distill.network.chunks import Chunks, ChunkSteps
+from hasten.distill.network.few_steps import sample
+from hasten.distill.network.host_call import Condition, HostCall
+from hasten.distill.network.paths import HALF_TURN, Flow, spread
+from hasten.distill.network.roles import Role, Roles
 from hasten.pipelines.host import Layout
 
 PATH, FRAMES, ROWS, COUNT, ALIKE = Flow(), 6, 64, 8192, 0.9

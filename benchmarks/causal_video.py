@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
-from hasten.distill.chunks import Chunks, ChunkSteps
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.host_call import learn
-from hasten.distill.roles import Role
-from hasten.distill.store import Store
+from hasten.distill.data.store import Store
+from hasten.distill.network.chunks import Chunks, ChunkSteps
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.roles import Role
 from hasten.pipelines.lora import Lora
 from hasten.pipelines.seams.adapter import put_on
 from hasten.pipelines.tiny_models import call_defaults

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.distill import moving_digits
-from hasten.distill.draw import Draw
-from hasten.distill.encode import latents
-from hasten.distill.host_call import learn
+from hasten.distill.data import moving_digits
+from hasten.distill.data.encode import latents
+from hasten.distill.data.store import Store
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.dcgen import DCGen
-from hasten.distill.new_latents import BothSpaces, cast_new, moved
-from hasten.distill.roles import Adapter
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.new_latents import BothSpaces, cast_new, moved
+from hasten.distill.network.roles import Adapter
 from hasten.pipelines import loading, tiny_models
 from hasten.pipelines.judge import Judge
 from hasten.pipelines.work import watch

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.host_call import Condition, HostCall
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts
 from hasten.distill.methods.dmd import DMD, DMDState
-from hasten.distill.paths import HALF_TURN, Flow, spread
-from hasten.distill.roles import Role, Roles
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.host_call import Condition, HostCall
+from hasten.distill.network.paths import HALF_TURN, Flow, spread
+from hasten.distill.network.roles import Role, Roles
 from hasten.pipelines.host import Layout
 from tests.distill.gaussians import Mixture
 

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hasten.distill.methods import first, sorted_exits
-from hasten.distill.text_depth import only
-from hasten.distill.text_roles import TextCall, TextRole, Texts
-from hasten.distill.text_teach import make_texts
+from hasten.distill.text.depth import only
+from hasten.distill.text.roles import TextCall, TextRole, Texts
+from hasten.distill.text.teach import make_texts
 from hasten.pipelines.bench import dllm
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.text_models.families import choose

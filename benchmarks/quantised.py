@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from hasten.distill.bench.contest import prompts
-from hasten.distill.encode import decode
+from hasten.distill.data.encode import decode
+from hasten.distill.data.store import Store
 from hasten.distill.export.quantised import packed_of
-from hasten.distill.host_call import learn
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.qalora import QALoRA, Rounding, RoundingState
 from hasten.distill.methods.quest import QuEST
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.pipelines import loading, tiny_models
 from hasten.pipelines.judge import Judge
 

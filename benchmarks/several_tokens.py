@@ -17,8 +17,8 @@ import torch
 
 from hasten.distill.bench.drafts import drafted
 from hasten.distill.bench.texts import evaluations
-from hasten.distill.text_roles import Texts
-from hasten.distill.text_teach import make_texts
+from hasten.distill.text.roles import Texts
+from hasten.distill.text.teach import make_texts
 from hasten.pipelines.bench import dllm
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.text_models.families import choose

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from hasten.distill.host_call import HostCall, learn
+from hasten.distill.data.store import Store
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.role_attention import read_less
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.host_call import HostCall, learn
+from hasten.distill.network.role_attention import read_less
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.distill.training import begin_with
 from hasten.pipelines import loading, tiny_models
 from hasten.sparse_attn.layouts.layout import Identity

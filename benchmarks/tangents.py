@@ -19,11 +19,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.host_call import learn
-from hasten.distill.jvp import tangent
-from hasten.distill.paths import turned
-from hasten.distill.roles import Role
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.jvp import tangent
+from hasten.distill.network.paths import turned
+from hasten.distill.network.roles import Role
 from hasten.pipelines import tiny_models
 
 ANGLES = (0.2, 0.6, 1.0, 1.3, 1.45)

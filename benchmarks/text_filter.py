@@ -14,7 +14,7 @@ import json
 from statistics import mean
 from typing import Any
 
-from hasten.distill.text_filter import collect, risk, score
+from hasten.distill.text.filter import collect, risk, score
 from hasten.pipelines.bench.dllm import SLOTS, Bench, Workload, lists, table
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.text.filters import FILES

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill import text_judge
+from hasten.distill.pretrain import text_judge
 from hasten.pipelines import tiny_models
 from hasten.pipelines.host import hardware
 from hasten.pipelines.list_tasks import DETERMINISTIC

@@ -15,14 +15,14 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from hasten.distill import processes
+from hasten.distill.loop import processes
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.state import claimed, replace_folder
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Method
 from hasten.distill.methods import load_all
-from hasten.distill.pretrain_config import Strict, parse_as, read_config
-from hasten.distill.pretrain_state import claimed, replace_folder
-from hasten.distill.settings import TrainSettings
+from hasten.distill.pretrain.config import Strict, parse_as, read_config
 from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig, spelt
-from hasten.distill.trainer import Trainer
 from hasten.distill.training import prepare, train
 from hasten.errors import UsageError
 from hasten.part import parse

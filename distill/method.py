@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps, OwnWay
-from hasten.distill.hint import FlowMap, Hinted
-from hasten.distill.host_call import Condition
-from hasten.distill.quantised import Quantised
-from hasten.distill.roles import Role, Roles
+from hasten.distill.loop.draw import Draw
+from hasten.distill.network.few_steps import FewSteps, OwnWay
+from hasten.distill.network.hint import FlowMap, Hinted
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.quantised import Quantised
+from hasten.distill.network.roles import Role, Roles
 from hasten.errors import UsageError
 from hasten.part import Part
 from hasten.recipe import ReusePolicy

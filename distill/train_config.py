@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from hasten.distill.loop.settings import TrainSettings
 from hasten.distill.method import Method
 from hasten.distill.methods import load_all
-from hasten.distill.pretrain_config import Strict, parse_as, read_config
-from hasten.distill.settings import TrainSettings
+from hasten.distill.pretrain.config import Strict, parse_as, read_config
 from hasten.errors import UsageError, nearest
 from hasten.part import parse
 from hasten.pipelines.recipes import recipe

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from hasten.distill.few_steps import FewSteps, OwnWay
-from hasten.distill.hint import FlowMap, Hinted
-from hasten.distill.host_call import HostCall, learn
-from hasten.distill.pretrain_config import parse_as
-from hasten.distill.quantised import Quantised
-from hasten.distill.roles import Role
-from hasten.distill.store import Store
+from hasten.distill.data.store import Store
+from hasten.distill.loop.trainer import Trainer
+from hasten.distill.network.few_steps import FewSteps, OwnWay
+from hasten.distill.network.hint import FlowMap, Hinted
+from hasten.distill.network.host_call import HostCall, learn
+from hasten.distill.network.quantised import Quantised
+from hasten.distill.network.roles import Role
+from hasten.distill.pretrain.config import parse_as
 from hasten.distill.train_config import TrainConfig
-from hasten.distill.trainer import Trainer
 from hasten.distill.training import cast
 from hasten.errors import UsageError
 from hasten.pipelines import loading, tiny_models

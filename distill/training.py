@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill import cost, memory_plan, processes, store, styles
-from hasten.distill.encode import encode, size_of
-from hasten.distill.ending import check_finished, ending
-from hasten.distill.host_call import Condition, HostCall, learn
-from hasten.distill.log import check_tracker
-from hasten.distill.optimizers import check_optimizer
-from hasten.distill.own_files import OwnFiles, find
-from hasten.distill.pretrain_state import claimed
-from hasten.distill.role_attention import read_less
-from hasten.distill.roles import Adapter, Roles, follow
-from hasten.distill.samples import Samples
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.teach import make_pairs
+from hasten.distill.data import store
+from hasten.distill.data.encode import encode, size_of
+from hasten.distill.data.own_files import OwnFiles, find
+from hasten.distill.data.store import Store
+from hasten.distill.data.teach import make_pairs
+from hasten.distill.loop import cost, memory_plan, processes
+from hasten.distill.loop.ending import check_finished, ending
+from hasten.distill.loop.log import check_tracker
+from hasten.distill.loop.optimizers import check_optimizer
+from hasten.distill.loop.samples import Samples
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.state import claimed
+from hasten.distill.loop.trainer import Trainer
+from hasten.distill.network import styles
+from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.role_attention import read_less
+from hasten.distill.network.roles import Adapter, Roles, follow
 from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig
-from hasten.distill.trainer import Trainer
 from hasten.errors import RefusedError, ResumeError, UsageError
 from hasten.pipelines import loading, tiny_models
 
@@ -52,11 +54,11 @@ def train(
     """
     check_packages(config)
     if config.method.data == "tokens":
-        from hasten.distill.text_training import train_text
+        from hasten.distill.text.training import train_text
 
         return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
     if config.method.kind == "dcgen":
-        from hasten.distill.new_latents import train_new_latents
+        from hasten.distill.network.new_latents import train_new_latents
 
         return train_new_latents(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
     with processes.joined():

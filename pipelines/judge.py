@@ -3,7 +3,7 @@
 `Judge.load().read(frames)` says which digit a clip shows, where it moves and how fast. Accuracy alone is fooled by
 class means, so `frechet` (https://arxiv.org/abs/1706.08500) and `recall` (Kynkaanniemi et al.,
 https://arxiv.org/abs/1904.06991) compare the judge's features with those of unseen real clips, of which a small
-reference set is stored beside the weights. The network is trained by `hasten.distill.train_judge`.
+reference set is stored beside the weights. The network is trained by `hasten.distill.pretrain.judge`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Judge:
 
     @classmethod
     def load(cls, folder: str | Path | None = None) -> Judge:
-        """The bundled judge, or one trained by `hasten.distill.train_judge` into `folder`."""
+        """The bundled judge, or one trained by `hasten.distill.pretrain.judge` into `folder`."""
         if folder is None:
             return _bundled()
         from safetensors.torch import load_file
@@ -95,7 +95,7 @@ class Judge:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
-                f"no judge in '{folder}': missing {', '.join(missing)}. Train one with hasten.distill.train_judge."
+                f"no judge in '{folder}': missing {', '.join(missing)}. Train one with hasten.distill.pretrain.judge."
             )
         net = JudgeNet()
         net.load_state_dict(load_file(files[0]))

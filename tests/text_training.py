@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hasten.distill.text_config import load_text_config
+from hasten.distill.pretrain.text_config import load_text_config
 
 KINDS = {
     "full": {},

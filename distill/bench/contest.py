@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hasten.distill.bench.judged import measures
-from hasten.distill.encode import decode
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.host_call import Condition, learn
+from hasten.distill.data.encode import decode
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.host_call import Condition, learn
 from hasten.distill.trained import Trained
 from hasten.errors import UsageError
 from hasten.pipelines import loading, tiny_models

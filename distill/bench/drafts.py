@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hasten.distill.methods import medusa, mtp, ppd
-from hasten.distill.text_roles import TextCall, TextRole, Texts
+from hasten.distill.text.roles import TextCall, TextRole, Texts
 from hasten.errors import UsageError
 from hasten.pipelines.text_models.families import choose
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hasten.atomic import atomic_write
-from hasten.distill import cost
 from hasten.distill.bench.contest import Contest, Made
 from hasten.distill.export.card import measured
+from hasten.distill.loop import cost
 from hasten.distill.trained import Trained, open_trained
 from hasten.errors import UsageError
 from hasten.pipelines.bench.bars import Bar

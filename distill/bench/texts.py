@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hasten.distill.bench.drafts import drafted
-from hasten.distill.text_roles import Texts
-from hasten.distill.text_teach import make_texts
+from hasten.distill.text.roles import Texts
+from hasten.distill.text.teach import make_texts
 from hasten.errors import UsageError
 from hasten.pipelines.bench import dllm
 from hasten.pipelines.bench.bars import Bar

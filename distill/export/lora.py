@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.distill.roles import Role
+from hasten.distill.network.roles import Role
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.lora import Lora, LowRank, marks
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hasten.atomic import atomic_write
 from hasten.distill.export.card import Card, Rows
-from hasten.distill.quantised import Quantised
+from hasten.distill.network.quantised import Quantised
 from hasten.pipelines import tiny_models
 from hasten.pipelines.lora import marks
 from hasten.pipelines.quantised import FILE

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from hasten.distill.chunks import ChunkSteps
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving
+from hasten.distill.network.chunks import ChunkSteps
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving
 from hasten.errors import RefusedError
 from hasten.pipelines.host import Layout, denoisers
 from hasten.pipelines.seams.few_calls import arguments, changes, kind_of, levels_of, scheduler_for
@@ -36,7 +36,7 @@ def few_calls(steps: FewSteps, path: NoisePath, guidance: float | None = None) -
     if steps.how == "map":
         raise RefusedError(
             "A flow map is told where each of its steps ends, and no scheduler of diffusers can tell its network that. Sample"
-            " it with hasten.distill.few_steps, or train a method whose student is sampled by 'ode' or 'consistency'."
+            " it with hasten.distill.network.few_steps, or train a method whose student is sampled by 'ode' or 'consistency'."
         )
     angles = torch.tensor(steps.angles, dtype=torch.float64)
     if isinstance(path, Flow):

@@ -21,11 +21,11 @@ from hasten.distill.export.lora import lora_of, save_network, styles_of
 from hasten.distill.export.names import PREFIX, Names, Style, write
 from hasten.distill.export.quantised import QuantisedStudent, quantised_student_of
 from hasten.distill.export.sampler import describe, few_calls, told_guidance
-from hasten.distill.few_steps import FewSteps, OwnWay
 from hasten.distill.method import Beside
-from hasten.distill.quantised import Quantised
-from hasten.distill.roles import Role
-from hasten.distill.timed_lora import gates_of
+from hasten.distill.network.few_steps import FewSteps, OwnWay
+from hasten.distill.network.quantised import Quantised
+from hasten.distill.network.roles import Role
+from hasten.distill.network.timed_lora import gates_of
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import timed_lora, tiny_models
 from hasten.pipelines.lora import FILE, Lora

@@ -23,11 +23,11 @@ from pydantic import Field
 from torch import Tensor
 
 from hasten.atomic import atomic_write
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
-from hasten.distill.text_method import TextMethod, TextState
-from hasten.distill.text_objective import seen_doubled
-from hasten.distill.text_roles import TextRole, Texts
+from hasten.distill.pretrain.text_objective import seen_doubled
+from hasten.distill.text.method import TextMethod, TextState
+from hasten.distill.text.roles import TextRole, Texts
 
 KIND = "hasten_diffusion.json"
 

@@ -22,10 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.distill.chunks import Chunks, ChunkSteps, over
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
 from hasten.distill.methods.pairs import pseudo_huber
+from hasten.distill.network.chunks import Chunks, ChunkSteps, over
 
 
 class Causal(Method):

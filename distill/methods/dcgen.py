@@ -25,11 +25,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.methods.flow import Lora, aim, angles
-from hasten.distill.paths import spread
-from hasten.distill.roles import Role
+from hasten.distill.network.paths import spread
+from hasten.distill.network.roles import Role
 from hasten.errors import ModelError
 
 EMBEDDERS = ("pos_embed.proj", "patch_embed.proj")

@@ -28,15 +28,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.guided_teacher import GuidedTeacher
-from hasten.distill.hint import Hint, Hinted
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
 from hasten.distill.methods.heads import Judge, carried, noised, of_judge
-from hasten.distill.paths import NoisePath, turned
-from hasten.distill.roles import Role
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.guided_teacher import GuidedTeacher
+from hasten.distill.network.hint import Hint, Hinted
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.paths import NoisePath, turned
+from hasten.distill.network.roles import Role
 
 LEAST = 1e-6
 """Of the mean distance that a gradient is divided by: a sample that the teacher leaves as it is needs no change."""

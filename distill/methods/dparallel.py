@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
-from hasten.distill.text_method import TextMethod, TextState
-from hasten.distill.text_reorder import reordered
-from hasten.distill.text_roles import Texts
+from hasten.distill.text.method import TextMethod, TextState
+from hasten.distill.text.reorder import reordered
+from hasten.distill.text.roles import Texts
 
 
 class DParallel(TextMethod):

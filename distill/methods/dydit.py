@@ -24,10 +24,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hasten.caching.routed import RoutedReuse
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Beside, Facts, Loss, Method, MethodState
-from hasten.distill.paths import HALF_TURN, NoisePath, spread
-from hasten.distill.routed import Routed, routers_of
+from hasten.distill.network.paths import HALF_TURN, NoisePath, spread
+from hasten.distill.network.routed import Routed, routers_of
 from hasten.errors import UsageError
 
 GRID = 64

@@ -25,12 +25,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hasten.atomic import atomic_write
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
 from hasten.distill.methods.sorted_exits import before
-from hasten.distill.text_depth import input_of, standing, states_of
-from hasten.distill.text_method import TextMethod, TextState
-from hasten.distill.text_roles import TextCall, TextRole, Texts, each_length
+from hasten.distill.text.depth import input_of, standing, states_of
+from hasten.distill.text.method import TextMethod, TextState
+from hasten.distill.text.roles import TextCall, TextRole, Texts, each_length
 
 FILE = "routers.safetensors"
 SURE = 2.0
@@ -48,7 +48,7 @@ class First(TextMethod):
 
     def used(self, model: str, student: Path) -> str:
         bench = f"python benchmarks/fewer_layers.py {student}"
-        return f"hasten.distill.text_depth.only leaves layers out; {bench} says what that costs"
+        return f"hasten.distill.text.depth.only leaves layers out; {bench} says what that costs"
 
 
 class Routers(nn.Module):

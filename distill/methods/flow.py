@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
-from hasten.distill.paths import HALF_TURN, Flow, NoisePath, spread
+from hasten.distill.network.paths import HALF_TURN, Flow, NoisePath, spread
 from hasten.errors import UsageError
 
 Times = Literal["usual", "logit-normal", "uniform"]

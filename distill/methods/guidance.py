@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.guided_teacher import GuidedTeacher, Scale
-from hasten.distill.hint import Hinted
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
-from hasten.distill.paths import HALF_TURN, spread
-from hasten.distill.roles import Role
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.hint import Hinted
+from hasten.distill.network.paths import HALF_TURN, spread
+from hasten.distill.network.roles import Role
 
 
 class Guidance(Method):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, leaky_relu, relu, softplus
 
-from hasten.distill.host_call import Condition
-from hasten.distill.paths import spread
-from hasten.distill.roles import Role
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.paths import spread
+from hasten.distill.network.roles import Role
 from hasten.errors import ModelError, UsageError, nearest
 from hasten.pipelines.host import Output
 from hasten.pipelines.seams.structure import candidates

@@ -23,14 +23,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.hint import Hinted
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.methods.heads import Judge, Rule, carried, noised, of_judge
 from hasten.distill.methods.scm import SCM, SCMState
-from hasten.distill.paths import turned
-from hasten.distill.roles import Role
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.hint import Hinted
+from hasten.distill.network.paths import turned
+from hasten.distill.network.roles import Role
 
 JUDGE = "judge"
 """The phase, and the role of heads alone, that is the discriminator."""

@@ -23,14 +23,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.guided_teacher import GuidedTeacher, Scale
-from hasten.distill.hint import Hinted
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.methods.pairs import pseudo_huber
-from hasten.distill.paths import spread, turned
-from hasten.distill.roles import Role
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.hint import Hinted
+from hasten.distill.network.paths import spread, turned
+from hasten.distill.network.roles import Role
 
 
 class LCMLoRA(Method):

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
+from hasten.distill.data.store import Store
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Batch, Facts, Loss, MethodState
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.text_filter import Told, as_store, check, collect, finished, save_filter
-from hasten.distill.text_filter_prompts import Asked
-from hasten.distill.text_method import TextMethod, TextState
-from hasten.distill.text_roles import TextCall, TextRole, TextRoles
-from hasten.distill.trainer import Trainer
+from hasten.distill.text.filter import Told, as_store, check, collect, finished, save_filter
+from hasten.distill.text.filter_prompts import Asked
+from hasten.distill.text.method import TextMethod, TextState
+from hasten.distill.text.roles import TextCall, TextRole, TextRoles
 from hasten.errors import UsageError
 from hasten.pipelines.text.filters import FILES
 from hasten.pipelines.text_models.host import TextHost

@@ -28,13 +28,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.guided_teacher import GuidedTeacher, Scale
-from hasten.distill.hint import FlowMap, Hint
-from hasten.distill.jvp import How, along
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
-from hasten.distill.paths import HALF_TURN, Flow, spread
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.hint import FlowMap, Hint
+from hasten.distill.network.jvp import How, along
+from hasten.distill.network.paths import HALF_TURN, Flow, spread
 
 CIRCLE = Flow(1.0)
 """Changes between the circle and flow time."""

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
-from hasten.distill.paths import spread, turned
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.paths import spread, turned
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:

@@ -24,10 +24,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hasten.atomic import atomic_write
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
-from hasten.distill.text_method import TextMethod, TextState
-from hasten.distill.text_roles import TextCall, Texts
+from hasten.distill.text.method import TextMethod, TextState
+from hasten.distill.text.roles import TextCall, Texts
 
 FILE = "prompt_tokens.safetensors"
 

@@ -22,11 +22,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
-from hasten.distill.paths import spread, turned
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.paths import spread, turned
 from hasten.errors import RecipeError
 
 

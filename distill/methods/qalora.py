@@ -21,14 +21,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from hasten.distill import processes
-from hasten.distill.calibrate import look, ranges, steps_of
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition
+from hasten.distill.loop import processes
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
-from hasten.distill.paths import HALF_TURN
-from hasten.distill.quantised import LowRank, Quantised, TrainedLayer
-from hasten.distill.walk import Walk, walk
+from hasten.distill.network.calibrate import look, ranges, steps_of
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.paths import HALF_TURN
+from hasten.distill.network.quantised import LowRank, Quantised, TrainedLayer
+from hasten.distill.network.walk import Walk, walk
 from hasten.errors import RecipeError
 
 EDGE_BITS = 8

@@ -22,10 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
 from hasten.distill.methods.qalora import Rounding, RoundingState
-from hasten.distill.quantised import Every
+from hasten.distill.network.quantised import Every
 from hasten.errors import RefusedError
 
 SENSITIVE = (

@@ -25,14 +25,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.guided_teacher import GuidedTeacher, Scale
-from hasten.distill.hint import Hinted, NumberEmbedding
-from hasten.distill.jvp import How, tangent
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
-from hasten.distill.paths import HALF_TURN, spread
-from hasten.distill.roles import Role
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.hint import Hinted, NumberEmbedding
+from hasten.distill.network.jvp import How, tangent
+from hasten.distill.network.paths import HALF_TURN, spread
+from hasten.distill.network.roles import Role
 
 TOP = math.atan(160.0)
 """The largest angle that is trained (the paper's sigma of 80 at sd = 0.5). At pi / 2 itself g and 1 / tan vanish: nothing

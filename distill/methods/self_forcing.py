@@ -26,11 +26,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.distill.chunks import Chunks, ChunkSteps
-from hasten.distill.draw import Draw
-from hasten.distill.hint import Hint
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, MethodState
 from hasten.distill.methods.dmd import DMD, DMDState, Rollout
+from hasten.distill.network.chunks import Chunks, ChunkSteps
+from hasten.distill.network.hint import Hint
 
 
 class SelfForcing(DMD):

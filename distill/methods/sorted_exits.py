@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.atomic import atomic_write
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, MethodState
-from hasten.distill.text_depth import standing, states_of
-from hasten.distill.text_method import TextMethod, TextState
-from hasten.distill.text_roles import TextCall, TextRole, Texts, each_length
+from hasten.distill.text.depth import standing, states_of
+from hasten.distill.text.method import TextMethod, TextState
+from hasten.distill.text.roles import TextCall, TextRole, Texts, each_length
 from hasten.errors import UsageError
 
 FILE = "exits.json"
@@ -43,7 +43,7 @@ class SortedExits(TextMethod):
 
     def used(self, model: str, student: Path) -> str:
         bench = f"python benchmarks/fewer_layers.py {student}"
-        return f"hasten.distill.text_depth.only leaves layers out; {bench} says what that costs"
+        return f"hasten.distill.text.depth.only leaves layers out; {bench} says what that costs"
 
     def of(self, layers: int) -> tuple[int, ...]:
         """The exits of a model of so many layers, the last of which is the model itself. Raises `UsageError` for others."""

@@ -190,7 +190,7 @@ def _drawn(model: str, rows: list[dict[str, Any]]) -> str:
 
 def own_prompts(video: bool) -> list[str]:
     """Sixteen prompts over all digits, directions and speeds. Tuning must use others."""
-    from hasten.distill.moving_digits import clip_prompt, image_prompt
+    from hasten.distill.data.moving_digits import clip_prompt, image_prompt
 
     digits: list[Any] = [(3 * i) % 10 for i in range(16)]
     if video:

@@ -50,7 +50,7 @@ def pretrain(
     """Train a tiny video, image or masked image model on handwritten digits, or a text model on Python and list tasks."""
     output = Output("train pretrain", json)
     with output.open():
-        from hasten.distill.text_config import load_any
+        from hasten.distill.pretrain.text_config import load_any
 
         if resume and not out.is_dir():
             raise UsageError(f"Cannot resume: there is no folder {out}. Leave --resume out to start.")
@@ -84,18 +84,18 @@ def _source(kind: str, data: str | None) -> str:
 
 def _run(settings: Any, out: Path, data: str, resume: bool) -> Path:
     """The trainer of this kind of model; the finished model's folder."""
-    from hasten.distill.masked_images_config import MaskedImageConfig
-    from hasten.distill.text_config import TextPretrainConfig
+    from hasten.distill.pretrain.masked_images_config import MaskedImageConfig
+    from hasten.distill.pretrain.text_config import TextPretrainConfig
 
     if isinstance(settings, MaskedImageConfig):
-        from hasten.distill.masked_images import pretrain_masked
+        from hasten.distill.pretrain.masked_images import pretrain_masked
 
         return pretrain_masked(settings, out=out, data=data, resume=resume)
     if isinstance(settings, TextPretrainConfig):
-        from hasten.distill.text_pretrain import pretrain_text
+        from hasten.distill.pretrain.texts import pretrain_text
 
         return pretrain_text(settings, out=out, data=data, resume=resume)
-    from hasten.distill.pretrain import pretrain as pretrain_pictures
+    from hasten.distill.pretrain.pictures import pretrain as pretrain_pictures
 
     return pretrain_pictures(settings, out=out, data=data, resume=resume)
 

@@ -54,9 +54,9 @@ def train_filter(
     """Train a filter that tells which tokens are final already, for the recipes learned-filter and learn2pd."""
     output = Output("train filter", json)
     with output.open():
-        from hasten.distill import text_filter
         from hasten.distill.methods.learn2pd import Learn2PD, fit
-        from hasten.distill.text_filter_prompts import given, own
+        from hasten.distill.text import filter as text_filter
+        from hasten.distill.text.filter_prompts import given, own
         from hasten.pipelines.loading import silence
         from hasten.pipelines.recipes import recipe
         from hasten.pipelines.text_models.families import choose

@@ -68,8 +68,8 @@ def _chain(
     """Trainings one after the other, each beginning with the student of the one before: pairs and then dmd, say."""
     output = Output("train chain", json)
     with output.open():
-        from hasten.distill import processes
         from hasten.distill.chain import load_chain, train_chain
+        from hasten.distill.loop import processes
 
         named = _named(context.args) | ({"model": model} if model is not None else {})
         settings = load_chain(config, named | assignments(set_ or [], "--set"))
@@ -98,7 +98,7 @@ def _command(method: str) -> Any:
     ) -> None:
         output = Output(f"train {method}", json)
         with output.open():
-            from hasten.distill import processes
+            from hasten.distill.loop import processes
             from hasten.distill.train_config import load_config
             from hasten.distill.training import train
             from hasten.pipelines.loading import silence

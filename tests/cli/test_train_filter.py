@@ -71,7 +71,7 @@ def test_a_model_that_knows_list_tasks(hasten: Any, folder: Path, tmp_path: Path
 
 
 def test_chat_prompts_go_through_the_template(hasten: Any, folder: Path) -> None:
-    from hasten.distill.text_filter_prompts import given
+    from hasten.distill.text.filter_prompts import given
 
     host = opened(folder).host
     asked = given(["w5 w6"], tokenizer(), 4, host.facts, chat=True)
@@ -82,7 +82,7 @@ class TestWhoseFilter:
     @pytest.fixture(scope="class")
     def filters(self, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         from hasten.distill.methods.learn2pd import Learn2PD, fit
-        from hasten.distill.text_filter_prompts import Asked
+        from hasten.distill.text.filter_prompts import Asked
         from hasten.pipelines.recipes import recipe
 
         host = opened(folder).host

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.host_call import Condition, HostCall
 from hasten.distill.method import Batch
-from hasten.distill.paths import NoisePath, spread
-from hasten.distill.roles import Role, Roles
+from hasten.distill.network.host_call import Condition, HostCall
+from hasten.distill.network.paths import NoisePath, spread
+from hasten.distill.network.roles import Role, Roles
 from hasten.pipelines.host import Layout
 
 WIDTH = 3

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.distill.host_call import learn
+from hasten.distill.data.store import Store
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.qalora import Rounding, RoundingState
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.roles import Adapter, Roles
 from tests.hosts import FLUX_CALL, PIXART_CALL, WAN_CALL, small_flux, small_pixart, small_wan
 
 HOSTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill import store
 from hasten.distill.chain import ChainConfig, load_chain, train_chain
-from hasten.distill.pretrain_config import parse_as
+from hasten.distill.data import store
+from hasten.distill.pretrain.config import parse_as
 from hasten.distill.train_config import TrainConfig, load_config
 from hasten.distill.training import train
 from hasten.errors import UsageError

@@ -18,19 +18,19 @@ from torch import Tensor
 
 import hasten
 from hasten.caching.frames import FrameStore
-from hasten.distill.chunks import Chunks, ChunkSteps
-from hasten.distill.draw import Draw
+from hasten.distill.data.store import Store
 from hasten.distill.export.student import Student
-from hasten.distill.few_steps import sample
-from hasten.distill.host_call import Condition, HostCall, learn
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Batch, Facts, Method
 from hasten.distill.methods.causal import Causal
 from hasten.distill.methods.self_forcing import Magic141, SelfForcing
-from hasten.distill.paths import Flow
-from hasten.distill.roles import Adapter, Role, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.chunks import Chunks, ChunkSteps
+from hasten.distill.network.few_steps import sample
+from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.paths import Flow
+from hasten.distill.network.roles import Adapter, Role, Roles
 from hasten.errors import HastenError, LimitError, ModelError, RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import Layout

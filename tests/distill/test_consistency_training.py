@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.hint import FlowMap, Hint, Hinted
-from hasten.distill.host_call import HostCall
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Method
 from hasten.distill.methods.guidance import Guidance
 from hasten.distill.methods.lcm import LCM, LCMLoRA
 from hasten.distill.methods.meanflow import MeanFlow
 from hasten.distill.methods.progressive import Progressive
 from hasten.distill.methods.scm import SCM
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving
-from hasten.distill.roles import Adapter, Role, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.hint import FlowMap, Hint, Hinted
+from hasten.distill.network.host_call import HostCall
+from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving
+from hasten.distill.network.roles import Adapter, Role, Roles
 from hasten.errors import ModelError, RecipeError, UsageError
 from hasten.part import parse
 from hasten.pipelines.host import Layout

@@ -11,7 +11,7 @@ import torch
 from hasten.distill.bench.contest import Contest, prompts
 from hasten.distill.bench.judged import sliced
 from hasten.distill.bench.table import ahead, bars, lora, near, student
-from hasten.distill.pretrain_config import parse_as
+from hasten.distill.pretrain.config import parse_as
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trained import open_trained
 from hasten.distill.training import train

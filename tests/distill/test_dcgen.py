@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import learn
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Facts
 from hasten.distill.methods.dcgen import DCGen, TwoSpaces, embedder, head
-from hasten.distill.new_latents import cast_new, moved, open_autoencoder, train_new_latents
-from hasten.distill.roles import Adapter
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.new_latents import cast_new, moved, open_autoencoder, train_new_latents
+from hasten.distill.network.roles import Adapter
 from hasten.distill.train_config import load_config
-from hasten.distill.trainer import Trainer
 from hasten.errors import HastenError, ModelError, UsageError
 from hasten.pipelines import loading
 from tests.distill.test_trainer import same, weights

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import sample
-from hasten.distill.host_call import Condition, HostCall
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Batch, Facts, Loss, Method
 from hasten.distill.methods.dmd import DMD, DMDGAN, DMDState
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving, spread
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.few_steps import sample
+from hasten.distill.network.host_call import Condition, HostCall
+from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving, spread
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.errors import ModelError
 from hasten.pipelines.host import Layout
 from tests.distill import gaussians, toys

@@ -14,16 +14,16 @@ from torch import Tensor
 import hasten
 from hasten.caching.routed import RoutedReuse
 from hasten.caching.routers import RoutedModule, Routers
-from hasten.distill.draw import Draw
+from hasten.distill.data.store import Store
 from hasten.distill.export.student import student_of
-from hasten.distill.host_call import Condition, HostCall, learn
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Facts
 from hasten.distill.methods.dydit import DyDiT
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.routed import Routed, routers_of
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.roles import Adapter, Roles
+from hasten.distill.network.routed import Routed, routers_of
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.seams.routed import RoutedWalk

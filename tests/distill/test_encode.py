@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hasten.distill import encode as encoding
-from hasten.distill import store
-from hasten.distill.encode import autoencoder, decode, latents, size_of
-from hasten.distill.host_call import learn
-from hasten.distill.own_files import Size, Unusable, find, pixels
+from hasten.distill.data import encode as encoding
+from hasten.distill.data import store
+from hasten.distill.data.encode import autoencoder, decode, latents, size_of
+from hasten.distill.data.own_files import Size, Unusable, find, pixels
+from hasten.distill.network.host_call import learn
 from hasten.distill.train_config import load_config
 from hasten.distill.training import prepare, train
 from hasten.errors import HastenError, ModelError, ResumeError, UsageError

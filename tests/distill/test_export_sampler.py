@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hasten.distill.export.sampler import few_calls, scheduler_for, told_guidance
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.host_call import HostCall, learn
-from hasten.distill.paths import Flow, VariancePreserving
-from hasten.distill.roles import Role
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.host_call import HostCall, learn
+from hasten.distill.network.paths import Flow, VariancePreserving
+from hasten.distill.network.roles import Role
 from hasten.errors import RecipeError, RefusedError, UsageError
 from hasten.pipelines.seams.few_calls import arguments
 from hasten.samplers.few_calls import FewCalls

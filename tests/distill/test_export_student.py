@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import hasten
 from hasten.distill.export.lora import lora_of, save_network
 from hasten.distill.export.student import Student, student_of
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.hint import FlowMap
-from hasten.distill.host_call import learn
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.roles import Adapter, Roles
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.hint import FlowMap
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines import lora as lora_module
 from hasten.pipelines.loading import open_pipeline

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Facts
 from hasten.distill.methods.flow import Lora, angles
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving
+from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving
 from hasten.errors import UsageError
 from tests.distill import toys
 

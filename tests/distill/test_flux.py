@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("sklearn", reason="scikit-learn's digits are the data of these tests")
 
-from hasten.distill import tiny, tiny_flux
-from hasten.distill.bundle import bundle
-from hasten.distill.pretrain import pretrain
-from hasten.distill.pretrain_config import load_config
+from hasten.distill.pretrain import tiny, tiny_flux
+from hasten.distill.pretrain.bundle import bundle
+from hasten.distill.pretrain.config import load_config
+from hasten.distill.pretrain.pictures import pretrain
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.judge import DIGITS
@@ -205,7 +205,7 @@ def test_autoencoder_of_a_bundled_model_is_taken_as_it_is(tmp_path: Path) -> Non
     taken = load_config("smoke-flux").model_dump(mode="json")
     taken["vae"] = {"weights": "tiny-image"}
     taken["denoiser"] = {key: value for key, value in taken["denoiser"].items() if key != "ffn"}
-    from hasten.distill.pretrain_config import parse_config
+    from hasten.distill.pretrain.config import parse_config
 
     config = parse_config(taken)
     pretrain(config, out=tmp_path, data="sklearn", progress=False, stop_after=1)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.distill.health import Health
-from hasten.distill.log import Log
+from hasten.distill.loop.health import Health
+from hasten.distill.loop.log import Log
+from hasten.distill.loop.optimizers import check_optimizer
+from hasten.distill.loop.settings import TrainSettings
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.optimizers import check_optimizer
-from hasten.distill.settings import TrainSettings
 from hasten.errors import UsageError
 from tests.distill.test_trainer import same, weights
 from tests.distill.toys import trainer
@@ -73,7 +73,7 @@ def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.distill.log.find_spec", lambda name: None)
+    monkeypatch.setattr("hasten.distill.loop.log.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=f"train.report_to = {tracker} needs the package {tracker}"):
         Log(tmp_path / "log.jsonl", 0, tracker)
 
@@ -97,7 +97,7 @@ def test_eight_bit_optimisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fake: Any = types.ModuleType("bitsandbytes.optim")
     fake.AdamW8bit = Eight
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
-    monkeypatch.setattr("hasten.distill.optimizers.find_spec", lambda name: True)
+    monkeypatch.setattr("hasten.distill.loop.optimizers.find_spec", lambda name: True)
     trainer(Pairs(), tmp_path / "whole", optimizer="adamw8bit", lr=1e-3).fit()
     trainer(Pairs(), tmp_path / "cut", optimizer="adamw8bit", lr=1e-3).fit(stop_after=3)
     trainer(Pairs(), tmp_path / "cut", optimizer="adamw8bit", lr=1e-3).fit(resume=True)

@@ -14,11 +14,11 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.distill.hint import Hint, Hinted
-from hasten.distill.host_call import Condition, HostCall, learn
-from hasten.distill.jvp import difference, jvp_safe_attention, tangent
-from hasten.distill.paths import Flow
-from hasten.distill.roles import Adapter, Role, Roles
+from hasten.distill.network.hint import Hint, Hinted
+from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.jvp import difference, jvp_safe_attention, tangent
+from hasten.distill.network.paths import Flow
+from hasten.distill.network.roles import Adapter, Role, Roles
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines.host import Layout
 from tests import hosts
@@ -118,7 +118,7 @@ def test_no_switch_is_left_and_other_threads_keep_theirs() -> None:
 
 
 def test_a_long_sequence_holds_one_chunk_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hasten.distill.jvp as module
+    import hasten.distill.network.jvp as module
 
     largest, plain = 0, module._softmax
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition, HostCall
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Method
 from hasten.distill.methods.heads import Head, Judge, Rule, carried, noised, of_judge, of_student
 from hasten.distill.methods.ladd import JUDGE, LADD, LADDState, SanaSprint
-from hasten.distill.paths import Flow, VariancePreserving
-from hasten.distill.roles import Role
+from hasten.distill.network.host_call import Condition, HostCall
+from hasten.distill.network.paths import Flow, VariancePreserving
+from hasten.distill.network.roles import Role
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines.host import Layout
 from tests.distill import toys

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts
 from hasten.distill.methods.dparallel import DParallel
 from hasten.distill.methods.learn2pd import Learn2PD
 from hasten.distill.methods.medusa import Medusa
-from hasten.distill.roles import Adapter
-from hasten.distill.text_filter import held_back, risk
-from hasten.distill.text_roles import TextCall, TextRoles
-from hasten.distill.text_training import train_text
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.roles import Adapter
+from hasten.distill.text.filter import held_back, risk
+from hasten.distill.text.roles import TextCall, TextRoles
+from hasten.distill.text.training import train_text
 from hasten.distill.train_config import load_config
 from hasten.errors import UsageError
 from hasten.pipelines.text.diffusion import TextDiffusionPipeline

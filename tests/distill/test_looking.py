@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hasten.distill import memory_plan
-from hasten.distill.memory_plan import MemoryPlan, check_fits, check_room, plan
-from hasten.distill.pretrain_state import claimed
-from hasten.distill.samples import sheet
+from hasten.distill.loop import memory_plan
+from hasten.distill.loop.memory_plan import MemoryPlan, check_fits, check_room, plan
+from hasten.distill.loop.samples import sheet
+from hasten.distill.loop.state import claimed
 from hasten.distill.train_config import load_config
 from hasten.distill.training import train
 from hasten.errors import HastenError, ResumeError, UsageError
@@ -76,8 +76,8 @@ def test_clips_become_strips() -> None:
 @pytest.mark.parametrize("model", ["tiny-flux", "tiny-image", "tiny-video"])
 def test_the_plan_counts_what_the_training_then_has(model: str, full: bool) -> None:
     """Against roles that were really cast: weights and what is trained, exactly."""
-    from hasten.distill.host_call import learn
-    from hasten.distill.roles import Adapter, Roles
+    from hasten.distill.network.host_call import learn
+    from hasten.distill.network.roles import Adapter, Roles
     from hasten.pipelines import loading, tiny_models
 
     config = load_config("lcm", None, {"model": model, "rank": 4, "full": full, "train.batch": 4})
@@ -127,7 +127,7 @@ def test_a_full_disk_is_said_before(tmp_path: Path) -> None:
 
 def test_missing_packages_are_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.pipelines.loading.open_pipeline", lambda *a, **k: pytest.fail("something was loaded"))
-    monkeypatch.setattr("hasten.distill.log.find_spec", lambda name: None)
+    monkeypatch.setattr("hasten.distill.loop.log.find_spec", lambda name: None)
     for given, words in (({"train.optimizer": "adamw8bit"}, "bitsandbytes"), ({"train.report_to": "trackio"}, "trackio")):
         with pytest.raises(HastenError, match=words):
             train(load_config("pairs", None, SMALL | given), tmp_path / "a", progress=False)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill.masked_images import draw_images, pretrain_masked
-from hasten.distill.masked_images_bundle import bundle_masked
-from hasten.distill.masked_images_config import MaskedImageConfig
-from hasten.distill.moving_digits import Digits
-from hasten.distill.text_config import load_any
+from hasten.distill.data.moving_digits import Digits
+from hasten.distill.pretrain.masked_images import draw_images, pretrain_masked
+from hasten.distill.pretrain.masked_images_bundle import bundle_masked
+from hasten.distill.pretrain.masked_images_config import MaskedImageConfig
+from hasten.distill.pretrain.text_config import load_any
 from hasten.errors import ModelError, ResumeError, UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.loading import open_pipeline
@@ -33,9 +33,9 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (30, 28, 28), generator=g).to(torch.uint8)
     made = Digits(images, torch.arange(30) % 10, 20, "noise")
-    monkeypatch.setattr("hasten.distill.masked_images.load_digits", lambda data: made)
-    monkeypatch.setattr("hasten.distill.masked_images_bundle.load_digits", lambda data: made)
-    monkeypatch.setattr("hasten.distill.masked_images.REFERENCE", 3)
+    monkeypatch.setattr("hasten.distill.pretrain.masked_images.load_digits", lambda data: made)
+    monkeypatch.setattr("hasten.distill.pretrain.masked_images_bundle.load_digits", lambda data: made)
+    monkeypatch.setattr("hasten.distill.pretrain.masked_images.REFERENCE", 3)
 
 
 def config(**changes: Any) -> MaskedImageConfig:

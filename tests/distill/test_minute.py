@@ -8,7 +8,7 @@ import torch
 
 from hasten.distill.bench.contest import Contest, prompts
 from hasten.distill.bench.table import student, teacher
-from hasten.distill.pretrain_config import parse_as
+from hasten.distill.pretrain.config import parse_as
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.training import train
 

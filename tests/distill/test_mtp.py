@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hasten.distill.draw import Draw
-from hasten.distill.gate import gated
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Method
 from hasten.distill.methods import first, medusa, mtp, ppd, sorted_exits
 from hasten.distill.methods.block import KIND, BlockDiffusion, doubled_logits
@@ -27,8 +25,10 @@ from hasten.distill.methods.medusa import Medusa, MedusaHeads
 from hasten.distill.methods.mtp import MultiToken, masks_behind
 from hasten.distill.methods.ppd import PromptTokens
 from hasten.distill.methods.sorted_exits import SortedExits
-from hasten.distill.roles import Adapter
-from hasten.distill.text_roles import TextCall, TextRoles, Texts
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.roles import Adapter
+from hasten.distill.text.gate import gated
+from hasten.distill.text.roles import TextCall, TextRoles, Texts
 from hasten.errors import UsageError
 from tests.distill.test_text_methods import MASK, VOCAB, host, texts, trainer, weights
 

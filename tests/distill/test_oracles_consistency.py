@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import sample
-from hasten.distill.jvp import tangent
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Method, MethodState
 from hasten.distill.methods.guidance import Guidance
 from hasten.distill.methods.lcm import LCM, LCMLoRA
 from hasten.distill.methods.meanflow import MeanFlow, in_flow_time
 from hasten.distill.methods.progressive import Progressive, chord
 from hasten.distill.methods.scm import SCM, residual
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving, guided, spread, turned
-from hasten.distill.roles import Guided
+from hasten.distill.network.few_steps import sample
+from hasten.distill.network.jvp import tangent
+from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving, guided, spread, turned
+from hasten.distill.network.roles import Guided
 from tests.distill import gaussians
 from tests.distill.gaussians import Gaussian, Law, Mixture, batch, roles
 

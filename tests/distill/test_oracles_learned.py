@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import FewSteps, sample
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Method
 from hasten.distill.methods.lcm import LCM
 from hasten.distill.methods.meanflow import MeanFlow
 from hasten.distill.methods.progressive import Progressive
 from hasten.distill.methods.scm import SCM
-from hasten.distill.paths import Flow
-from hasten.distill.roles import Roles, follow
+from hasten.distill.network.few_steps import FewSteps, sample
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.paths import Flow
+from hasten.distill.network.roles import Roles, follow
 from tests.distill.gaussians import WIDTH, Exact, Mixture, role
 
 STEPS, ROWS = 80, 32

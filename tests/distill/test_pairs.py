@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hasten.distill.draw import Draw
-from hasten.distill.few_steps import sample
+from hasten.distill.loop.draw import Draw
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving
+from hasten.distill.network.few_steps import sample
+from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving
 from tests.distill.toys import store, trainer
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.distill.paths import Flow, NoisePath, VariancePreserving, guided, path_of, scale_from, spread
+from hasten.distill.network.paths import (
+    Flow,
+    NoisePath,
+    VariancePreserving,
+    guided,
+    path_of,
+    scale_from,
+    spread,
+)
 from hasten.errors import ModelError, UsageError
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

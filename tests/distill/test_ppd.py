@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch
 from hasten.distill.methods.ppd import PromptEmbeddings, PromptTokens, accepted, prompt_logits, sight
-from hasten.distill.text_roles import TextCall, Texts
+from hasten.distill.network.host_call import Condition
+from hasten.distill.text.roles import TextCall, Texts
 from tests.distill.test_text_methods import VOCAB, host, texts, trainer
 
 

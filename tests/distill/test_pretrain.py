@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("sklearn", reason="scikit-learn's digits are the data of these tests")
 
-from hasten.distill.bundle import MAX_POINTS, bundle
-from hasten.distill.moving_digits import (
+from hasten.distill.data.moving_digits import (
     DIRECTIONS,
     POSITIONS,
     SPEEDS,
@@ -26,13 +25,14 @@ from hasten.distill.moving_digits import (
     sample_clips,
     sample_images,
 )
-from hasten.distill.pretrain import pretrain
-from hasten.distill.pretrain_config import load_config, parse_config
-from hasten.distill.pretrain_loop import step_seed
-from hasten.distill.schedule import learning_rate
-from hasten.distill.tiny import build_denoiser, build_tokenizer, vocabulary
-from hasten.distill.tiny_attention import BmmAttention
-from hasten.distill.tiny_growth import grown_weights
+from hasten.distill.loop.schedule import learning_rate
+from hasten.distill.pretrain.bundle import MAX_POINTS, bundle
+from hasten.distill.pretrain.config import load_config, parse_config
+from hasten.distill.pretrain.loop import step_seed
+from hasten.distill.pretrain.pictures import pretrain
+from hasten.distill.pretrain.tiny import build_denoiser, build_tokenizer, vocabulary
+from hasten.distill.pretrain.tiny_attention import BmmAttention
+from hasten.distill.pretrain.tiny_growth import grown_weights
 from hasten.errors import ResumeError, UsageError
 
 PREFIX = {"video": "blocks.", "image": "transformer_blocks."}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.pretrain_loop import Loop, Task, one_process
+from hasten.distill.pretrain.loop import Loop, Task, one_process
 from hasten.errors import StoppedError
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.settings import TrainSettings
-from hasten.distill.trainer import Trainer
 from hasten.errors import UsageError
 from tests.distill.test_trainer import Critic, weights
 from tests.distill.toys import WIDTH, roles, store, trainer

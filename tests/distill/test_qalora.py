@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import hasten
-from hasten.distill.calibrate import look, steps_of
-from hasten.distill.draw import Draw
 from hasten.distill.export.quantised import packed_of
 from hasten.distill.export.student import student_of
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.methods.qalora import QALoRA, QALoRAState
-from hasten.distill.paths import VariancePreserving, spread, turned
-from hasten.distill.quantised import LowRank, TrainedLayer
-from hasten.distill.roles import Adapter, Roles
+from hasten.distill.network.calibrate import look, steps_of
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.paths import VariancePreserving, spread, turned
+from hasten.distill.network.quantised import LowRank, TrainedLayer
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.distill.train_config import load_config
 from hasten.errors import HastenError, ModelError, RefusedError, UsageError
 from hasten.pipelines.quantised import HEAD, Quantised, packed, rounded, unpacked, whole

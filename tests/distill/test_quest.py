@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.methods.quest import QuEST, QuESTState
 from hasten.errors import RefusedError
 from tests.distill.quantised_students import SHORT, training

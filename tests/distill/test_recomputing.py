@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill.host_call import Condition, HostCall, learn
 from hasten.distill.methods.heads import Judge, of_judge
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.roles import Adapter, Roles
+from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.errors import ModelError
 from hasten.pipelines import loading, tiny_models
 from tests.distill import toys

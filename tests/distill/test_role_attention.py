@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill.host_call import Condition, HostCall, learn
-from hasten.distill.role_attention import read_less
-from hasten.distill.roles import Adapter, Roles
+from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.role_attention import read_less
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.errors import ModelError, RefusedError
 from hasten.pipelines import loading, tiny_models
 from hasten.pipelines.attention.sites import Site, Sites
@@ -147,7 +147,7 @@ def _plans(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 
 def test_what_stands_in_for_the_rest_has_gradients() -> None:
     """Against differences, on the policy alone in float64."""
-    from hasten.distill.role_attention import STEP
+    from hasten.distill.network.role_attention import STEP
     from hasten.sparse_attn.segments import Tokens, text, video
 
     g = torch.Generator().manual_seed(3)
@@ -193,7 +193,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(policy: Any, words
 
 
 def test_tangents_are_refused_in_words_and_differences_work() -> None:
-    from hasten.distill.jvp import tangent
+    from hasten.distill.network.jvp import tangent
 
     roles, host, conditions = cast("tiny-image")
     read_less(roles, ["student"], reading(0.25), conditions)

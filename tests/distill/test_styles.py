@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.distill import styles
 from hasten.distill.chain import load_chain
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.guidance import Guidance
-from hasten.distill.roles import Adapter, Guided, Roles
-from hasten.distill.settings import TrainSettings
+from hasten.distill.network import styles
+from hasten.distill.network.roles import Adapter, Guided, Roles
 from hasten.distill.train_config import load_config
-from hasten.distill.trainer import Trainer
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines import loading
 from hasten.pipelines.lora import Lora, LowRank

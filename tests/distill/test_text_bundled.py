@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hasten
-from hasten.distill import text_judge
-from hasten.distill.text_tokenizer import FILE, SHA256
+from hasten.distill.pretrain import text_judge
+from hasten.distill.pretrain.text_tokenizer import FILE, SHA256
 from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.list_tasks import DETERMINISTIC, ask

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hasten.distill.bench.texts import bars, evaluations, rows
-from hasten.distill.text_roles import Texts
+from hasten.distill.text.roles import Texts
 from hasten.errors import UsageError
 
 

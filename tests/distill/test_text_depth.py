@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts
 from hasten.distill.methods.first import First, Routers, route, routed_states
 from hasten.distill.methods.sorted_exits import SortedExits, before, exit_states
-from hasten.distill.roles import Adapter
-from hasten.distill.text_depth import only
-from hasten.distill.text_roles import TextCall, TextRoles, Texts
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.roles import Adapter
+from hasten.distill.text.depth import only
+from hasten.distill.text.roles import TextCall, TextRoles, Texts
 from hasten.errors import UsageError
 from hasten.pipelines.text_models.families import choose
 from tests.distill.test_text_methods import EOS, MASK, PAD, VOCAB, texts, trainer

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hasten.canvas import TextFacts
 from hasten.distill.methods.learn2pd import SETTINGS, Learn2PD, fit, train
-from hasten.distill.text_filter import Traces, as_store, collect, held_back, risk, score, threshold
-from hasten.distill.text_filter_bundle import note_filters
-from hasten.distill.text_filter_prompts import CODE_GIVEN, Asked, own
+from hasten.distill.pretrain.filter_bundle import note_filters
+from hasten.distill.text.filter import Traces, as_store, collect, held_back, risk, score, threshold
+from hasten.distill.text.filter_prompts import CODE_GIVEN, Asked, own
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.text.diffusion import TextDiffusionPipeline

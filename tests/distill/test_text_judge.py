@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distill import text_judge
-from hasten.distill.text_config import load_text_config
-from hasten.distill.text_pretrain import build_model
-from hasten.distill.text_tokenizer import load_tokenizer
+from hasten.distill.pretrain import text_judge
+from hasten.distill.pretrain.text_config import load_text_config
+from hasten.distill.pretrain.text_tokenizer import load_tokenizer
+from hasten.distill.pretrain.texts import build_model
 from hasten.pipelines.list_tasks import TASKS
 
 KINDS: dict[str, dict[str, Any]] = {

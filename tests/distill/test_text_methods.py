@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition
+from hasten.distill.data.store import Store
+from hasten.distill.loop.draw import Draw
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Batch, Facts, Method
 from hasten.distill.methods.dparallel import DParallel, certainty_forcing, drawn_block
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.roles import Adapter
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.text_roles import NEVER, TextCall, TextRoles, Texts
-from hasten.distill.text_student import save_student
-from hasten.distill.text_teach import make_texts
-from hasten.distill.text_training import train_text
+from hasten.distill.network.host_call import Condition
+from hasten.distill.network.roles import Adapter
+from hasten.distill.text.roles import NEVER, TextCall, TextRoles, Texts
+from hasten.distill.text.student import save_student
+from hasten.distill.text.teach import make_texts
+from hasten.distill.text.training import train_text
 from hasten.distill.train_config import load_config
-from hasten.distill.trainer import Trainer
 from hasten.errors import UsageError
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.text_models.families import choose

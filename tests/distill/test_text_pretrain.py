@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hasten.distill.pretrain_config import load_config
-from hasten.distill.text_config import CodeConfig, TasksConfig, load_any, load_text_config
-from hasten.distill.text_data import code_batch, tasks_batch
-from hasten.distill.text_objective import TextObjective, masked, predict, seen, seen_doubled
-from hasten.distill.text_pretrain import build_model
-from hasten.distill.text_tokenizer import load_tokenizer
-from hasten.distill.tiny_attention import MaskedBmmAttention
+from hasten.distill.pretrain.config import load_config
+from hasten.distill.pretrain.text_config import CodeConfig, TasksConfig, load_any, load_text_config
+from hasten.distill.pretrain.text_data import code_batch, tasks_batch
+from hasten.distill.pretrain.text_objective import TextObjective, masked, predict, seen, seen_doubled
+from hasten.distill.pretrain.text_tokenizer import load_tokenizer
+from hasten.distill.pretrain.texts import build_model
+from hasten.distill.pretrain.tiny_attention import MaskedBmmAttention
 from hasten.errors import UsageError
 from tests.text_training import KINDS, config
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.distill.draw import Draw
-from hasten.distill.host_call import Condition
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch
 from hasten.distill.methods.dparallel import DParallel
-from hasten.distill.text_reorder import dealt, reordered
-from hasten.distill.text_roles import Texts
+from hasten.distill.network.host_call import Condition
+from hasten.distill.text.reorder import dealt, reordered
+from hasten.distill.text.roles import Texts
 from tests.distill.test_text_methods import MASK, VOCAB, texts, trainer
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.distill.text_config import LONGEST_ANSWER, LONGEST_QUESTION
-from hasten.distill.text_tokenizer import ENTRIES, FILE, load_tokenizer, train_tokenizer
+from hasten.distill.pretrain.text_config import LONGEST_ANSWER, LONGEST_QUESTION
+from hasten.distill.pretrain.text_tokenizer import ENTRIES, FILE, load_tokenizer, train_tokenizer
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines import python_sources
 from hasten.pipelines.list_tasks import DETERMINISTIC, LETTERS, PLACES, TASKS, ask, questions

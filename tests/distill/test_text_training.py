@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill.pretrain_state import claimed
-from hasten.distill.text_bundle import bundle_text
-from hasten.distill.text_config import load_text_config
-from hasten.distill.text_pretrain import pretrain_text
+from hasten.distill.loop.state import claimed
+from hasten.distill.pretrain.text_bundle import bundle_text
+from hasten.distill.pretrain.text_config import load_text_config
+from hasten.distill.pretrain.texts import pretrain_text
 from hasten.errors import ModelError, ResumeError, UsageError
 from hasten.pipelines import tiny_models
 from tests.text_training import KINDS, config, written
@@ -101,8 +101,8 @@ def assert_same(one: Path, two: Path) -> None:
 KILLED = """
 import sys, torch
 from pathlib import Path
-from hasten.distill.text_config import load_text_config
-from hasten.distill.text_pretrain import pretrain_text
+from hasten.distill.pretrain.text_config import load_text_config
+from hasten.distill.pretrain.texts import pretrain_text
 
 torch.set_num_threads(1)
 out, data, how = sys.argv[1:]

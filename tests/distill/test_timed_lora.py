@@ -11,13 +11,13 @@ from torch import Tensor
 
 import hasten
 from hasten.distill.export.student import Student
-from hasten.distill.few_steps import FewSteps
-from hasten.distill.host_call import learn
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.timed_lora import HOLDER, gates_of
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.few_steps import FewSteps
+from hasten.distill.network.host_call import learn
+from hasten.distill.network.roles import Adapter, Roles
+from hasten.distill.network.timed_lora import HOLDER, gates_of
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.pipelines.lora import FILE as ORDINARY
 from hasten.pipelines.timed_lora import FILE, TimedGates, TimedLora, read_adapter

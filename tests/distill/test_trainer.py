@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hasten.distill.draw import Draw
+from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.methods.pairs import Pairs
 from hasten.errors import ResumeError, UsageError

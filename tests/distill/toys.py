@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.distill.host_call import Condition, HostCall
+from hasten.distill.data.store import Store
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Method
-from hasten.distill.paths import Flow, NoisePath
-from hasten.distill.roles import Adapter, Roles
-from hasten.distill.settings import TrainSettings
-from hasten.distill.store import Store
-from hasten.distill.trainer import Trainer
+from hasten.distill.network.host_call import Condition, HostCall
+from hasten.distill.network.paths import Flow, NoisePath
+from hasten.distill.network.roles import Adapter, Roles
 from hasten.pipelines.host import Layout
 
 WIDTH, PROMPTS = 5, 3

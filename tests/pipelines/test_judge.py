@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 def test_reads_unseen_real_clips() -> None:
     if not MNIST.is_dir():
         pytest.skip("the MNIST pictures are not on this machine")
-    from hasten.distill.moving_digits import load_digits, sample_clips, sample_images
+    from hasten.distill.data.moving_digits import load_digits, sample_clips, sample_images
 
     digits = load_digits(MNIST)
     clips = sample_clips(digits, 300, seed=123, split="test")
@@ -47,7 +47,7 @@ def test_reads_unseen_real_clips() -> None:
 @needs_judge
 def test_reads_motion_of_other_handwriting() -> None:
     pytest.importorskip("sklearn")
-    from hasten.distill.moving_digits import load_digits, sample_clips
+    from hasten.distill.data.moving_digits import load_digits, sample_clips
 
     clips = sample_clips(load_digits("sklearn"), 100, seed=5)
     readings = Judge.load().read_all(clips.frames.unsqueeze(-1).expand(-1, -1, -1, -1, 3))
@@ -127,7 +127,7 @@ def test_missing_judge_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_judge_can_be_trained_on_any_handwriting(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    from hasten.distill.train_judge import JudgeConfig, train_judge
+    from hasten.distill.pretrain.judge import JudgeConfig, train_judge
 
     config = JudgeConfig(steps=6, batch=8, test_clips=16, reference=8)
     card = train_judge(config, out=tmp_path / "judge", data="sklearn", progress=False)

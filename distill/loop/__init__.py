@@ -1,0 +1,1 @@
+"""How a training runs: steps, roles' weights, processes, log, checkpoints, what it takes and what it costs."""

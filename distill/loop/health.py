@@ -1,0 +1,77 @@
+"""What goes wrong slowly: said once in words, and a row in the log.
+
+The alarms look at the numbers that methods log. They are functions of the log alone, so that a resumed training, which
+reads its earlier rows, says what it would have said.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+FAST, SLOW = 0.9, 0.99
+"""Decays of the averages that are compared."""
+
+PATIENCE = 100
+"""Steps before anything is said: early numbers mean little."""
+
+APART = {"loss": 10.0, "gap": 4.0}
+"""Number -> how many times its lowest slow average its fast average may be. A loss that has grown ten times has been lost; a
+critic that falls behind the student lets `gap` grow, where it should fall to the noise of the critic."""
+
+WORDS = {
+    "loss": "The loss is {ratio:.0f} times what it was at its best (step {step}): the training comes apart. Lower train.lr, or"
+    " go back to an earlier checkpoint.",
+    "gap": "Critic and teacher are {ratio:.0f} times as far apart as they were (step {step}): the critic does not keep up with"
+    " the student. Raise method.ratio or train.role_lr.critic, or lower train.lr.",
+    "recall": "The student's samples cover {value:.0%} of the data's variety, where they covered {best:.0%} (step {step}): they"
+    " become alike. Lower train.lr, or stop at an earlier checkpoint.",
+}
+
+LOST = 0.5
+"""Share of the best recall below which samples are said to become alike."""
+
+
+class Health:
+    """Alarms of one training. earlier: rows of its log before this start."""
+
+    def __init__(self, earlier: Iterable[Mapping[str, float]] = ()) -> None:
+        self._fast: dict[str, float] = {}
+        self._slow: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+        self._said: set[str] = set()
+        for row in earlier:
+            self._said |= {name.removeprefix("alarm.") for name in row if name.startswith("alarm.")}
+            self._see(row)
+
+    def look(self, step: int, row: Mapping[str, float]) -> dict[str, float]:
+        """`alarm.NAME` -> 1 for what is wrong for the first time; each is warned about, too."""
+        row = {name: float(f"{value:.6g}") for name, value in row.items()}  # as it stands in the log
+        self._see(row)
+        found = {}
+        for name, words in self._wrong(step, row).items():
+            if name not in self._said:
+                self._said.add(name)
+                found[f"alarm.{name}"] = 1.0
+                warnings.warn(f"hasten: {words}", stacklevel=4)
+        return found
+
+    def _see(self, row: Mapping[str, float]) -> None:
+        for name in APART:
+            if name in row:
+                value = abs(row[name])
+                self._fast[name] = FAST * self._fast.get(name, value) + (1 - FAST) * value
+                self._slow[name] = SLOW * self._slow.get(name, value) + (1 - SLOW) * value
+                self._best[name] = min(self._best.get(name, self._slow[name]), self._slow[name])
+        if "recall" in row:
+            self._best["recall"] = max(self._best.get("recall", 0.0), row["recall"])
+
+    def _wrong(self, step: int, row: Mapping[str, float]) -> dict[str, str]:
+        words = {}
+        for name, most in APART.items():
+            best = self._best.get(name, 0.0)
+            if name in row and step >= PATIENCE and best > 0 and self._fast[name] > most * best:
+                words[name] = WORDS[name].format(ratio=self._fast[name] / best, step=step)
+        if "recall" in row and row["recall"] < LOST * self._best["recall"]:
+            words["recall"] = WORDS["recall"].format(value=row["recall"], best=self._best["recall"], step=step)
+        return words

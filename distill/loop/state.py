@@ -1,0 +1,192 @@
+"""Checkpoints of a training: safetensors and JSON only, written aside and then renamed.
+
+A checkpoint is a folder with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`, `rng.safetensors`
+and `state.json`. Together with the stateless batches (a batch is a function of seed and step) it continues
+bit-identically on the CPU. A kill at any moment leaves either the old or the new checkpoint complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hasten.errors import ResumeError, UsageError
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `target`, then put it in its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write(aside)
+    for file in aside.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors creates its files readable by their owner only
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def claimed(
+    out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...], usual: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Hold `out` for one training: write its configuration, or check that a resumed run has the same one.
+
+    `may_change`: dotted keys (or their beginnings) in which a resumed run may differ; `usual`: what keys were that an older
+    version did not write. `UsageError` when
+    the folder holds a training that is not to be resumed, or when another process is training in it right now: two
+    would replace each other's logs and checkpoints. A killed process holds nothing.
+    """
+    _check(out, wanted, resume, may_change, usual or {})
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        if not _locked(lock):
+            raise UsageError(f"Another process is training in '{out}'. Wait for it, stop it, or give another folder.")
+        (out / "config.json").write_text(json.dumps(wanted, indent=1))
+        try:
+            yield
+        finally:
+            if {file.name for file in out.iterdir()} <= {"config.json", ".lock"}:  # refused before anything was made
+                (out / "config.json").unlink()
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _check(
+    out: Path, wanted: Mapping[str, Any], resume: bool, may_change: tuple[str, ...], usual: Mapping[str, Any]
+) -> None:
+    file = out / "config.json"
+    if file.exists() and not resume:
+        raise UsageError(f"'{out}' already holds a training. Resume it, or give an empty folder.")
+    if file.exists():
+        found, new = _flat(usual) | _flat(json.loads(file.read_text())), _flat(wanted)
+        keys = sorted(k for k in found.keys() | new.keys() if not k.startswith(may_change))
+        differing = [
+            f"{k} was {found.get(k)!r}, now {new.get(k)!r}" for k in keys if found.get(k) != new.get(k)
+        ]
+        if differing:
+            allowed = " and ".join(key.rstrip(".") for key in may_change)
+            raise ResumeError(
+                f"Cannot resume '{out}': only {allowed} may change, but {'; '.join(differing[:4])}."
+                " Restore the old values, or start in an empty folder."
+            )
+    elif resume and not out.is_dir():
+        raise ResumeError(f"Cannot resume '{out}': there is no such folder. Start without resume.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    ema: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: Mapping[str, Any],
+) -> None:
+    """Write everything the training needs to go on."""
+
+    def write(part: Path) -> None:
+        save_file(
+            {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, part / FILES[0]
+        )
+        save_file({k: v.clone().contiguous() for k, v in ema.items()}, part / FILES[1])
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        for number, optimizer in enumerate(optimizers):
+            for index, slots in optimizer.state_dict()["state"].items():
+                for key, value in slots.items():
+                    name = f"{number}.{index}.{key}"
+                    if isinstance(value, Tensor):
+                        tensors[name] = value.clone().contiguous()
+                    else:
+                        scalars[name] = value
+        save_file(tensors, part / FILES[2])
+        save_file({"torch": torch.get_rng_state()}, part / FILES[3])
+        (part / FILES[4]).write_text(json.dumps({**state, "optimizer_scalars": scalars}, indent=1))
+
+    replace_folder(folder, write)
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> dict[str, Any]:
+    """Restore in place and return the state; refuse, naming what is missing, when it is not complete."""
+    if not folder.exists() and folder.with_name(folder.name + ".old").exists():
+        folder.with_name(folder.name + ".old").rename(folder)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ResumeError(
+            f"Cannot resume from '{folder}': missing {', '.join(missing)}. Restore them, or start anew without "
+            "resume in an empty folder."
+        )
+    state: dict[str, Any] = json.loads((folder / FILES[4]).read_text())
+    model.load_state_dict(load_file(folder / FILES[0]))
+    averaged = load_file(folder / FILES[1])
+    if set(averaged) != set(ema):
+        odd = sorted(set(averaged) ^ set(ema))[:3]
+        raise ResumeError(f"Cannot resume from '{folder}': its averaged weights differ in {', '.join(odd)}.")
+    for name, value in averaged.items():
+        ema[name].copy_(value)
+    flat: dict[str, Any] = {**load_file(folder / FILES[2]), **state.pop("optimizer_scalars")}
+    for number, optimizer in enumerate(optimizers):
+        slots: dict[int, dict[str, Any]] = {}
+        for name, value in flat.items():
+            which, index, key = name.split(".", 2)
+            if int(which) == number:
+                slots.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    torch.set_rng_state(load_file(folder / FILES[3])["torch"])
+    return state
+
+
+def truncate_log(log: Path, step: int) -> None:
+    """Drop the lines of a JSONL log at or after `step` (they will be written again)."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line in flight when the process was killed
+    aside = log.with_suffix(".part")
+    aside.write_text("".join(line + "\n" for line in kept))
+    os.replace(aside, log)
