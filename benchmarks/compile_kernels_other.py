@@ -1,4 +1,5 @@
-"""As `compile_kernels.py`, for the kernels around attention: k-means, packing, permutation, gradients, linear attention.
+"""As `compile_kernels.py`, for the kernels around attention: k-means, packing, permutation, gradients, tangents,
+linear attention.
 
     python benchmarks/compile_kernels_other.py               # all, into benchmarks/results/aot/kernels_other.json
     python benchmarks/compile_kernels_other.py --only backward   # these rows anew
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compile_kernels import ARCHS, BLOCKS, HEADS, TOKENS, compensation, empty, plan, qkv, write
-from hasten.sparse_attn.kernels import aot, backward, kmeans, linear, pack, permute
+from hasten.sparse_attn.kernels import aot, backward, forward_tangent, kmeans, linear, pack, permute
 from hasten.sparse_attn.kernels.launch import Launch
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.plan import Output
@@ -62,6 +63,14 @@ def branch(dim: int, dtype: torch.dtype, masked: bool, which: int, arch: int) ->
     return linear.prepare(*qkv(dim, dtype), "elu", causal=masked, decay=decay)[1][which]
 
 
+def tangent(dim: int, dtype: torch.dtype, kind: str, arch: int) -> Launch:
+    """Attention with its tangent; kind: of its mask, or that keys and values stand still."""
+    q, k, v = (empty(1, HEADS[1], TOKENS, dim, dtype=dtype) for _ in range(3))
+    keys = empty(1, 1, 1, TOKENS, dtype=torch.bool) if kind == "keys" else None
+    tk, tv = (None, None) if kind == "still" else (k, v)
+    return forward_tangent.prepare(q, k, v, q, tk, tv, 0.1, arch, mask=keys, causal=kind == "causal")[1]
+
+
 def variants() -> Iterator[tuple[str, Variant]]:
     """Name of every kernel in every form, and its launch by architecture."""
     bf16, fp32, before = torch.bfloat16, torch.float32, causal(TOKENS, TOKENS)
@@ -70,6 +79,9 @@ def variants() -> Iterator[tuple[str, Variant]]:
             yield f"backward {dim} {name}", partial(gradients, dim, dtype, 0, None)
             yield f"backward {dim} {name} order 1", partial(gradients, dim, dtype, 1, None)
             yield f"backward {dim} {name} causal", partial(gradients, dim, dtype, 0, before)
+        for kind in ("", "causal", "keys", "still"):
+            yield f"tangent {dim} bf16 {kind}".strip(), partial(tangent, dim, bf16, kind)
+        yield f"tangent {dim} fp32", partial(tangent, dim, fp32, "")
     for dim in (40, 66, 130, 256):
         yield f"backward {dim} bf16", partial(gradients, dim, bf16, 0, None)
     for dim, (name, dtype) in itertools.product((40, 64, 128, 256), {"bf16": bf16, "fp32": fp32}.items()):

@@ -9,7 +9,8 @@ With S = q k^T scale + mask and P = softmax(S), the tangent of O = P v is
     tO = (P tS) v + P tv - rowsum(P tS) O,    tS = (tq k^T + q tk^T) scale     (products with P taken entry by entry)
 
 (differentiate the softmax; the memory-saving order of the sums is that of rCM's algorithm 2, arXiv 2510.08431, done here
-in query chunks). It needs P for one chunk of queries at a time, so that no L x L buffer is held.
+in query chunks). It needs P for one chunk of queries at a time, so that no L x L buffer is held. On CUDA devices a kernel
+computes both in one pass wherever no gradient is recorded (`hasten.sparse_attn.kernels.forward_tangent`).
 
 Shapes: B rows; x [B, ...]; tau float64 [B]; attention q [..., L, d], k [..., S, d], v [..., S, e].
 """
@@ -17,6 +18,7 @@ Shapes: B rows; x [B, ...]; tau float64 [B]; attention q [..., L, d], k [..., S,
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, Literal, Protocol
@@ -27,8 +29,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from hasten.distill.network import tangent_kernel
 from hasten.distill.network.host_call import Condition
 from hasten.distill.network.paths import HALF_TURN, spread
+from hasten.distill.network.tangent_kernel import Backend
 from hasten.errors import ModelError, UsageError
 
 How = Literal["exact"] | Annotated[float, Field(gt=0, le=0.2)]
@@ -137,21 +141,22 @@ def _points(tau: Tensor, dtau: Tensor, step: float, end: float) -> tuple[Tensor,
 
 
 @contextmanager
-def jvp_safe_attention(length: int = LENGTH, chunk: int = CHUNK) -> Iterator[None]:
+def jvp_safe_attention(length: int = LENGTH, chunk: int = CHUNK, backend: Backend = "auto") -> Iterator[None]:
     """While open, `scaled_dot_product_attention` in this thread has a forward derivative. Nothing global is switched:
     other threads and networks keep their kernels.
 
     length: up to so many queries the softmax is written out, and gradients may be taken through tangents; longer ones
-    take the chunked rule, `chunk` queries at a time, forward only.
+    take the chunked rule, `chunk` queries at a time, forward only. backend: whether a kernel computes attention that
+    moves, of any length; why it cannot is said once (`tangent_kernel.Backend`).
     """
-    with _Attention(length, chunk):
+    with _Attention(length, chunk, backend):
         yield
 
 
 class _Attention(TorchFunctionMode):
-    def __init__(self, length: int, chunk: int) -> None:
+    def __init__(self, length: int, chunk: int, backend: Backend = "auto") -> None:
         super().__init__()
-        self.length, self.chunk = length, chunk
+        self.length, self.chunk, self.backend = length, chunk, backend
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -171,6 +176,11 @@ class _Attention(TorchFunctionMode):
             shared = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(shared, -3), value.repeat_interleave(shared, -3)
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        found, reason = tangent_kernel.attend(query, key, value, attn_mask, is_causal, factor, self.backend)
+        if found is not None:
+            return found
+        if reason is not None:  # Python says the same sentence from the same place once
+            warnings.warn(f"hasten: attention takes its tangent without the kernel: {reason}", stacklevel=2)
         mask = _added(attn_mask, is_causal, query, key)
         if query.shape[-2] <= self.length:
             return _softmax(query, key, mask, factor) @ value
@@ -225,11 +235,14 @@ class _Chunked(torch.autograd.Function):
     def jvp(ctx: Any, *changes: Any) -> Tensor:
         query, key, value, output, *rest = ctx.saved_tensors
         mask = rest[0] if ctx.masked else None
-        tq, tk, tv = changes[:3]
+        tq, tk, tv, moving = changes[:4]
         found = []
         for part, some in _chunks(query, mask, ctx.chunk):
             weights = _softmax(query[..., part, :], key, some, ctx.scale)
-            moved = weights * ctx.scale * _change(query[..., part, :], key, tq if tq is None else tq[..., part, :], tk)
+            scores = ctx.scale * _change(query[..., part, :], key, tq if tq is None else tq[..., part, :], tk)
+            if moving is not None:
+                scores = scores + (moving if moving.shape[-2] == 1 else moving[..., part, :])
+            moved = weights * scores
             change = moved @ value - moved.sum(-1, keepdim=True) * output[..., part, :]
             found.append(change if tv is None else change + weights @ tv)
         return torch.cat(found, -2)

@@ -69,6 +69,16 @@ def decode_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype, 
     return Config(tile, block_n, 0, warps, stages(arch, wide, size, tile, block_n))
 
 
+def tangent_config(arch: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
+    """For `forward_tangent.forward_tangent`, which holds two sums of outputs and reads two tiles of keys and of values."""
+    wide, size = max(power(head_dim), power(value_dim)), dtype.itemsize
+    if dtype == torch.float32:
+        rows, columns, warps = 16, 32, 8
+    else:
+        rows, columns, warps = (128, 64 if arch >= 90 else 32, 8) if wide <= 64 else (64, 32, 8)
+    return Config(rows, columns, 0, warps, stages(arch, 2 * wide, size, rows, columns))
+
+
 def stages(arch: int, wide: int, size: int, rows: int, block_n: int) -> int:
     """Chunks in flight that shared memory has room for, with the queries of a program."""
     if arch == 0:

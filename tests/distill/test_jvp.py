@@ -61,6 +61,20 @@ def test_attention_has_its_exact_tangent(kind: str, length: int) -> None:
     torch.testing.assert_close(of_query, slope, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("length", [100, 5], ids=["written out", "in chunks"])
+@pytest.mark.parametrize("rows", [19, 1])
+def test_a_mask_may_move(rows: int, length: int) -> None:
+    given, mask = qkv(0), torch.linspace(-1, 1, rows * 23, dtype=torch.float64).reshape(rows, 23)
+
+    def attend(mask: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(*given, attn_mask=mask)
+
+    with torch.no_grad(), jvp_safe_attention(length, chunk=8):
+        _, change = torch.func.jvp(attend, (mask,), (mask.square(),))
+    slope = central(lambda h: attend(mask + h * mask.square()), 1e-3)
+    torch.testing.assert_close(change, slope, rtol=0, atol=1e-9)
+
+
 def test_shared_keys_are_those_of_their_group() -> None:
     (q, k, v), (tq, tk, tv) = qkv(0, heads=2), qkv(1, heads=2)
     full = [t.repeat_interleave(2, 1) for t in (k, v, tk, tv)]

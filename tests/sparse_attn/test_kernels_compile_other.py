@@ -24,6 +24,7 @@ QUICK = [
     ("backward 64 bf16 causal", 90), ("backward 128 bf16 order 1", 80), ("backward 64 bf16", 100),
     ("assign 128 bf16", 90), ("means 64 bf16", 90), ("permute 128 bf16", 90), ("pack 1000 blocks masked", 90),
     ("linear states 64 bf16", 90), ("linear outputs 128 bf16 causal", 90),
+    ("tangent 64 bf16", 90),
     ("backward 66 bf16", 90), ("linear states 128 bf16 causal", 100),  # the last two that spilled
 ]  # fmt: skip
 """One of each kind; `pytest -m slow` compiles all of them for all architectures (some minutes)."""

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from hasten.sparse_attn.kernels.decode import merge
 from hasten.sparse_attn.kernels.forward import forward
+from hasten.sparse_attn.kernels.forward_tangent import forward_tangent
 from hasten.sparse_attn.mask import Mask, causal
 from hasten.sparse_attn.plan import Output
 from tests.sparse_attn.kernel_cases import agree, case
@@ -56,6 +57,30 @@ def test_masks(mask: Mask) -> None:
     k, v = problem.arranged()
     q, k, v = (x.cuda() for x in (problem.q, k, v))
     agree(moved(forward(q, k, v, moved(problem.plan, "cuda"), problem.scale), "cpu"), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tangent(dtype: torch.dtype, dim: int, causal: bool) -> None:
+    """Against the derivative of a softmax in float64; the twin's error is that of the same softmax in this dtype."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the kernel is tested in the interpreter only")
+    g = torch.Generator().manual_seed(dim)
+    x = [torch.randn(2, 3, n, dim, generator=g).to(dtype).cuda() for n in (700, 1100, 1100) * 2]
+
+    def slow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = (q @ k.mT) * dim**-0.5
+        if causal:
+            scores = scores.masked_fill(~torch.ones(700, 1100, dtype=torch.bool, device="cuda").tril(), -torch.inf)
+        return scores.softmax(-1) @ v
+
+    found = forward_tangent(*x, dim**-0.5, causal=causal)
+    truth = torch.func.jvp(slow, tuple(t.double() for t in x[:3]), tuple(t.double() for t in x[3:]))
+    twin = torch.func.jvp(slow, tuple(x[:3]), tuple(x[3:]))
+    for ours, theirs, exact in zip(found[:2], twin, truth, strict=True):
+        limit = 2 * (theirs - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= limit
 
 
 def test_merge() -> None:
