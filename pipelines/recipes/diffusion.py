@@ -51,7 +51,7 @@ def fast(student: bool = True) -> Recipe:
 
 def fastest() -> Recipe:
     """One call of a distilled student, where hasten has one for the model; refused elsewhere."""
-    return Recipe(adapter=Adapter(calls=1), models=("tiny-image",))
+    return Recipe(adapter=Adapter(calls=1), models=("tiny-image", "tiny-video"))
 
 
 def auto(latent_error: float | None = None, psnr: float | None = None, quality: float | None = None) -> Recipe:
