@@ -63,14 +63,14 @@ def train(
         return train_new_latents(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
     with processes.joined():
         say = say if processes.rank() == 0 else _silent
-        if (found := memory_plan.plan(config)) is not None:
-            memory_plan.check_fits(found)
-            memory_plan.check_room(found.disk, out)
-            say(found.told())
-        pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
         wanted = config.model_dump(mode="json") | styles.digests(config.student.styles)
         mine = claimed(out, wanted, resume, MAY_CHANGE, usual(config)) if processes.rank() == 0 else nullcontext()
         with mine:
+            if (found := memory_plan.plan(config)) is not None:
+                memory_plan.check_fits(found)
+                memory_plan.check_room(found.disk, out)
+                say(found.told())
+            pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
             with processes.first_alone(), cost.metered(out, "data"):
                 host, rows = prepare(config, pipe, out, say, resume)
             with _seeded(config.train.seed):

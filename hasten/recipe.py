@@ -108,6 +108,10 @@ class Adapter(FromFile):
             raise RecipeError(f"adapter needs either path or calls, got path {self.path!r} and calls {self.calls}.")
         return self
 
+    def beside(self, folder: Path) -> Self:
+        """The same, with a relative path that starts at `folder`; without a path, what it is."""
+        return super().beside(folder) if self.path else self
+
 
 class Runtime(Axis):
     """Axis `runtime`: how the same numbers are computed (compilation, precision, offload)."""

@@ -17,7 +17,7 @@ from typing import Any
 from hasten.atomic import atomic_write
 from hasten.distill.bench.table import in_card
 from hasten.distill.data import store
-from hasten.distill.export.student import student_of
+from hasten.distill.export.student import Student, student_of
 from hasten.distill.loop import cost
 from hasten.distill.loop.state import replace_folder
 from hasten.distill.trained import open_trained
@@ -30,7 +30,10 @@ POINTS = 50
 
 
 def bundle(training: Path, name: str, rows: list[dict[str, Any]], calls: int | None = None, into: Path = BUNDLED) -> Path:
-    """Write `into/NAME`. calls: by how many it is sampled, None for what it was trained for. Raises `UsageError` where `rows` has none of this training, or it trained all weights."""
+    """Write `into/NAME`. calls: by how many it is sampled, None for what it was trained for.
+
+    Raises `UsageError` where `rows` has none of this training, or it trained all weights or rounded ones.
+    """
     trained = open_trained(training)
     if trained.config.student.full:
         raise UsageError(f"'{training}' trained all weights; what comes with hasten are adapters.")
@@ -40,7 +43,8 @@ def bundle(training: Path, name: str, rows: list[dict[str, Any]], calls: int | N
     student = student_of(
         trained.trainer, trained.pipe, trained.config.model, call=trained.call, name=name, table=table, licence=LICENCE
     )
-    assert student.weights is not None and student.steps is not None
+    if not isinstance(student, Student) or student.weights is None or student.steps is None:
+        raise UsageError(f"'{training}' ({trained.config.method.kind}) made no adapter that is sampled by a few calls.")
     steps = student.steps if calls is None else student.steps.even(calls, trained.host.path, student.steps.how)
     halved = replace(student, steps=steps, weights={key: value.half() for key, value in student.weights.items()})
 

@@ -50,21 +50,31 @@ def claimed(
     """Hold `out` for one training: write its configuration, or check that a resumed run has the same one.
 
     `may_change`: dotted keys (or their beginnings) in which a resumed run may differ; `usual`: what keys were that an older
-    version did not write. `UsageError` when
-    the folder holds a training that is not to be resumed, or when another process is training in it right now: two
-    would replace each other's logs and checkpoints. A killed process holds nothing.
+    version did not write. `UsageError` when the folder holds a training that is not to be resumed, or when another process
+    is training in it right now: two would replace each other's logs and checkpoints. A killed process holds nothing, and
+    of a training that is refused before it made anything nothing stays.
     """
     _check(out, wanted, resume, may_change, usual or {})
+    fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        if not _locked(lock):
-            raise UsageError(f"Another process is training in '{out}'. Wait for it, stop it, or give another folder.")
-        (out / "config.json").write_text(json.dumps(wanted, indent=1))
-        try:
-            yield
-        finally:
-            if {file.name for file in out.iterdir()} <= {"config.json", ".lock"}:  # refused before anything was made
-                (out / "config.json").unlink()
+    try:
+        with (out / ".lock").open("w") as lock:
+            if not _locked(lock):
+                raise UsageError(f"Another process is training in '{out}'. Wait for it, stop it, or give another folder.")
+            (out / "config.json").write_text(json.dumps(wanted, indent=1))
+            try:
+                yield
+            finally:
+                if _names(out) <= {"config.json", ".lock"}:
+                    (out / "config.json").unlink()
+    finally:
+        if fresh and _names(out) == {".lock"}:
+            (out / ".lock").unlink()
+            out.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 def _locked(lock: IO[str]) -> bool:

@@ -27,7 +27,7 @@ def refused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         return "triton is not installed (pip install triton)."
     if torch.is_grad_enabled():
         return "gradients are recorded, and the kernel has none. Take tangents under torch.no_grad()."
-    if mask is not None and forward_ad.unpack_dual(mask).tangent is not None:
+    if mask is not None and forward_ad.unpack_dual(mask).tangent is not None:  # type: ignore[no-untyped-call]
         return "the mask moves as well, and the kernel takes masks that stand still."
     from hasten.sparse_attn.kernels import forward_tangent, launch
 
@@ -61,13 +61,13 @@ def attend(
             raise RefusedError(f'The kernel for tangents cannot take this call: {reason} backend="torch" can.')
         return None, reason
     found: Any = _Fused.apply(*primals, *tangents, mask, causal, scale)  # type: ignore[no-untyped-call]
-    out: Tensor = forward_ad.make_dual(*found)
+    out: Tensor = forward_ad.make_dual(*found)  # type: ignore[no-untyped-call]
     return out, None
 
 
 def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Value and tangent; torch's own stand-in for a tangent of zeros has no memory that a kernel could read."""
-    primal, tangent = forward_ad.unpack_dual(x)
+    primal, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 

@@ -26,6 +26,10 @@ class TestEveryReusePolicy(PartContract):
     def part(self, request: pytest.FixtureRequest) -> ReusePolicy:
         return request.param
 
+    def test_what_can_be_changed_says_how(self, part: ReusePolicy) -> None:
+        assert (type(part).__doc__ or "").strip()
+        assert "start" in dir(part) or part.kind == "routed", "what is chosen by the time alone has no running state"
+
 
 @pytest.mark.parametrize("name", names())
 def test_catalogue_survives_yaml(name: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hasten
-from hasten.errors import UsageError
+from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.recipes import acts_on, catalogue
 from hasten.sparse_attn.policy import SparseAttention
 from tests.hosts import (
@@ -50,11 +50,12 @@ def run(pipe: Any, name: str) -> torch.Tensor:
 
 ACTING = [entry for entry in catalogue() if entry.recipe.axes]
 TEXT = [entry for entry in ACTING if acts_on(entry.recipe) in ("language models", "text diffusion")]
+STUDENTS = [entry for entry in ACTING if entry.recipe.adapter is not None and entry.recipe.reuse is None]
 SPARSE = [entry for entry in ACTING if isinstance(entry.recipe.attention, SparseAttention)]
 
 
 @pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in TEXT], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in (*TEXT, *STUDENTS)], ids=lambda entry: entry.name)
 def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> None:
     pipe, plain = host(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -69,6 +70,15 @@ def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> N
     if not acted:
         assert report.warnings or session.trace.notes, "the report says it, too"
     assert torch.equal(run(pipe, name), plain), "the plain result afterwards is bit-identical"
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("entry", STUDENTS, ids=lambda entry: entry.name)
+def test_a_student_of_other_weights_is_refused(entry: Any, name: str) -> None:
+    pipe, plain = host(name)
+    with pytest.raises(RefusedError, match="is a distilled student"):
+        hasten.accelerate(pipe, entry.recipe)
+    assert torch.equal(run(pipe, name), plain)
 
 
 @pytest.mark.parametrize("entry", TEXT, ids=lambda entry: entry.name)

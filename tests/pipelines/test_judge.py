@@ -121,7 +121,7 @@ def test_recall_and_precision_see_a_lost_mode() -> None:
 
 
 def test_missing_judge_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="train_judge"):
+    with pytest.raises(ModelError, match="hasten.distill.pretrain.judge"):
         Judge.load(tmp_path)
 
 
