@@ -41,6 +41,8 @@ def _train(rank: int, out: str, port: int, kind: str, more: dict[str, Any]) -> N
         made = Trainer(method, cast, store(), settings, Path(out), (WIDTH,), progress=False)
         made.fit(resume, stop)
         (Path(out) / f"held-{rank}.json").write_text(json.dumps(made.held()))
+        dist.barrier()
+        os._exit(0)  # gloo's own threads sometimes abort a process that takes its groups down, all work being done
     finally:
         dist.destroy_process_group()
 
