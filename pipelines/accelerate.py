@@ -147,7 +147,11 @@ class Session:
         self._warned: set[str] = set()
         self._began = 0.0
         models = denoisers(host)
-        self.recipe = recipe = taught(recipe, {} if isinstance(host, nn.Module) else models)
+        if recipe.adapter is not None and recipe.adapter.calls is not None:
+            recipe = taught(recipe, {} if isinstance(host, nn.Module) else models)
+            if recipe.adapter is None:
+                self.trace.facts["adapter"] = "none: no student comes with hasten for these weights"
+        self.recipe = recipe
         others = [axis for axis in recipe.axes if axis not in AXES]
         if others:
             raise UsageError(

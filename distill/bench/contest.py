@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -131,11 +131,6 @@ class Contest:
     def pictures(self, made: Made) -> list[Any]:
         """Decoded by the pipeline itself: arrays [H, W, 3] or [T, H, W, 3] in [0, 1]."""
         return [picture for rows in self._slices() for picture in decode(self.pipe, made.x0[rows], self.call)]
-
-    def first(self, count: int) -> Contest:
-        """The same with the first rows alone."""
-        keep = torch.arange(count)
-        return replace(self, prompts=self.prompts[:count], z=self.z[:count], condition=self.condition.rows(keep))
 
     def _piped(self, call: dict[str, Any], rows: slice, pipe: Any = None) -> Tensor:
         given = dict(call)

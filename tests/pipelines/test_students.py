@@ -71,6 +71,7 @@ def test_fast_without_a_student_leaves_evaluations_out() -> None:
     other = tiny_models.load("tiny-flux")
     with hasten.accelerate(other, "fast") as session:
         assert session.recipe.axes.keys() == {"reuse"}
+        assert "no student" in str(session.trace.facts["adapter"]), "said, not silent"
     assert torch.isfinite(one).all()
 
 
