@@ -33,13 +33,15 @@ teacher's result; tokens."""
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of data. x0 and z are None where the method's data has none. empty: one row, the empty prompt."""
+    """Rows of data. x0, z and way are None where the method's data has none. empty: one row, the empty prompt. way: [B,
+    K - 1, ...] where the teacher was at the angles of K even calls, but the first."""
 
     condition: Condition
     empty: Condition
     x0: Tensor | None = None
     z: Tensor | None = None
     shape: tuple[int, ...] = ()
+    way: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.condition)
@@ -68,6 +70,11 @@ class Method(Part):
 
     composable: ClassVar[bool] = False
     """Whether all that is learnt comes from the teacher as it is in that step, so that a style may be on both."""
+
+    @property
+    def points(self) -> int:
+        """Of how many even calls the points of the teacher's way are needed beside noise and result; 0 for none."""
+        return 0
 
     @abstractmethod
     def start(self, facts: Facts) -> MethodState:

@@ -1,6 +1,7 @@
 """Stored data of trainings: latents, noise and conditions in safetensors, so that nothing is encoded twice.
 
-Shapes: N rows, P prompts; x0, z [N, ...] in the file's dtype; prompt int64 [N] into the conditions' rows.
+Shapes: N rows, P prompts; x0, z [N, ...] in the file's dtype, way [N, K - 1, ...]; prompt int64 [N] into the conditions'
+rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from hasten.errors import UsageError
 @dataclass(frozen=True)
 class Store:
     """Rows for training. x0: clean latents in the network's scale; z: the noise that the teacher made x0 of. Either may
-    be None: prompts alone have neither. conditions: a row per prompt; empty: the row of the empty prompt alone."""
+    be None: prompts alone have neither. way: where the teacher was between them, on the circle, at the angles of K even calls
+    but the first. conditions: a row per prompt; empty: the row of the empty prompt alone."""
 
     prompts: tuple[str, ...]
     conditions: Condition
@@ -35,6 +37,7 @@ class Store:
     shape: tuple[int, ...] = ()
     drop: float = 0.0
     """Share of rows whose prompt is left out."""
+    way: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -46,13 +49,13 @@ class Store:
         if self.drop:
             none = empty.rows(torch.zeros(len(index), dtype=torch.int64))
             condition = condition.where(draw.uniform("drop") < self.drop, none)
-        x0, z = (None if t is None else t[index].to(draw.device).float() for t in (self.x0, self.z))
-        return Batch(condition, empty, x0, z, self.shape)
+        x0, z, way = (None if t is None else t[index].to(draw.device).float() for t in (self.x0, self.z, self.way))
+        return Batch(condition, empty, x0, z, self.shape, way)
 
     def save(self, file: Path, facts: dict[str, object]) -> None:
         """Write everything into one safetensors file; `facts` (how it was made) into its header."""
         tensors = {"prompt": self.prompt}
-        tensors |= {name: t for name, t in (("x0", self.x0), ("z", self.z)) if t is not None}
+        tensors |= {name: t for name, t in (("x0", self.x0), ("z", self.z), ("way", self.way)) if t is not None}
         tensors |= {f"condition.{name}": t for name, t in self.conditions.tensors.items()}
         tensors |= {f"empty.{name}": t for name, t in self.empty.tensors.items()}
         head = {"prompts": json.dumps(self.prompts), "shape": json.dumps(self.shape), "facts": json.dumps(facts)}
@@ -70,7 +73,7 @@ class Store:
             raise UsageError(f"'{file}' holds no training data of hasten ({error}). Make it again.") from error
         return cls(
             tuple(prompts), _conditions(tensors, "condition."), _conditions(tensors, "empty."), tensors["prompt"],
-            tensors.get("x0"), tensors.get("z"), tuple(shape), drop,
+            tensors.get("x0"), tensors.get("z"), tuple(shape), drop, tensors.get("way"),
         )  # fmt: skip
 
 

@@ -13,13 +13,14 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Data, Facts, Loss, Method, MethodState
 from hasten.distill.network.few_steps import FewSteps
 from hasten.distill.network.paths import spread, turned
+from hasten.errors import RecipeError
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
@@ -35,14 +36,27 @@ class Pairs(Method):
 
     calls: with more than one, the student is asked at as many angles, and is sampled deterministically. own: it is asked
     where its own earlier calls have led it, as it will be when it is used; otherwise on the straight way between noise
-    and result on the circle, where nothing that it does wrong is seen. huber: c of the pseudo-Huber loss, 0 for squares.
+    and result on the circle, where nothing that it does wrong is seen. way: the teacher's own points at those angles are
+    kept with the pairs, and each call shall reach the next of them instead of the result at once: from the teacher's last
+    point, or (`own`) from where the student is. huber: c of the pseudo-Huber loss, 0 for squares.
     """
 
     kind: ClassVar[str] = "pairs"
     data: ClassVar[Data] = "pairs"
     calls: int = Field(1, ge=1)
     own: bool = False
+    way: bool = False
     huber: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_points(self) -> Pairs:
+        if self.way and self.calls == 1:
+            raise RecipeError("way asks for the teacher's points between several calls, and calls is 1: the result is all there is.")
+        return self
+
+    @property
+    def points(self) -> int:
+        return self.calls if self.way else 0
 
     def start(self, facts: Facts) -> MethodState:
         return _PairsState(self, facts)
@@ -58,9 +72,14 @@ class _PairsState(MethodState):
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
         assert batch.x0 is not None
-        x, tau = self._walked(batch, draw) if self.method.own else self._straight(batch, draw)
-        made = self.roles["student"].data(x, tau, batch.condition)
-        return Loss(pseudo_huber(made - batch.x0, self.method.huber))
+        if not self.method.way:
+            x, tau = self._walked(batch, draw)[:2] if self.method.own else self._straight(batch, draw)
+            made = self.roles["student"].data(x, tau, batch.condition)
+            return Loss(pseudo_huber(made - batch.x0, self.method.huber))
+        x, tau, call = self._walked(batch, draw) if self.method.own else self._on_way(batch, draw)
+        ends = torch.cat([self.angles[1:], self.angles.new_zeros(1)]).to(tau.device)
+        made = turned(x, self.roles["student"].velocity(x, tau, batch.condition), tau - ends[call])
+        return Loss(pseudo_huber(made - _row_of(_stops(batch)[:, 1:], call), self.method.huber))
 
     def _straight(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         """(x, tau) on the way from each row's noise to its result, at a call of its own."""
@@ -71,16 +90,32 @@ class _PairsState(MethodState):
         tau = self.angles.to(z.device)[draw.below("call", len(self.angles))]
         return spread(tau.cos(), z) * batch.x0 + spread(tau.sin(), z) * z, tau
 
+    def _on_way(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, tau, call) where the teacher was, at a call of each row's own."""
+        call = draw.below("call", len(self.angles))
+        return _row_of(_stops(batch), call), self.angles.to(call.device)[call], call
+
     @torch.no_grad()
-    def _walked(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-        """(x, tau) where the student's own calls have led, before a call that is drawn for the whole batch."""
+    def _walked(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, tau, call) where the student's own calls have led, before a call that is drawn for the whole batch."""
         assert batch.z is not None
         x = batch.z
         angles = [torch.full((len(x),), angle, dtype=torch.float64, device=x.device) for angle in self.steps.angles]
         call = draw.one_below("call", len(angles))
         for tau, after in pairwise(angles[: call + 1]):
             x = turned(x, self.roles["student"].velocity(x, tau, batch.condition), tau - after)
-        return x, angles[call]
+        return x, angles[call], torch.full((len(x),), call, device=x.device)
 
     def sampler(self) -> FewSteps:
         return self.steps
+
+
+def _stops(batch: Batch) -> Tensor:
+    """[B, K + 1, ...]: the noise, the teacher's points, its result."""
+    assert batch.x0 is not None and batch.z is not None and batch.way is not None
+    return torch.cat([batch.z[:, None], batch.way, batch.x0[:, None]], 1)
+
+
+def _row_of(stops: Tensor, call: Tensor) -> Tensor:
+    """[B, ...]: the stop of each row's call."""
+    return stops[torch.arange(len(stops), device=stops.device), call]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from hasten.distill.data.teach import make_pairs
 from hasten.distill.loop.draw import Draw
 from hasten.distill.methods.pairs import Pairs
-from hasten.distill.network.few_steps import sample
+from hasten.distill.network.few_steps import FewSteps, sample
 from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving
+from hasten.errors import RecipeError, UsageError
+from hasten.pipelines import loading
 from tests.distill.toys import store, trainer
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -52,7 +57,7 @@ def test_its_own_way_is_the_one_it_is_sampled_on(tmp_path: Path, path: NoisePath
     for step in range(20):
         draw = Draw(0, step, range(6))
         with torch.no_grad():
-            x, tau = made._walked(batch, draw)
+            x, tau, _ = made._walked(batch, draw)
             end = made.roles["student"].data(x, tau, batch.condition)
             call = made.steps.angles.index(float(tau[0]))
             if call == 2:
@@ -60,3 +65,57 @@ def test_its_own_way_is_the_one_it_is_sampled_on(tmp_path: Path, path: NoisePath
         assert not x.requires_grad and (call > 0 or torch.equal(x, batch.z))
         seen.add(call)
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("path", [Flow(), NOISE], ids=["flow", "noise"])
+def test_on_the_teachers_way_a_perfect_student_has_no_loss(tmp_path: Path, path: NoisePath, own: bool) -> None:
+    """The way is what the student itself walks; then nothing is left to learn, and elsewhere there is."""
+    made, batch = state(tmp_path, Pairs(calls=4, way=True, own=own), path)
+    student = made.roles["student"]
+    with torch.no_grad():
+        stops = [
+            sample(student, batch.z, batch.condition, FewSteps(made.steps.angles[:calls], "ode")) for calls in range(1, 5)
+        ]
+        x, way = batch.z, []
+        for tau, after in zip(made.steps.angles, made.steps.angles[1:], strict=False):
+            angle = torch.full((len(x),), tau, dtype=torch.float64)
+            velocity = student.velocity(x, angle, batch.condition)
+            x = math.cos(tau - after) * x - math.sin(tau - after) * velocity
+            way.append(x)
+    known = replace(batch, x0=stops[-1], way=torch.stack(way, 1))
+    wrong = replace(known, way=known.way + 0.1)
+    for step in range(6):
+        draw = Draw(0, step, range(6))
+        rows = made.loss("student", known, draw, step, {}).rows
+        assert rows.shape == (6,) and float(rows.detach().max()) < 1e-10
+        assert own or float(made.loss("student", wrong, draw, step, {}).rows.detach().max()) > 1e-4
+
+
+def test_the_teachers_points_are_where_its_loop_was() -> None:
+    """With a step of the teacher at each point, they are the latents of its own loop; between steps, on the arc."""
+    pipe, seen = loading.open_pipeline("tiny-flux", quiet=True), {}
+
+    def keep(pipe: object, number: int, time: object, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen[number] = given["latents"]
+        return {}
+
+    call = {"num_inference_steps": 8, "guidance_scale": 1.0, "sigmas": [k / 8 for k in range(8, 0, -1)]}
+    kept = make_pairs(pipe, ["a three"], 2, batch=2, points=4, **call)
+    pipe(prompt=["a three"] * 2, latents=kept.z, output_type="latent", callback_on_step_end=keep, **call)
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[1:]]
+    assert kept.way.shape == (2, 3, *kept.z.shape[1:])
+    for number, share in enumerate((0.75, 0.5, 0.25)):
+        at = min(range(8), key=lambda k: abs(sigmas[k] - share))
+        r = math.hypot(sigmas[at], 1 - sigmas[at])
+        if abs(sigmas[at] - share) < 1e-6:
+            assert_close(kept.way[:, number], seen[at] / r, atol=1e-5, rtol=1e-5)
+    assert any(abs(sigma - share) < 1e-6 for sigma in sigmas for share in (0.75, 0.5, 0.25))
+    assert "forward" not in vars(pipe.transformer), "the network is as it was"
+    with pytest.raises(UsageError, match="too few for points at 4 calls"):
+        make_pairs(pipe, ["a three"], 1, points=4, num_inference_steps=2)
+
+
+def test_the_way_needs_several_calls() -> None:
+    with pytest.raises((RecipeError, ValueError), match="calls is 1"):
+        Pairs(way=True)
