@@ -1,4 +1,4 @@
-"""What a student of `hasten train dydit` is worth beside its teacher and what else the same work buys. The table of docs/training.md.
+"""What a student of `hasten train dydit` is worth beside its teacher and what else the same work buys. The table of docs/training-cheaper.md.
 
     python benchmarks/dydit.py RUN/student [RUN/student ...]
 

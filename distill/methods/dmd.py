@@ -12,7 +12,7 @@ drawn for the whole batch ("backward simulation"); gradients pass the last call 
 
 What differs from the papers: the critic is told by which exit a sample came (`told`). One that is not models the mixture of
 all exits, and then only the mixture is matched: an early exit that makes too little variety is made up for by a last
-one that makes too much, and it is the last one that is used (docs/training.md has the measurement). The critic's further turns in
+one that makes too much, and it is the last one that is used (docs/training-images.md has the measurement). The critic's further turns in
 a step see fresh samples. The judge's gradient reaches the student through its sample, added to g.
 
 Shapes: B rows; x, x0, z, F [B, ...]; tau float64 [B] radians; an exit is the number of the student's last call, from 0.

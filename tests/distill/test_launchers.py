@@ -1,4 +1,4 @@
-"""The command lines of docs/training.md for several processes, as they are typed."""
+"""The command lines of docs/training-machines.md for several processes, as they are typed."""
 
 from __future__ import annotations
 
