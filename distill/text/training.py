@@ -135,7 +135,9 @@ def _check(config: TrainConfig) -> TextMethod:
     if unknown:
         raise UsageError(f"data.call of a language model has {', '.join(unknown)}; allowed: {', '.join(CALL)}.")
     data, settings = config.data, config.train
-    unfit = {"data.folder": data.folder, "data.drop": data.drop, "student.base_lora": config.student.base_lora,
+    student = config.student
+    unfit = {"data.folder": data.folder, "data.file": data.file, "data.drop": data.drop, "student.start": student.start,
+             "student.base_lora": student.base_lora, "student.experts": student.experts if student.experts > 1 else None,
              "train.shard": settings.shard, "train.samples_every": settings.samples_every}  # fmt: skip
     for name, value in unfit.items():
         if value:

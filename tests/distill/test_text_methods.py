@@ -293,5 +293,15 @@ def test_the_command_trains_a_bundled_model_and_goes_on(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(UsageError, match="data.call"):
         train_text(load_config("dparallel", None, given | {"data.call": {"steps": 3}}), tmp_path / "c")
-    with pytest.raises(UsageError, match="no meaning"):
-        train_text(load_config("dparallel", None, given | {"data.drop": 0.5}), tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"data.drop": 0.5}, {"data.file": "other.safetensors"}, {"student.start": "other"}, {"student.experts": 2}],
+    ids=str,
+)
+def test_settings_that_a_language_model_would_pass_over_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(UsageError, match=rf"{name} = .* has no meaning for a language model"):
+        train_text(load_config("dparallel", None, {"model": "tiny-dllm", **given}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
