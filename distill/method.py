@@ -49,8 +49,9 @@ class Batch:
 
 @dataclass(slots=True)
 class Loss:
-    """rows: float32 [B]. metrics: numbers for the log, each a tensor without gradient. keep: what later phases of the
-    same step may use (a generator's sample for its critic)."""
+    """rows: float32 [B]. metrics: numbers for the log, each a tensor without gradient; a sketch [64] of a direction
+    (`loop/direction.py`) is logged as its cosine with those before it. keep: what later phases of the same step may use (a
+    generator's sample for its critic)."""
 
     rows: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class Method(Part):
     """Whether all that is learnt comes from the teacher as it is in that step, so that a style may be on both."""
 
     @property
-    def points(self) -> int:
+    def way_points(self) -> int:
         """Of how many even calls the points of the teacher's way are needed beside noise and result; 0 for none."""
         return 0
 

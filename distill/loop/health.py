@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
+from hasten.distill.loop.direction import TURN
+
 FAST, SLOW = 0.9, 0.99
 """Decays of the averages that are compared."""
 
@@ -19,11 +21,20 @@ APART = {"loss": 10.0, "gap": 4.0}
 """Number -> how many times its lowest slow average its fast average may be. A loss that has grown ten times has been lost; a
 critic that falls behind the student lets `gap` grow, where it should fall to the noise of the critic."""
 
+BACK = -0.5
+"""Slow average of a tangent's cosine with those before it, below which it is said to flip. Where g' = -r g + noise, the cosine of g'
+with the running mean is about -r sqrt((1 - k^2) / (1 - k^2 r^2)) for `direction.KEEP` = k: -0.5 means that r = 0.8 of a tangent comes
+back as the next one with the other sign. Steepest descent on a parabola does so at 9/10 of the rate at which it diverges. Tangents
+that have nothing to do with each other come nowhere near: even of one number alone the slow average is within 0.07 of 0, and a
+sketch's own error is 0.125."""
+
 WORDS = {
     "loss": "The loss is {ratio:.0f} times what it was at its best (step {step}): the training comes apart. Lower train.lr, or"
     " go back to an earlier checkpoint.",
     "gap": "Critic and teacher are {ratio:.0f} times as far apart as they were (step {step}): the critic does not keep up with"
     " the student. Raise method.ratio or train.role_lr.critic, or lower train.lr.",
+    "tangent": "Tangents turn back: the mean cosine of each with those before it is {value:.2f} (step {step}), so that steps go too far."
+    " Lower train.lr, or raise train.batch.",
     "recall": "The student's samples cover {value:.0%} of the data's variety, where they covered {best:.0%} (step {step}): they"
     " become alike. Lower train.lr, or stop at an earlier checkpoint.",
 }
@@ -63,6 +74,8 @@ class Health:
                 self._fast[name] = FAST * self._fast.get(name, value) + (1 - FAST) * value
                 self._slow[name] = SLOW * self._slow.get(name, value) + (1 - SLOW) * value
                 self._best[name] = min(self._best.get(name, self._slow[name]), self._slow[name])
+        if TURN in row:
+            self._slow[TURN] = SLOW * self._slow.get(TURN, 0.0) + (1 - SLOW) * row[TURN]
         if "recall" in row:
             self._best["recall"] = max(self._best.get("recall", 0.0), row["recall"])
 
@@ -72,6 +85,8 @@ class Health:
             best = self._best.get(name, 0.0)
             if name in row and step >= PATIENCE and best > 0 and self._fast[name] > most * best:
                 words[name] = WORDS[name].format(ratio=self._fast[name] / best, step=step)
+        if TURN in row and self._slow[TURN] < BACK:
+            words["tangent"] = WORDS["tangent"].format(value=self._slow[TURN], step=step)
         if "recall" in row and row["recall"] < LOST * self._best["recall"]:
             words["recall"] = WORDS["recall"].format(value=row["recall"], best=self._best["recall"], step=step)
         return words

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hasten.distill.loop import processes, sharding
+from hasten.distill.loop import direction, processes, sharding
 from hasten.distill.loop.draw import Draw
 from hasten.distill.loop.health import Health
 from hasten.distill.loop.log import Log
@@ -68,6 +68,7 @@ class Trainer:
     ended: Callable[[], bool] = lambda: False
     state: MethodState = field(init=False)
     players: dict[str, Player] = field(init=False)
+    headings: direction.Headings = field(init=False, default_factory=direction.Headings)
 
     def __post_init__(self) -> None:
         if not len(self.data):
@@ -115,7 +116,8 @@ class Trainer:
             for name, player in self.players.items():
                 (part / name).mkdir()
                 player.save(part / name)
-            (part / "state.json").write_text(json.dumps({"step": step, "method": self.method.model_dump()}, indent=1))
+            state = {"step": step, "method": self.method.model_dump(), "headings": self.headings.held}
+            (part / "state.json").write_text(json.dumps(state, indent=1))
 
         if processes.rank() == 0:
             replace_folder(self.out / "latest", write)
@@ -150,10 +152,10 @@ class Trainer:
         self.players["student"].follow(min(self.settings.average, early))
         # One look at the device per step, for all numbers together; all processes see the same, and stop together.
         flags = [torch.tensor(float(flag), device=self._device) for flag in (self.ended(), late)]
-        numbers = processes.average(torch.stack([t.double() for t in (*told.values(), *flags)])).tolist()
-        every = self.settings.checkpoint_every
-        due = (step + 1) % every == 0 if every else numbers[-1] > 0
-        return dict(zip(told, numbers, strict=False)), numbers[-2] > 0, due
+        flat = processes.average(torch.cat([t.double().reshape(-1) for t in (*told.values(), *flags)])).cpu()
+        every, (stop, slow) = self.settings.checkpoint_every, flat[-2:].tolist()
+        due = (step + 1) % every == 0 if every else slow > 0
+        return direction.numbers(told, flat[:-2], self.headings), stop > 0, due
 
     def _phase(self, player: Player, step: int, kept: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Gradients of one phase on all parts of the batch; what is to be told of it."""
@@ -275,6 +277,7 @@ class Trainer:
             raise ResumeError(f"'{self.out}' was trained by {state['method']}, not by {self.method.model_dump()}.")
         for name, player in self.players.items():
             player.load(folder / name)
+        self.headings = direction.Headings(state.get("headings"))  # older checkpoints have none
         return int(state["step"])
 
     def _warn_still(self, first: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:

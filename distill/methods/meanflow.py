@@ -28,6 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hasten.distill.loop.direction import TURN, Sketch
 from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.network.few_steps import FewSteps
@@ -75,6 +76,7 @@ class _MeanFlowState(MethodState):
         self.map = FlowMap(student, self.hint)
         self.end = getattr(student.host.path, "end", HALF_TURN)
         self.steps = FewSteps.even(method.calls, student.host.path, "map")
+        self.sketch = Sketch(facts.shape, next(student.host.network.parameters()).device)
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
         assert batch.x0 is not None
@@ -90,10 +92,13 @@ class _MeanFlowState(MethodState):
             _, change = along(average, x, tau, velocity, torch.ones_like(tau), self.method.tangent, self.end)
         # The change above is with tau, of which a unit of t is (sin + cos)^2.
         change = spread((tau.sin() + tau.cos()).square(), x) * change
-        aim = in_flow_time(velocity, x, tau) - spread(CIRCLE.time(tau) - CIRCLE.time(rho), x) * change
+        moved = spread(CIRCLE.time(tau) - CIRCLE.time(rho), x) * change
+        aim = in_flow_time(velocity, x, tau) - moved
         square = (average(x, tau) - aim).flatten(1).square().mean(1)
         weight = (square.detach() + 1e-3) ** -self.method.power
-        return Loss(weight * square, {"error": square.detach().mean(), "change": _size(change).mean()})
+        # Rows that go nowhere learn nothing of their tangent, and do not count in its direction.
+        metrics = {"error": square.detach().mean(), "change": _size(change).mean(), TURN: self.sketch(moved)}
+        return Loss(weight * square, metrics)
 
     def _times(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """(t, r) with t >= r, float64 [B]."""

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hasten.distill.loop.direction import TURN, Sketch
 from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.network.few_steps import FewSteps
@@ -76,6 +77,7 @@ class SCMState(MethodState):
         self.top = min(TOP, path.start)
         self.steps = FewSteps.even(method.calls, path)
         device = next(facts.roles["student"].host.network.parameters()).device
+        self.sketch = Sketch(facts.shape, device)
         self.weighting = NumberEmbedding(1).to(device) if method.adaptive else None
 
     def loss(self, phase: str, batch: Batch, draw: Draw, step: int, kept: Mapping[str, Any]) -> Loss:
@@ -93,7 +95,7 @@ class SCMState(MethodState):
         made = student.velocity(x, tau, batch.condition)
         # Not `made - old`: the tangent's pass rounds otherwise than this one, and that difference is no error.
         rows = (made - (made.detach() + g)).flatten(1).square().mean(1) / tau.tan().to(made.dtype)
-        metrics = {"tangent": size.mean(), "along_data": _cosine(g, x).mean()}
+        metrics = {"tangent": size.mean(), "along_data": _cosine(g, x).mean(), TURN: self.sketch(g)}
         if self.weighting is None:
             return Loss(rows, metrics)
         level = self.weighting(tau.tan().log())[:, 0].to(rows.dtype)
