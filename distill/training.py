@@ -157,8 +157,8 @@ def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = 
         "model": config.model, "base_lora": config.student.base_lora, "call": call, "prompts": len(prompts),
         "count": config.data.count, "seed": config.train.seed, "data": config.method.data,
     }  # fmt: skip
-    if config.method.points:
-        facts["points"] = config.method.points
+    if config.method.way_points:
+        facts["points"] = config.method.way_points
     if own is not None:
         facts |= {"own": own.digest(), "resize": config.data.resize}
     host, conditions = learn(pipe, [*prompts, ""], **call)
@@ -176,7 +176,7 @@ def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = 
         made = _of_prompts(prompts, conditions, config.data.count, host.shape)
     else:
         say(f"The teacher makes {config.data.count} samples ({call.get('num_inference_steps', 'its usual')} steps each).")
-        made = make_pairs(pipe, prompts, config.data.count, seed=config.train.seed, points=config.method.points, **call)
+        made = make_pairs(pipe, prompts, config.data.count, seed=config.train.seed, points=config.method.way_points, **call)
     made.save(file, facts)
     return host, replace(made, drop=config.data.drop)
 
@@ -200,7 +200,7 @@ def _stored(config: TrainConfig, file: Path, pipe: Any, call: dict[str, Any]) ->
     lacks = (kind in ("latents", "pairs") and made.x0 is None) or (kind == "pairs" and made.z is None)
     if lacks or (kind == "own" and "own" not in found):
         raise UsageError(f"'{file}' has {found.get('data')}, and {config.method.kind} needs {kind}. Leave data.file out.")
-    if (points := config.method.points) and found.get("points") != points:
+    if (points := config.method.way_points) and found.get("points") != points:
         raise UsageError(
             f"'{file}' has the teacher's points of {found.get('points', 'no')} calls, and this training needs those of {points}."
             " Leave data.file out, so that new data are made."

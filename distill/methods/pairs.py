@@ -55,7 +55,7 @@ class Pairs(Method):
         return self
 
     @property
-    def points(self) -> int:
+    def way_points(self) -> int:
         return self.calls if self.way else 0
 
     def start(self, facts: Facts) -> MethodState:
