@@ -21,6 +21,7 @@ from hasten.pipelines.lora import Lora, find
 from hasten.pipelines.quantised import Quantised, is_quantised
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.seams.adapter import put_on
+from hasten.pipelines.seams.bottleneck import sample_in_stages
 from hasten.pipelines.seams.chunk_calls import sample_in_chunks
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
 from hasten.pipelines.seams.few_calls import sample_in_few_calls
@@ -30,6 +31,7 @@ from hasten.pipelines.solver import swap_scheduler
 from hasten.pipelines.students import taught
 from hasten.pipelines.timed_lora import TimedLora, read_adapter
 from hasten.recipe import Recipe
+from hasten.samplers.bottleneck import Bottleneck
 from hasten.samplers.chunk_calls import ChunkCalls
 from hasten.samplers.few_calls import FewCalls
 from hasten.samplers.solver import Solver
@@ -208,8 +210,11 @@ class Session:
             if remark := made.remark(network):
                 self.note(remark)
         if isinstance(sampler, ChunkCalls):
-            self._refuse_beside_chunks()
+            self._refuse_beside("makes chunks of frames", "guidance", "reuse", "attention")
             self.trace.facts["student"] = sample_in_chunks(self._attachment, self.host, sampler, self._hold)
+        elif isinstance(sampler, Bottleneck):
+            self._refuse_beside("changes its resolution on the way", "reuse", "attention", "guidance")
+            self.trace.facts["stages"] = sample_in_stages(self._attachment, self.host, sampler, self.note)
         elif isinstance(sampler, FewCalls):
             self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
 
@@ -233,12 +238,13 @@ class Session:
             )
         self.trace.hold(held)
 
-    def _refuse_beside_chunks(self) -> None:
-        others = [axis for axis in ("guidance", "reuse", "attention") if getattr(self.recipe, axis) is not None]
+    def _refuse_beside(self, does: str, *axes: str) -> None:
+        """Raises `UsageError` where the recipe sets one of `axes` beside a sampler that `does` something they do not know of."""
+        others = [axis for axis in axes if getattr(self.recipe, axis) is not None]
         if others:
             raise UsageError(
-                f"Recipe {self.recipe.name!r} sets {' and '.join(others)} beside a sampler that makes chunks of frames: what they"
-                " would leave out is said of whole clips. Take one of the two."
+                f"Recipe {self.recipe.name!r} sets {' and '.join(others)} beside a sampler that {does}: what they would leave out"
+                " is said of whole runs at one size. Take one of the two."
             )
 
     # --- what users ask ---------------------------------------------------------------------------

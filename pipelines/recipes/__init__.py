@@ -25,6 +25,7 @@ from hasten.pipelines.recipes import (
     diffusion,
     modules,
     network,
+    resolutions,
     text,
     text_caches,
     text_images,
@@ -36,7 +37,7 @@ from hasten.recipe import Recipe, read
 from hasten.sparse_attn.text.causal import CausalAttention
 
 MODULES = (
-    diffusion, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches, text_images,
+    diffusion, resolutions, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches, text_images,
     text_ours,
 )  # fmt: skip
 
