@@ -84,6 +84,27 @@ class HeldGuidance(Guidance):
         return _Held(self)
 
 
+class ListedGuidance(Guidance):
+    """Know the difference c - u at these shares of the run (0 the first step, 1 the last), and forecast it elsewhere.
+
+    As `HeldGuidance`, for schedules found by a search (`hasten tune`): c + (s - 1) d with the polynomial through the last
+    `order + 1` known differences. A listed step whose network is not evaluated counts from the next one that is.
+    """
+
+    kind: ClassVar[str] = "listed"
+    at: tuple[float, ...] = Field(min_length=1)
+    order: int = Field(1, ge=0, le=2)
+
+    @model_validator(mode="after")
+    def _shares(self) -> ListedGuidance:
+        if not all(0 <= share <= 1 for share in self.at):
+            raise RecipeError(f"guidance.at are shares of the run, from 0 to 1, got {list(self.at)}.")
+        return self
+
+    def start(self) -> GuidanceState:
+        return _Listed(self)
+
+
 class GuidanceInterval(Guidance):
     """Guide only while `Step.time` lies in [low, high] (arXiv 2404.07724); outside, u := c."""
 
@@ -193,6 +214,29 @@ class _Held:
 
     def observe(self, step: Step, c: Tensor, u: Tensor) -> None:
         self.counter.since = 0
+        self.difference.store(step.time, c - u)
+
+    def estimate(self, step: Step, c: Tensor) -> Tensor:
+        return c - self.difference.estimate(step.time)
+
+    def tensors(self) -> list[Tensor]:
+        return self.difference.tensors()
+
+
+class _Listed:
+    def __init__(self, policy: ListedGuidance) -> None:
+        self.policy = policy
+        self.known = -1
+        self.difference = History(policy.order)
+
+    def needs(self, step: Step) -> bool:
+        if not self.difference.ready:
+            return True
+        due = [round(share * (step.total - 1)) for share in self.policy.at]
+        return any(self.known < index <= step.index for index in due)
+
+    def observe(self, step: Step, c: Tensor, u: Tensor) -> None:
+        self.known = step.index
         self.difference.store(step.time, c - u)
 
     def estimate(self, step: Step, c: Tensor) -> Tensor:
