@@ -126,7 +126,7 @@ def alarmed(values: list[float]) -> int | None:
     health = Health()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        steps = [step for step, value in enumerate(values) if "alarm.tangent" in health.look(step, {TURN: value})]
+        steps = [step for step, value in enumerate(values) if "alarm.turning" in health.look(step, {TURN: value})]
     assert len(steps) <= 1 and len(said) == len(steps) and all("Tangents turn back" in str(each.message) for each in said)
     return steps[0] if steps else None
 
@@ -187,7 +187,7 @@ def test_a_training_that_flips_says_so_and_goes_on_from_a_checkpoint(tmp_path: P
         trainer(_Told(), tmp_path / "whole", steps=80).fit()
     whole = rows(tmp_path / "whole")
     assert TURN not in whole[0] and all(row[TURN] == pytest.approx(-1) for row in whole[1:])
-    assert [row["step"] for row in whole if "alarm.tangent" in row] == [69]
+    assert [row["step"] for row in whole if "alarm.turning" in row] == [69]
     trainer(_Told(), tmp_path / "cut", steps=80).fit(stop_after=40)
     with pytest.warns(UserWarning, match="Tangents turn back"):
         trainer(_Told(), tmp_path / "cut", steps=80).fit(resume=True)

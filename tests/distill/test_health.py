@@ -53,6 +53,22 @@ def test_falling_and_noisy_numbers_raise_none() -> None:
     assert _alarms(_rows(loss=[(1 + n) * 0.99**k for k, n in enumerate(noise)], gap=[1 + 2 * n for n in noise])) == {}
 
 
+def test_a_loss_that_is_let_in_slowly_is_not_lost() -> None:
+    torch.manual_seed(0)
+    let_in = [0.05 * min(1, (k + 1) / 40) * (1 + 9 * n) for k, n in enumerate(torch.rand(300).tolist())]
+    assert _alarms(_rows(loss=let_in)) == {}
+    found = _alarms(_rows(loss=[*let_in, *[20 * value for value in let_in]]))
+    assert 300 < found["alarm.loss"] < 350
+
+
+def test_a_tangent_as_large_as_nothing_real() -> None:
+    assert _alarms(_rows(tangent=[3.0] * 300)) == {}
+    # 1 + 99 (1 - 0.9^k) passes 10 at once; the average of the first ten steps begins at 0.
+    found = _alarms(_rows(tangent=[1.0] * 50 + [100.0] * 10))
+    assert found == {"alarm.tangent": 50}
+    assert _alarms(_rows(tangent=[11.0] * 40)) == {"alarm.tangent": 22}
+
+
 def test_samples_that_become_alike_are_seen() -> None:
     rows: list[dict[str, float]] = [{"step": step, "recall": r} for step, r in enumerate([0.1, 0.5, 0.7, 0.6, 0.3, 0.2])]
     assert _alarms(rows) == {"alarm.recall": 4}
