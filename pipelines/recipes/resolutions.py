@@ -6,6 +6,7 @@ from typing import Literal
 
 from hasten.recipe import Recipe
 from hasten.samplers.bottleneck import Bottleneck, Stage
+from hasten.samplers.windows import Windows
 
 
 def bottleneck(
@@ -30,4 +31,20 @@ def bottleneck(
         ),
         paper="Bottleneck Sampling, arXiv 2503.18940",
         models=("denoisers that see the size of their input, and FLUX.1",),
+    )
+
+
+def windows(
+    frames: int = 9, overlap: int = 4, blend: Literal["linear", "flat", "cosine"] = "linear",
+    noise: Literal["own", "shuffled"] = "own",
+) -> Recipe:  # fmt: skip
+    """Windows of latent frames, blended, for clips longer than those that a model was trained on. Experimental.
+
+    frames: latent frames of a window, of which `overlap` are shared with the next. Magic 1-For-1 moves its window along the
+    clip, one after the other; here all windows are evaluated at each step and averaged, as MultiDiffusion does with places.
+    """
+    return Recipe(
+        sampler=Windows(frames=frames, overlap=overlap, blend=blend, noise=noise),
+        paper="MultiDiffusion, arXiv 2302.08113; FreeNoise, arXiv 2310.15169; Magic 1-For-1, arXiv 2502.07701",
+        models=("Wan, HunyuanVideo, Mochi",),
     )

@@ -12,6 +12,7 @@ import torch
 import hasten
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.recipes import acts_on, catalogue
+from hasten.samplers.windows import Windows
 from hasten.sparse_attn.policy import SparseAttention
 from tests.hosts import (
     FLUX_CALL,
@@ -51,11 +52,12 @@ def run(pipe: Any, name: str) -> torch.Tensor:
 ACTING = [entry for entry in catalogue() if entry.recipe.axes]
 TEXT = [entry for entry in ACTING if acts_on(entry.recipe) in ("language models", "text diffusion")]
 STUDENTS = [entry for entry in ACTING if entry.recipe.adapter is not None and entry.recipe.reuse is None]
+CLIPS = [entry for entry in ACTING if isinstance(entry.recipe.sampler, Windows)]
 SPARSE = [entry for entry in ACTING if isinstance(entry.recipe.attention, SparseAttention)]
 
 
 @pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in (*TEXT, *STUDENTS)], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [entry for entry in ACTING if entry not in (*TEXT, *STUDENTS, *CLIPS)], ids=lambda entry: entry.name)
 def test_it_acts_or_says_why_not_and_leaves_no_trace(entry: Any, name: str) -> None:
     pipe, plain = host(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -79,6 +81,16 @@ def test_a_student_of_other_weights_is_refused(entry: Any, name: str) -> None:
     with pytest.raises(RefusedError, match="is a distilled student"):
         hasten.accelerate(pipe, entry.recipe)
     assert torch.equal(run(pipe, name), plain)
+
+
+@pytest.mark.parametrize("entry", CLIPS, ids=lambda entry: entry.name)
+def test_recipes_of_long_clips_are_for_clips_and_say_so_of_short_ones(entry: Any) -> None:
+    pipe, plain = host("wan")
+    with pytest.warns(UserWarning, match="it is the plain run"), hasten.accelerate(pipe, entry.recipe):
+        assert torch.equal(run(pipe, "wan"), plain)
+    for name in ("pixart", "flux", "unet"):
+        with pytest.raises(RefusedError, match="cannot be asked about windows of frames"):
+            hasten.accelerate(host(name)[0], entry.recipe)
 
 
 @pytest.mark.parametrize("entry", TEXT, ids=lambda entry: entry.name)

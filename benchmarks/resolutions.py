@@ -1,0 +1,178 @@
+"""Lower resolutions, windows in time and drafts on the bundled models, beside fewer steps at equal time.
+
+    python benchmarks/resolutions.py bottleneck [--model tiny-image] [--steps 50] [--prompts 8] [--seeds 2]
+    python benchmarks/resolutions.py windows [--times 2 4] [--steps 20] [--prompts 6]
+    python benchmarks/resolutions.py drafts [--model tiny-image] [--steps 50] [--prompts 8] [--seeds 2]
+
+Each writes `benchmarks/results/cpu-2core/resolutions-<what>[-<model>].json`. Seconds are medians of single runs right
+after plain ones; on a machine that does other work as well, only their ratios say something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.pipelines import tiny_models
+from hasten.pipelines.accelerate import accelerate
+from hasten.pipelines.bench.candidates import Candidate, fewer_steps, ours
+from hasten.pipelines.bench.shots import Column, Sample, other_seed, row_of, shoot
+from hasten.pipelines.host import hardware
+from hasten.pipelines.judge import DIGITS, Judge, parse_prompt
+from hasten.recipe import Recipe
+from hasten.samplers.bottleneck import Bottleneck, Stage
+from hasten.samplers.windows import Windows
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu-2core"
+TOLD = ("recipe", "control", "speedup", "nfe", "psnr_median", "psnr_converged", "latent_error", "prompt_accuracy", "frechet")
+
+
+def samples(moving: bool, prompts: int, seeds: int) -> list[Sample]:
+    """Prompts of every digit in turn, in all directions for clips."""
+    ways = ("left", "right", "up", "down")
+    words = [f"a {DIGITS[(3 * i + 1) % 10]}" + (f" moving {ways[i % 4]}, slowly" if moving else "") for i in range(prompts)]
+    return [Sample(word, 100 + seed) for seed in range(seeds) for word in words]
+
+
+def compared(
+    model: str, candidates: Sequence[Candidate], found: Sequence[Sample], steps: int, converged: int
+) -> list[dict[str, Any]]:
+    """Rows with the keys of the design: the plain run, another seed, and the candidates."""
+    pipe = tiny_models.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**tiny_models.call_defaults(pipe), "num_inference_steps": steps}
+    shoot(pipe, found[0], {**call, "num_inference_steps": 4})
+    plain, columns = Column(ours("plain", "plain")), [Column(each) for each in candidates]
+    with accelerate(pipe, "plain") as session:
+        shoot(pipe, found[0], {**call, "num_inference_steps": 2})
+    plain.nfe = round(session.report().nfe / 2) * steps
+    for number, sample in enumerate(found):
+        print(f"{model}: {number + 1} of {len(found)}", file=sys.stderr, flush=True)
+        plain.shots.append(shoot(pipe, sample, call))
+        plain.plain_seconds.append(plain.shots[-1].seconds)
+        for column in columns:
+            column.shots.append(shoot(pipe, sample, call, column.candidate))
+            column.plain_seconds.append(plain.shots[-1].seconds)
+    exact = [shoot(pipe, sample, {**call, "num_inference_steps": converged}).frames for sample in found[:4]]
+    rows = [row_of(model, plain, plain, found, exact)]
+    if len({sample.seed for sample in found}) > 1:
+        rows.append(other_seed(model, plain, found))
+    return rows + [row_of(model, column, plain, found, exact) for column in columns]
+
+
+def bottleneck(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Full, low, full resolution at several scales and lengths; and fewer steps in the same time."""
+    candidates = []
+    for scale in (0.75, 0.5):
+        for low, back in ((0.5, 0.1), (0.6, 0.3)):
+            for noise in ("fresh", "kept"):
+                stages = (
+                    Stage(steps=0.2, until=0.2),
+                    Stage(steps=low - 0.2, begin=0.2, until=low, scale=scale),
+                    Stage(steps=0.2, begin=low - back),
+                )
+                recipe = Recipe(sampler=Bottleneck(stages=stages, noise=noise))  # type: ignore[arg-type]
+                candidates.append(ours(f"scale {scale:g} from 0.2 to {low:g}, back {back:g}, {noise} noise", recipe))
+    same = Bottleneck(stages=(Stage(steps=0.2, until=0.2), Stage(steps=0.3, begin=0.2, until=0.5), Stage(steps=0.2, begin=0.4)))
+    candidates.append(ours("full size from 0.2 to 0.5, back 0.1, fresh noise", Recipe(sampler=same)))
+    candidates.append(ours("from 0 to 1 in 0.4 of the steps", Recipe(sampler=Bottleneck(stages=(Stage(steps=0.4),)))))
+    for steps in (20, 12, 8):
+        candidates.append(fewer_steps("unipc", round(steps * options.steps / 50)))
+    found = samples(options.model == "tiny-video", options.prompts, options.seeds)
+    return compared(options.model, candidates, found, options.steps, options.converged)
+
+
+def windows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Clips of two and four times the length, asked for directly and in windows; read in stretches of 17 frames."""
+    pipe = tiny_models.load("tiny-video")
+    pipe.set_progress_bar_config(disable=True)
+    defaults = tiny_models.call_defaults(pipe) | {"num_inference_steps": options.steps}
+    own = defaults["num_frames"]
+    asked = [("plain", 1, None), *(("direct", times, None) for times in options.times)]
+    for times in options.times:
+        for overlap in (2, 4, 6):
+            asked.append((f"overlap {overlap}", times, Windows(overlap=overlap)))
+        asked.append(("overlap 4, flat", times, Windows(overlap=4, blend="flat")))
+        asked.append(("overlap 4, shuffled noise", times, Windows(overlap=4, noise="shuffled")))
+        asked.append(("overlap 4, moving", times, Windows(overlap=4, moving=True)))
+    rows = []
+    for name, times, part in asked:
+        clips, seconds = [], []
+        for sample in samples(True, options.prompts, 1):
+            call = defaults | {"num_frames": (own - 1) * times + 1}
+            shot = shoot(pipe, sample, call, ours(name, Recipe(sampler=part)) if part else None)
+            clips.append((sample.prompt, shot.frames))
+            seconds.append(shot.seconds)
+        row = {"model": "tiny-video", "recipe": name, "times": times, "n": len(clips), "seconds": statistics.median(seconds)}
+        rows.append(row | read_long(clips, own))
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+    return rows
+
+
+def read_long(clips: Sequence[tuple[str, Any]], length: int) -> dict[str, Any]:
+    """What the judge reads in stretches of `length` frames, and how much neighbouring frames differ.
+
+    accuracy: of digit, and of direction, over stretches that follow each other. same_digit: share of clips whose stretches
+    show one digit. whole: the clip read as one, resampled in time. jump: the largest step between neighbouring frames over
+    the median one, which is 1 for a motion without seams.
+    """
+    judge = Judge.load()
+    digits, directions, same, whole, jumps, features = [], [], [], [], [], []
+    for prompt, frames in clips:
+        told = parse_prompt(prompt)
+        stretches = [frames[begin : begin + length] for begin in range(0, len(frames) - length + 1, length - 1)]
+        read = judge.read_all(stretches)
+        features += [reading.features for reading in read]
+        digits += [reading.digit == told["digit"] for reading in read]
+        directions += [reading.direction == told["direction"] for reading in read]
+        same.append(len({reading.digit for reading in read}) == 1)
+        once = judge.read(frames)
+        whole.append(once.digit == told["digit"] and once.direction == told["direction"])
+        steps = [float(abs(b - a).mean()) for a, b in pairwise(frames)]
+        jumps.append(max(steps) / statistics.median(steps))
+    return {
+        "digit": statistics.fmean(digits), "direction": statistics.fmean(directions), "same_digit": statistics.fmean(same),
+        "whole": statistics.fmean(whole), "jump": statistics.median(jumps),
+        "frechet": judge.frechet_to_real(torch.stack(features), "video") if len(features) > 1 else None,
+    }  # fmt: skip
+
+
+METHODS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"bottleneck": bottleneck, "windows": windows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--model", default="tiny-image")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--converged", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--times", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    rows = METHODS[options.method](options)
+    for row in rows:
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items() if key in TOLD})
+    tail = "" if options.method == "windows" else f"-{options.model}"
+    document = {
+        "command": f"resolutions {options.method}", "versions": {"torch": torch.__version__}, "hardware": hardware("cpu"),
+        "steps": options.steps, "minutes": (time.perf_counter() - began) / 60, "rows": rows,
+    }  # fmt: skip
+    file = options.json or RESULTS / f"resolutions-{options.method}{tail}.json"
+    file.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
