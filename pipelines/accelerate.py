@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -31,7 +30,6 @@ from hasten.pipelines.seams.quantised import put_on as put_weights_on
 from hasten.pipelines.seams.windows import sample_in_windows
 from hasten.pipelines.solver import swap_scheduler
 from hasten.pipelines.students import taught
-from hasten.pipelines.tune.fingerprint import known_by
 from hasten.pipelines.timed_lora import TimedLora, read_adapter
 from hasten.recipe import Recipe
 from hasten.samplers.bottleneck import Bottleneck
@@ -152,7 +150,6 @@ class Session:
         self._closed = False
         self._warned: set[str] = set()
         self._began = 0.0
-        self.shape: tuple[int, ...] | None = None
         models = denoisers(host)
         if recipe.adapter is not None and recipe.adapter.calls is not None:
             recipe = taught(recipe, {} if isinstance(host, nn.Module) else models)
@@ -185,7 +182,6 @@ class Session:
     def _attach(self, models: dict[str, nn.Module]) -> None:
         if isinstance(self.recipe.sampler, Solver):
             swap_scheduler(self._attachment, self.host, self.recipe.sampler)
-        self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
         self._become_a_student(models)
         self.clock.on_run.append(self._run_begins)
         self.clock.on_tick.append(self._tick)
@@ -199,20 +195,6 @@ class Session:
                     " group of the ranks that compute one sample (torch.distributed.group.WORLD for all)."
                 )
             self.gates.append(DenoiserGate(self, site, model))
-
-    def saw(self, shape: tuple[int, ...]) -> None:
-        """The first input of a run: one row of it."""
-        self.shape = shape
-        self._compare({"steps": len(self.clock.run_times), "shape": shape})
-
-    def _compare(self, here: Mapping[str, Any]) -> None:
-        """Say where a tuned recipe was measured on something else."""
-        stamp = self.recipe.tuned
-        if stamp is not None and (others := stamp.differences(here)):
-            self.note(
-                f"Recipe {self.recipe.name!r} was tuned and measured elsewhere: another {'; another '.join(others)}. Its numbers do"
-                " not hold here; run hasten tune."
-            )
 
     def _become_a_student(self, models: dict[str, nn.Module]) -> None:
         """Put the recipe's adapter onto its network, and sample as it was trained to be sampled."""
@@ -360,7 +342,7 @@ class Session:
     # --- what the clock tells ---------------------------------------------------------------------
 
     def _run_begins(self) -> None:
-        self._began, self.shape = time.perf_counter(), None
+        self._began = time.perf_counter()
         times = self.clock.run_times
         self.trace.runs.append(Run(self.clock.run, len(times), times))
         for gate in self.gates:
