@@ -1,10 +1,9 @@
-"""Consistency methods in the loop: resumed bit for bit, every weight reached, told networks, sampled as trained."""
+"""Consistency methods beyond the contract: what networks are told, and that they are sampled as they were trained."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,117 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from hasten.distill.loop.draw import Draw
-from hasten.distill.loop.settings import TrainSettings
-from hasten.distill.loop.trainer import Trainer
 from hasten.distill.method import Method
 from hasten.distill.methods.guidance import Guidance
-from hasten.distill.methods.lcm import LCM, LCMLoRA
 from hasten.distill.methods.meanflow import MeanFlow
-from hasten.distill.methods.progressive import Progressive
-from hasten.distill.methods.scm import SCM
 from hasten.distill.network.few_steps import FewSteps, sample
 from hasten.distill.network.hint import FlowMap, Hint, Hinted
 from hasten.distill.network.host_call import HostCall
-from hasten.distill.network.paths import Flow, NoisePath, VariancePreserving
-from hasten.distill.network.roles import Adapter, Role, Roles
+from hasten.distill.network.paths import Flow
+from hasten.distill.network.roles import Role
 from hasten.errors import ModelError, RecipeError, UsageError
 from hasten.part import parse
 from hasten.pipelines.host import Layout
 from tests.distill import toys
-from tests.distill.test_trainer import same, weights
+from tests.distill.test_method_contract import METHODS
+from tests.distill.timed import Timed, trainer
 
-TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-METHODS: dict[str, Method] = {
-    "lcm": LCM(scale=(1, 3)),
-    "lcm-lora": LCMLoRA(scale=(1, 3), grid=10),
-    "scm": SCM(scale=2, warmup=2, top=0.2),
-    "scm-told": SCM(scale=(1, 3), told=True, adaptive=False, tangent=0.05),
-    "meanflow": MeanFlow(scale=2, instant=0.3, whole=0.3),
-    "guidance": Guidance(scale=2),
-    "guidance-told": Guidance(scale=(1, 3), told=True),
-    "progressive": Progressive(first=4),
-}
-each = pytest.mark.parametrize("name", METHODS)
-
-
-class TimestepEmbedding(nn.Module):
-    """As in diffusers: two layers, found by its class's name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(2, 12), nn.Linear(12, 16)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(nn.functional.silu(self.linear_1(features)))
-
-
-class Timed(nn.Module):
-    """hidden_states [B, 5], timestep [B], encoder_hidden_states [B, 5] -> [B, 5], modulated by the time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(2 * toys.WIDTH, 16), nn.Linear(16, toys.WIDTH)
-        self.time_embed = TimestepEmbedding()
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
-        turn = timestep[:, None] / 300
-        vector = self.time_embed(torch.cat([turn.sin(), turn.cos()], 1))
-        return (self.last((self.first(torch.cat([hidden_states, encoder_hidden_states], 1)) + vector).tanh()),)
-
-
-def trainer(method: Method, out: Path, full: bool = False, path: NoisePath | None = None, **settings: Any) -> Trainer:
-    torch.manual_seed(0)
-    network = Timed()
-    host = HostCall(network, "timed", Layout.of(network), {}, path or Flow(), (toys.WIDTH,), torch.float32, 1.0, None)
-    roles = Roles.of_copies(host, method.trains) if full else Roles.on_one_base(host, method.trains, Adapter(rank=4))
-    chosen = TrainSettings(**{"steps": 6, "batch": 8, "lr": 1e-2, "warmup": 2, **settings})
-    return Trainer(method, roles, toys.store(), chosen, out, (toys.WIDTH,), progress=False)
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["adapters", "copies"])
-@each
-def test_a_resumed_training_is_the_same_and_every_weight_has_moved(tmp_path: Path, name: str, full: bool) -> None:
-    method = METHODS[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a weight that nothing moves is one
-        assert trainer(method, tmp_path / "whole", full).fit() == 6
-    trainer(method, tmp_path / "cut", full).fit(stop_after=3)
-    assert trainer(method, tmp_path / "cut", full).fit(resume=True) == 6
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-
-
-@each
-def test_gradients_reach_every_trained_weight_within_three_steps(tmp_path: Path, name: str) -> None:
-    made = trainer(METHODS[name], tmp_path / "a")
-    reached: set[str] = set()
-    player = made.players["student"]
-    for step in range(3):
-        rows = range(8)
-        draw = Draw(0, step, rows)
-        made.state.loss("student", made.data.batch(torch.arange(8), draw), draw, step, {}).rows.mean().backward()
-        reached |= {n for n, p in player.parameters.items() if p.grad is not None and bool(p.grad.any())}
-        assert player.optimizer is not None
-        player.optimizer.step()
-        player.optimizer.zero_grad()
-    assert reached == set(player.parameters)
-
-
-@each
-def test_a_batch_may_be_cut_into_parts(tmp_path: Path, name: str) -> None:
-    trainer(METHODS[name], tmp_path / "one", lr=1e-3, steps=2).fit()
-    trainer(METHODS[name], tmp_path / "four", lr=1e-3, steps=2, accumulate=4).fit()
-    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
-    for key, value in one.items():
-        if "/weights/" in key:
-            torch.testing.assert_close(four[key], value, rtol=1e-3, atol=1e-4, msg=key)
-
-
-@each
-@pytest.mark.parametrize("output", ["epsilon", "v_prediction", "sample"])
-def test_variance_preserving_networks_are_trained_too(tmp_path: Path, name: str, output: Any) -> None:
-    made = trainer(METHODS[name], tmp_path / "a", path=VariancePreserving(TABLE, output), steps=2)
-    made.fit()
-    assert made.state.sampler() is None or made.state.sampler().angles[0] <= made.roles["student"].host.path.end  # type: ignore[union-attr, attr-defined]
+CONSISTENT = ("lcm", "lcm-lora", "scm", "scm-told", "meanflow", "guidance", "guidance-told", "progressive")
+each = pytest.mark.parametrize("name", CONSISTENT)
 
 
 @each
@@ -214,18 +119,3 @@ def test_what_a_network_cannot_hear_is_refused(tmp_path: Path) -> None:
         trainer(Guidance(scale=3, told=True), tmp_path)
     with pytest.raises(ModelError, match=r"Toy has no TimestepEmbedding.*told = false"):
         toys.trainer(MeanFlow(), tmp_path)
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["adapters", "copies"])
-@each
-def test_half_precision_loses_no_gradient(tmp_path: Path, name: str, full: bool) -> None:
-    """Evaluations in bf16, some of them without gradient before those with; weights stay float32."""
-    made = trainer(METHODS[name], tmp_path / "a", full, precision="bf16", lr=1e-3)
-    if getattr(METHODS[name], "tangent", "exact") != "exact":
-        with pytest.raises(UsageError, match="rounding, not a tangent"):
-            made.fit()
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        made.fit()
-    assert all(p.dtype == torch.float32 for p in made.players["student"].parameters.values())

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hasten.distill.loop.draw import Draw
-from hasten.distill.method import Method
 from hasten.distill.methods.heads import Head, Judge, Rule, carried, noised, of_judge, of_student
-from hasten.distill.methods.ladd import JUDGE, LADD, LADDState, SanaSprint
+from hasten.distill.methods.ladd import JUDGE, LADD, LADDState
 from hasten.distill.network.host_call import Condition, HostCall
-from hasten.distill.network.paths import Flow, VariancePreserving
+from hasten.distill.network.paths import Flow
 from hasten.distill.network.roles import Role
 from hasten.errors import ModelError, UsageError
 from hasten.pipelines.host import Layout
 from tests.distill import toys
 from tests.distill.gaussians import Exact, Gaussian
 from tests.distill.gaussians import role as exact_role
-from tests.distill.test_consistency_training import TABLE
-from tests.distill.test_dmd import cut, host, losses, one_role_each, resumes, rows_alone, trainer
+from tests.distill.test_method_contract import BLOCKS
+from tests.distill.timed import host, losses, trainer
 
 each_rule = pytest.mark.parametrize("rule", ["hinge", "softplus"])
 ENDLESS = 1e9
@@ -235,41 +234,6 @@ def test_four_blocks_of_a_transformer_are_chosen_evenly() -> None:
 
 
 # --- in the loop ---------------------------------------------------------------------------------------
-
-BLOCKS = ("first", "last")
-METHODS: dict[str, Method] = {
-    "ladd": LADD(blocks=BLOCKS, calls=3),
-    "ladd-softplus": LADD(blocks=BLOCKS, rule="softplus", top=0.0),
-    "sana-sprint": SanaSprint(scale=(1, 3), told=True, warmup=2, calls=2, adversary=LADD(blocks=BLOCKS)),
-}
-each = pytest.mark.parametrize("name", METHODS)
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["adapters", "copies"])
-@each
-def test_a_resumed_training_is_the_same_and_every_weight_has_moved(tmp_path: Path, name: str, full: bool) -> None:
-    resumes(METHODS[name], tmp_path, full)
-
-
-@each
-def test_a_batch_may_be_cut_into_parts(tmp_path: Path, name: str) -> None:
-    cut(METHODS[name], tmp_path)
-
-
-@each
-def test_a_rows_loss_does_not_depend_on_its_neighbours(tmp_path: Path, name: str) -> None:
-    rows_alone(METHODS[name], tmp_path)
-
-
-@each
-def test_a_phase_trains_its_role_alone_and_all_of_it(tmp_path: Path, name: str) -> None:
-    one_role_each(METHODS[name], tmp_path)
-
-
-@each
-def test_variance_preserving_networks_are_trained_too(tmp_path: Path, name: str) -> None:
-    trainer(METHODS[name], tmp_path, path=VariancePreserving(TABLE, "v_prediction"), steps=2).fit()
-
 
 def test_rows_that_start_at_pure_noise_are_as_many_as_asked(tmp_path: Path) -> None:
     seen: list[Tensor] = []
