@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hasten.pipelines.text.diffusion import TextDiffusionPipeline
     from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
     from hasten.pipelines.tiny_models import load
+    from hasten.pipelines.tune.run import tune
     from hasten.recipe import Recipe
     from hasten.report import Report
     from hasten.step import Step
@@ -65,6 +66,7 @@ _HOME = {
     "compare": "hasten.pipelines.compare",
     "load": "hasten.pipelines.tiny_models",
     "recipe": "hasten.pipelines.recipes",
+    "tune": "hasten.pipelines.tune.run",
 }
 """Public name -> the module that defines it."""
 
@@ -92,6 +94,7 @@ __all__ = [
     "compare",
     "load",
     "recipe",
+    "tune",
 ]
 
 

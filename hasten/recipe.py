@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from hasten.errors import RecipeError
 from hasten.part import Part, parse
+from hasten.stamp import Stamp
 
 MAX_YAML_BYTES = 256 * 1024
 """A recipe from a stranger may not be larger than this."""
@@ -121,7 +122,7 @@ class Recipe(Part):
     """A frozen composition of parts, at most one per axis.
 
     `a | b` joins recipes with disjoint axes; the same axis in both raises `RecipeError`, unless its two parts act on
-    different things and make one (`Axis.joined`). `paper` and `models` describe, they do not act. The remaining axis of
+    different things and make one (`Axis.joined`). `paper`, `models` and `tuned` describe, they do not act. The remaining axis of
     the design (draft) joins here when its first part does.
     """
 
@@ -130,6 +131,7 @@ class Recipe(Part):
     name: str = ""
     paper: str = ""
     models: tuple[str, ...] = ()
+    tuned: Stamp | None = None
     sampler: Sampler | None = None
     guidance: Guidance | None = None
     reuse: ReusePolicy | None = None
@@ -172,7 +174,7 @@ class Recipe(Part):
 
     def replace(self, assignments: dict[str, Any], where: str = "--set") -> Recipe:
         """A copy with dotted keys changed, for example `{"reuse.rule.threshold": 0.1}`."""
-        data = self.model_dump()
+        data = self.model_dump() | {"tuned": None}  # what was measured was another recipe
         for dotted, value in assignments.items():
             *path, last = dotted.split(".")
             inner = data

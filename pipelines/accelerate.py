@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -24,6 +25,7 @@ from hasten.pipelines.seams.adapter import put_on
 from hasten.pipelines.seams.bottleneck import sample_in_stages
 from hasten.pipelines.seams.chunk_calls import sample_in_chunks
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
+from hasten.pipelines.seams.draft import Drafted
 from hasten.pipelines.seams.few_calls import sample_in_few_calls
 from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.seams.quantised import put_on as put_weights_on
@@ -31,9 +33,11 @@ from hasten.pipelines.seams.windows import sample_in_windows
 from hasten.pipelines.solver import swap_scheduler
 from hasten.pipelines.students import taught
 from hasten.pipelines.timed_lora import TimedLora, read_adapter
+from hasten.pipelines.tune.fingerprint import known_by
 from hasten.recipe import Recipe
 from hasten.samplers.bottleneck import Bottleneck
 from hasten.samplers.chunk_calls import ChunkCalls
+from hasten.samplers.draft import Draft
 from hasten.samplers.few_calls import FewCalls
 from hasten.samplers.solver import Solver
 from hasten.samplers.windows import Windows
@@ -149,7 +153,9 @@ class Session:
         self._bare_scheduler = scheduler
         self._closed = False
         self._warned: set[str] = set()
+        self._drafted: Drafted | None = None
         self._began = 0.0
+        self.shape: tuple[int, ...] | None = None
         models = denoisers(host)
         if recipe.adapter is not None and recipe.adapter.calls is not None:
             recipe = taught(recipe, {} if isinstance(host, nn.Module) else models)
@@ -182,6 +188,7 @@ class Session:
     def _attach(self, models: dict[str, nn.Module]) -> None:
         if isinstance(self.recipe.sampler, Solver):
             swap_scheduler(self._attachment, self.host, self.recipe.sampler)
+        self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
         self._become_a_student(models)
         self.clock.on_run.append(self._run_begins)
         self.clock.on_tick.append(self._tick)
@@ -195,6 +202,20 @@ class Session:
                     " group of the ranks that compute one sample (torch.distributed.group.WORLD for all)."
                 )
             self.gates.append(DenoiserGate(self, site, model))
+
+    def saw(self, shape: tuple[int, ...]) -> None:
+        """The first input of a run: one row of it."""
+        self.shape = shape
+        self._compare({"steps": len(self.clock.run_times), "shape": shape})
+
+    def _compare(self, here: Mapping[str, Any]) -> None:
+        """Say where a tuned recipe was measured on something else."""
+        stamp = self.recipe.tuned
+        if stamp is not None and (others := stamp.differences(here)):
+            self.note(
+                f"Recipe {self.recipe.name!r} was tuned and measured elsewhere: another {'; another '.join(others)}. Its numbers do"
+                " not hold here; run hasten tune."
+            )
 
     def _become_a_student(self, models: dict[str, nn.Module]) -> None:
         """Put the recipe's adapter onto its network, and sample as it was trained to be sampled."""
@@ -222,6 +243,9 @@ class Session:
                 self._refuse_beside("cuts clips into windows", "reuse")
             self._refuse_beside("cuts clips into windows", "attention")
             self.trace.facts["windows"] = sample_in_windows(self._attachment, self.host, sampler, self._step_index, self.note)
+        elif isinstance(sampler, Draft):
+            self._drafted = self._from_a_draft(sampler)
+            self.trace.facts["draft"] = self._drafted.put_on(self._attachment, self.host)
         elif isinstance(sampler, FewCalls):
             self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
 
@@ -235,6 +259,16 @@ class Session:
             raise UsageError(f"adapter.scale is for what a LoRA adds, got {scale:g}; quantised weights are whole. Leave it out.")
         put_weights_on(self._attachment, network, made)
         return made.told()
+
+    def _from_a_draft(self, part: Draft) -> Drafted:
+        """What makes drafts here, by a session of their own. Raises `UsageError` where their recipe is none for this host."""
+        draft = find_recipe(part.recipe) if part.recipe else None
+        if draft is not None and isinstance(draft.sampler, Draft):
+            raise UsageError(f"The recipe of a draft, {part.recipe!r}, starts from a draft itself. Name one that starts from noise.")
+        if draft is not None:
+            Session(self.host, draft, None, self.limits, self.group).close()  # what is refused is refused now
+        opened = None if draft is None else lambda: Session(self.host, draft, None, self.limits, self.group)
+        return Drafted(self.host, part, opened, self.follow_scheduler, lambda told: self.trace.facts.update(drafted=told))
 
     def _step_index(self) -> int:
         return self.clock.step.index if self.clock.step is not None else 0
@@ -337,12 +371,14 @@ class Session:
         return self._bare_scheduler if self._bare_scheduler is not None else self.host.scheduler
 
     def _ours(self) -> bool:
+        if self._drafted is not None and self._drafted.drafting:
+            return False
         return is_running(self.host, self._scheduler())
 
     # --- what the clock tells ---------------------------------------------------------------------
 
     def _run_begins(self) -> None:
-        self._began = time.perf_counter()
+        self._began, self.shape = time.perf_counter(), None
         times = self.clock.run_times
         self.trace.runs.append(Run(self.clock.run, len(times), times))
         for gate in self.gates:

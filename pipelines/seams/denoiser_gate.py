@@ -175,6 +175,8 @@ class DenoiserGate:
 
     def _followed(self, step: Step, call: Call, x: Tensor) -> Any:
         """A call of the loop: reuse decides for the step, then guidance for the branch."""
+        if self.session.shape is None:
+            self.session.saw(tuple(x.shape[1:]))
         kind = kind_of(call)
         if self._kinds.setdefault(step.branch, kind) != kind:  # what another kind of call has shown may not stand in
             self.begin_run()

@@ -1,0 +1,171 @@
+"""What is searched: compositions of the axes, each written as a handful of numbers and turned into a `Recipe`.
+
+A family is one way of saving steps; guidance and attention compose with each of them. Numbers are asked of an optuna trial,
+so that its sampler learns which matter; a family asks for its own only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hasten.caching.network import NetworkReuse
+from hasten.caching.signals import OutputChange
+from hasten.drift import Drift
+from hasten.errors import RecipeError
+from hasten.forecast import LeaveOneOut
+from hasten.ledger import Ledger
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.tune.plan import FORECASTS, Plan, best_plan
+from hasten.pipelines.tune.signals import Signals
+from hasten.recipe import Guidance, Recipe
+from hasten.samplers.guidance import AdaptiveGuidance, ListedGuidance
+from hasten.samplers.solver import Solver
+
+SOLVERS = ("unipc", "dpm++")
+
+Params = Mapping[str, Any]
+
+
+@dataclass
+class Space:
+    """What can be searched on one host. steps: of the plain run. guided: whether a second branch is evaluated. signals: of
+    plain runs, empty where their solver is not first-order: then no plan can be judged beforehand. attention, adapters:
+    recipes (names or files) that each may be added."""
+
+    steps: int
+    guided: bool
+    signals: Sequence[Signals] = ()
+    attention: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    _plans: dict[tuple[int, int | None, int], Plan] = field(default_factory=dict)
+
+    @property
+    def families(self) -> list[str]:
+        found = (["plan"] if self.signals else []) + ["solver", "drift", "ledger"]
+        return found + (["preset"] if self.presets else []) + (["student"] if self.adapters else [])
+
+    def ask(self, trial: Any) -> Params:
+        """Numbers of a new composition. trial: an optuna trial, fixed or not."""
+        family = trial.suggest_categorical("family", self.families)
+        params: dict[str, Any] = {"family": family}
+        if family == "preset":
+            return params | {"preset": trial.suggest_categorical("preset", list(self.presets))}
+        if family == "student":
+            return params | {"student": trial.suggest_categorical("student", list(self.adapters))}
+        if family == "plan":
+            params["computed"] = trial.suggest_int("computed", 3, max(4, self.steps // 2))
+            params["forecast"] = trial.suggest_categorical("forecast", list(range(len(FORECASTS))))
+        if family == "solver":
+            params["solver"] = trial.suggest_categorical("solver", list(SOLVERS))
+            params["steps"] = trial.suggest_int("steps", 3, max(4, self.steps * 2 // 3))
+        if family == "drift":
+            params["limit"] = trial.suggest_float("limit", 0.005, 0.5, log=True)
+        if family == "ledger":
+            params["tolerance"] = trial.suggest_float("tolerance", 0.003, 0.5, log=True)
+        if self.guided:
+            params["both"] = trial.suggest_float("both", 0.2, 1.0, step=0.1)
+        if self.attention:
+            params["attention"] = trial.suggest_categorical("attention", ["", *self.attention])
+        return params
+
+    def recipe(self, params: Params) -> Recipe:
+        """The composition that `params` say. Raises `RecipeError` where its parts do not go together."""
+        families = {
+            "plan": self._plan, "solver": self._solver, "drift": self._drift, "ledger": self._ledger, "preset": self._preset,
+            "student": self._student,
+        }  # fmt: skip
+        made = families[params["family"]](params)
+        if params.get("attention"):
+            made = made | find_recipe(params["attention"])
+        return made.model_copy(update={"name": self.name(params), "paper": "", "models": ()})
+
+    def name(self, params: Params) -> str:
+        """A label in words."""
+        kept = {key: value for key, value in params.items() if key != "family" and value != ""}
+        if params["family"] in ("preset", "student"):
+            return str(kept[params["family"]])
+        parts = [f"{key} {round(value, 4) if isinstance(value, float) else value}" for key, value in kept.items()]
+        return f"{params['family']}: {', '.join(parts)}"
+
+    # --- families ---------------------------------------------------------------------------------
+
+    def plan(self, computed: int, both: float, forecast: int) -> Plan:
+        """The best schedule with so many evaluated steps, a share `both` of them guided. Searched once each."""
+        guided = max(2, round(both * computed)) if self.signals[0].scale is not None else None
+        key = (computed, guided if guided is None else min(guided, computed), forecast)
+        if key not in self._plans:
+            self._plans[key] = best_plan(self.signals, computed, key[1], *FORECASTS[forecast])
+        return self._plans[key]
+
+    def _plan(self, params: Params) -> Recipe:
+        found = self.plan(params["computed"], params.get("both", 1.0), params["forecast"]).recipe()
+        if self.guided and self.signals[0].scale is None:  # the branches could not be told apart when it was recorded
+            return found.model_copy(update={"guidance": self._guidance(params, params["computed"])})
+        return found
+
+    def _solver(self, params: Params) -> Recipe:
+        share = params["steps"] / self.steps
+        return Recipe(sampler=Solver(name=params["solver"], steps=share), guidance=self._guidance(params, params["steps"]))
+
+    def _drift(self, params: Params) -> Recipe:
+        rule = Drift(limit=params["limit"], accumulate=True, warmup=0.1)
+        reuse = NetworkReuse(rule=rule, signal=OutputChange(), forecast=LeaveOneOut(max_order=2), correct=2)
+        return Recipe(reuse=reuse, guidance=self._online(params))
+
+    def _ledger(self, params: Params) -> Recipe:
+        forecast = LeaveOneOut(min_order=1, max_order=2, damp=0.75, memory=0.5)
+        reuse = NetworkReuse(rule=Ledger(tolerance=params["tolerance"]), forecast=forecast, correct=2)
+        return Recipe(reuse=reuse, guidance=self._online(params))
+
+    def _preset(self, params: Params) -> Recipe:
+        return find_recipe(params["preset"])
+
+    def _student(self, params: Params) -> Recipe:
+        return find_recipe(params["student"])
+
+    def _guidance(self, params: Params, steps: int) -> Guidance | None:
+        """Both branches at a share of `steps` steps, denser at the start, where guidance decides what is drawn."""
+        num = max(2, round(params.get("both", 1.0) * steps))
+        if not self.guided or num >= steps:
+            return None
+        return ListedGuidance(at=tuple(round((k / (num - 1)) ** 1.3, 4) for k in range(num)), order=1)
+
+    def _online(self, params: Params) -> Guidance | None:
+        """Where the evaluated steps are not known beforehand: both branches until they agree, below a share of them."""
+        both = params.get("both", 1.0)
+        return AdaptiveGuidance(agreement=0.999, after=round(both, 2)) if self.guided and both < 1 else None
+
+
+def first_guesses(space: Space, tolerance: float) -> list[dict[str, Any]]:
+    """Compositions to begin with: the controls and presets, then plans whose number of evaluations the tolerance asks for.
+
+    tolerance: latent error that may be reached. The number is the ledger's own rule of thumb (`Ledger.nodes`).
+    """
+    need = max(4.0, Ledger(tolerance=min(1.0, tolerance)).planned)
+    steps = [min(space.steps // 2, max(3, round(need * share))) for share in (1.0, 0.8, 1.25, 0.65, 1.6)]
+    shares = (1.0, 0.6, 0.4) if space.guided else (1.0,)
+    guesses: list[dict[str, Any]] = []
+    for number, count in enumerate(dict.fromkeys(steps)):
+        if space.signals:
+            guesses += [{"family": "plan", "computed": count, "forecast": 0, "both": share} for share in shares[: 3 - number // 2]]
+        guesses += [{"family": "solver", "solver": SOLVERS[0], "steps": count, "both": share} for share in (1.0, 0.5)[: len(shares)]]
+        guesses += [{"family": "solver", "solver": SOLVERS[1], "steps": count, "both": 1.0}] * (number == 0)
+    guesses.append({"family": "ledger", "tolerance": min(0.5, max(0.003, tolerance)), "both": 1.0})
+    guesses.append({"family": "drift", "limit": 0.05, "both": 1.0})
+    guesses += [{"family": "student", "student": name} for name in space.adapters]
+    guesses += [{"family": "preset", "preset": name} for name in space.presets]
+    if not space.guided:
+        guesses = [{key: value for key, value in guess.items() if key != "both"} for guess in guesses]
+    if space.attention:
+        guesses = [guess | {"attention": ""} for guess in guesses]
+    return [dict(each) for each in dict.fromkeys(tuple(guess.items()) for guess in guesses)]
+
+
+def parts_alone(recipe: Recipe) -> dict[str, Recipe]:
+    """Each axis of a composition on its own: axis -> recipe. Raises `RecipeError` for a recipe without axes."""
+    if not recipe.axes:
+        raise RecipeError(f"Recipe {recipe.name!r} has no axes to take apart.")
+    return {axis: Recipe(name=f"{axis} alone", **{axis: part}) for axis, part in recipe.axes.items()}

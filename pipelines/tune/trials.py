@@ -1,0 +1,144 @@
+"""What a recipe costs and keeps on some samples, beside plain runs with the same noise.
+
+The distance of the latents comes first, on one sample and without decoding; only what is near enough there runs on all.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hasten import metrics
+from hasten.pipelines.bench.candidates import Candidate, ours
+from hasten.pipelines.bench.foreign import because
+from hasten.pipelines.bench.shots import Sample, Shot, shoot
+from hasten.pipelines.tune.goal import Goal
+from hasten.recipe import Recipe
+
+FAR = 4.0
+"""How many times the tolerated latent error a first sample may be off before the others are spared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run beside the plain run of its sample. psnr: None where identical."""
+
+    speedup: float
+    seconds: float
+    psnr: float | None
+    ssim: float | None
+    latent_error: float | None
+    nfe: float | None
+    bytes_held: int | None
+
+    def value(self, goal: Goal) -> float | None:
+        """What the goal measures; infinite dB where identical."""
+        if goal.measure == "psnr":
+            return math.inf if self.psnr is None else self.psnr
+        return self.ssim if goal.measure == "ssim" else self.latent_error
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A recipe on samples. outcomes: in their order; fewer of them where it was given up. why: the reason then."""
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+    why: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.outcomes) and not self.why
+
+    @property
+    def speedup(self) -> float:
+        return statistics.median(each.speedup for each in self.outcomes)
+
+    def worst(self, goal: Goal) -> float:
+        """The worst value over the samples; minus infinity (or infinity, of an error) where one cannot be measured."""
+        values = [each.value(goal) for each in self.outcomes]
+        known = [value for value in values if value is not None]
+        bad = math.inf if goal.measure == "latent_error" else -math.inf
+        return min(known, key=goal.better) if len(known) == len(values) and known else bad
+
+    def median(self, goal: Goal) -> float | None:
+        known = [value for each in self.outcomes if (value := each.value(goal)) is not None]
+        return statistics.median(known) if known else None
+
+    def kept(self, goal: Goal) -> float:
+        """Share of the samples that keep the goal."""
+        return statistics.fmean(goal.met(each.value(goal)) for each in self.outcomes) if self.outcomes else 0.0
+
+
+class Bench:
+    """Plain runs of some samples, made once, and runs of recipes beside them.
+
+    tell: is told what is being run. noted: called with the sample's number while its plain run is made, to give a context in
+    which it runs (a recording).
+    """
+
+    def __init__(self, pipe: Any, call: dict[str, Any], samples: Sequence[Sample], context: Callable[[int], Any] | None = None) -> None:
+        self.pipe, self.call, self.samples = pipe, call, tuple(samples)
+        self.plain: list[Shot] = []
+        shoot(pipe, samples[0], {**call, "num_inference_steps": min(4, call.get("num_inference_steps", 4))}, ours("plain", "plain"))
+        for number, sample in enumerate(samples):
+            if context is not None:
+                with context(number):
+                    shoot(pipe, sample, call)
+            self.plain.append(self._plain(sample))
+
+    def _plain(self, sample: Sample) -> Shot:
+        """The run without anything, timed without a recorder beside it."""
+        return shoot(self.pipe, sample, self.call)
+
+    @property
+    def seconds(self) -> float:
+        """Of a plain run."""
+        return statistics.median(shot.seconds for shot in self.plain)
+
+    def measure(self, name: str, recipe: Recipe | Candidate, goal: Goal | None = None, again: bool = False) -> Measured:
+        """`recipe` on all samples. goal: give up after the first sample if that is far from it, or slower than the plain run.
+        again: time the plain run again beside each run, for numbers that are to be believed to the last per cent."""
+        candidate = recipe if isinstance(recipe, Candidate) else ours(name, recipe)
+        found: list[Outcome] = []
+        for number, sample in enumerate(self.samples):
+            seconds = self._plain(sample).seconds if again else self.plain[number].seconds
+            try:
+                shot = shoot(self.pipe, sample, self.call, candidate)
+            except Exception as error:  # noqa: BLE001 - whatever it raises is the reason that is reported
+                return Measured(name, tuple(found), because(error))
+            found.append(outcome(self.plain[number], shot, seconds))
+            if goal is not None and number == 0 and (why := _hopeless(found[0], goal)):
+                return Measured(name, tuple(found), why)
+        return Measured(name, tuple(found))
+
+
+def outcome(plain: Shot, shot: Shot, seconds: float) -> Outcome:
+    """seconds: of the plain run beside it."""
+    psnr = metrics.psnr(plain.frames, shot.frames)
+    known = plain.latents is not None and shot.latents is not None
+    small = min(plain.frames.shape[1:3]) < 11
+    return Outcome(
+        seconds / shot.seconds, shot.seconds, psnr if math.isfinite(psnr) else None,
+        None if small else metrics.ssim(plain.frames, shot.frames),
+        metrics.latent_error(shot.latents, plain.latents) if known else None, shot.nfe, shot.bytes_held,
+    )  # fmt: skip
+
+
+def _hopeless(first: Outcome, goal: Goal) -> str:
+    """Why the other samples are spared; "" where they are not."""
+    if first.speedup < 1:
+        return f"slower than the plain run on the first sample ({first.speedup:.2f}x)"
+    value = first.value(goal)
+    if value is None or math.isnan(value):
+        return "the first sample's result cannot be measured"
+    far = {"psnr": goal.limit - 20 * math.log10(FAR), "ssim": 1 - FAR * (1 - goal.limit), "latent_error": FAR * goal.limit}
+    if goal.better(value) < goal.better(far[goal.measure]):
+        return f"far from the budget on the first sample ({goal.measure} {value:.4g})"
+    return ""
