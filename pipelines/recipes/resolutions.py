@@ -6,6 +6,7 @@ from typing import Literal
 
 from hasten.recipe import Recipe
 from hasten.samplers.bottleneck import Bottleneck, Stage
+from hasten.samplers.draft import Draft
 from hasten.samplers.windows import Windows
 
 
@@ -47,4 +48,17 @@ def windows(
         sampler=Windows(frames=frames, overlap=overlap, blend=blend, noise=noise),
         paper="MultiDiffusion, arXiv 2302.08113; FreeNoise, arXiv 2310.15169; Magic 1-For-1, arXiv 2502.07701",
         models=("Wan, HunyuanVideo, Mochi",),
+    )
+
+
+def draft(recipe: str = "fast", steps: int | None = None, share: float = 0.5) -> Recipe:
+    """Start from a cheap draft: it is given noise again, and only the last part of the run is walked by the full model.
+
+    recipe: of the draft, asked for `steps`; '' for a draft that the caller passes as `latents=`. share: of the steps asked
+    for that are walked after it. CAT-DM's draft is a GAN's; ours is any recipe's, a student's calls for example.
+    """
+    return Recipe(
+        sampler=Draft(recipe=recipe, steps=steps, share=share),
+        paper="CAT-DM, arXiv 2311.18405; SDEdit, arXiv 2108.01073",
+        models=("any pipeline that takes latents",),
     )
