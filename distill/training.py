@@ -113,7 +113,7 @@ def _whole(config: TrainConfig, out: Path) -> Trainer:
     pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
     host, rows = prepare(single, pipe, out, _silent)
     made = Trainer(config.method, cast(single, pipe, host, rows.conditions), rows, single.train, out, host.shape, False)
-    made.restore()
+    made.restore(to_train=False)
     return made
 
 

@@ -115,14 +115,14 @@ class Player:
             _write(folder, "optimizer", {n: _gathered(of[n], t) for n, t in flat.items()})
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Restore in place. Raises `ResumeError` naming what is missing or does not fit."""
+    def load(self, folder: Path, to_train: bool = True) -> None:
+        """Restore in place; without `to_train` weights and average alone. Raises `ResumeError` naming what is missing or does not fit."""
         self._restore(folder / "weights.safetensors", self.current() | self.buffers)
         if self.shares:
             sharding.spread(self.shares.values())
         if self.average:
             self._restore(folder / "average.safetensors", self.average)
-        if self.optimizer is not None:
+        if self.optimizer is not None and to_train:
             self._restore_optimizer(folder / "optimizer.safetensors", self.optimizer)
 
     @property

@@ -265,8 +265,9 @@ class Trainer:
         bar.update()
         bar.set_postfix(loss=f"{row.get('loss', float('nan')):.4f}", refresh=False)
 
-    def restore(self) -> int:
-        """Take everything from the last checkpoint; its number of steps. Raises `ResumeError` as `fit` does."""
+    def restore(self, to_train: bool = True) -> int:
+        """Take everything from the last checkpoint; its number of steps. to_train: optimisers, too, which are most of what a
+        training holds, and of no use to an export. Raises `ResumeError` as `fit` does."""
         folder = self.out / "latest"
         if not folder.exists() and (old := folder.with_name("latest.old")).exists():
             old.rename(folder)
@@ -276,7 +277,7 @@ class Trainer:
         if state["method"] != self.method.model_dump():
             raise ResumeError(f"'{self.out}' was trained by {state['method']}, not by {self.method.model_dump()}.")
         for name, player in self.players.items():
-            player.load(folder / name)
+            player.load(folder / name, to_train)
         self.headings = direction.Headings(state.get("headings"))  # older checkpoints have none
         return int(state["step"])
 

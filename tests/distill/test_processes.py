@@ -51,16 +51,16 @@ def _two(out: Path, kind: str, **more: Any) -> None:
     """Train in two processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        mp.spawn(_train, (str(out), _free_port(), kind, more), nprocs=2)  # type: ignore[no-untyped-call]
+        mp.spawn(_train, (str(out), free_port(), kind, more), nprocs=2)  # type: ignore[no-untyped-call]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         return int(asked.getsockname()[1])
 
 
-def _alike(one: Path, two: Path) -> None:
+def alike(one: Path, two: Path) -> None:
     """The same weights, averages and optimisers, up to the rounding of sums in another order."""
     ours, theirs = weights(one), weights(two)
     assert ours.keys() == theirs.keys()
@@ -74,7 +74,7 @@ def _alike(one: Path, two: Path) -> None:
 def test_two_processes_train_what_one_does(tmp_path: Path, kind: str) -> None:
     trainer(METHODS[kind](), tmp_path / "one").fit()
     _two(tmp_path / "two", kind)
-    _alike(tmp_path / "one", tmp_path / "two")
+    alike(tmp_path / "one", tmp_path / "two")
     logs = [(tmp_path / side / "log.jsonl").read_text().splitlines() for side in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 6
     for ours, theirs in zip(*(map(json.loads, side) for side in logs), strict=True):
@@ -89,7 +89,7 @@ def test_weights_in_parts_train_what_whole_ones_do(tmp_path: Path, full: bool, c
     whole = trainer(Critic(), tmp_path / "one", full=full)
     whole.fit()
     _two(tmp_path / "two", "critic", full=full, shard=True)
-    _alike(tmp_path / "one", tmp_path / "two")
+    alike(tmp_path / "one", tmp_path / "two")
     parts = [json.loads((tmp_path / "two" / f"held-{rank}.json").read_text()) for rank in (0, 1)]
     alone = whole.held()
     with capsys.disabled():
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_parts_goes_on_whole_and_back(tmp_path: Path, full: bool
     _two(tmp_path / "mixed", "critic", full=full, shard=True, stop=2)
     assert trainer(Critic(), tmp_path / "mixed", full=full).fit(resume=True, stop_after=4) == 4
     _two(tmp_path / "mixed", "critic", full=full, shard=True, resume=True)
-    _alike(tmp_path / "one", tmp_path / "mixed")
+    alike(tmp_path / "one", tmp_path / "mixed")
     steps = [json.loads(line)["step"] for line in (tmp_path / "mixed" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(6))
 
