@@ -14,10 +14,12 @@ from hasten.atomic import atomic_write
 from hasten.distill.bench.contest import Contest, Made
 from hasten.distill.export.card import measured
 from hasten.distill.loop import cost
+from hasten.distill.network.chunks import Chunks
 from hasten.distill.trained import Trained, open_trained
 from hasten.errors import UsageError
 from hasten.pipelines.bench.bars import Bar
 from hasten.recipe import Recipe
+from hasten.samplers.few_calls import FewCalls
 
 Row = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -26,6 +28,9 @@ Told = Callable[[str], None]
 TEACHER, SOLVER, STUDENT, RECIPE = "teacher", "solver", "student", "recipe"
 """Who a row is about: the teacher by its usual steps; its pipeline by a solver of diffusers; a training's student; the same as
 a recipe."""
+
+GIVEN = ", first frame given"
+"""Behind the name of a student that makes a clip of a picture."""
 
 NEAR_1, NEAR_4 = 1.15, 1.1
 RECALL_LOST, ACCURACY_LOST = 0.05, 0.02
@@ -39,7 +44,7 @@ def teacher(contest: Contest, counts: Iterable[int], told: Told) -> list[Row]:
     rows = []
     for steps in counts:
         told(f"teacher, {steps} steps")
-        rows.append(_row(contest, contest.solver("keep", steps), TEACHER, "its own solver", calls=steps))
+        rows.append(_row(contest, contest.teacher(steps), TEACHER, "its own solver", calls=steps))
     return rows
 
 
@@ -66,11 +71,34 @@ def student(contest: Contest, folder: Path, calls: Iterable[int], told: Told) ->
     trained = open_trained(folder)
     if trained.config.model != contest.model:
         raise UsageError(f"'{folder}' is a student of {trained.config.model}, and {contest.model} is measured.")
+    if isinstance(trained.student, Chunks):
+        return _in_chunks(contest, trained, trained.student, folder, told)
     rows = []
     for count in calls:
         told(f"{folder.name}, {count} calls")
         rows.append(_row(contest, contest.student(trained, count), STUDENT, folder.name, calls=count) | _facts(trained, folder))
     return rows
+
+
+def _in_chunks(contest: Contest, trained: Trained, who: Chunks, folder: Path, told: Told) -> list[Row]:
+    """A student in chunks by the calls of each chunk that it was trained for, as its keys and values are those of these calls;
+    and once more on the teacher's first frames, where it was trained to make a clip of a picture."""
+    spans, calls = who.spans(contest.z.shape[2]), len(who.steps.angles)
+    facts = _facts(trained, folder) | _chunks(spans)
+    told(f"{folder.name}, {facts['note']} ({calls})")
+    rows = [_row(contest, contest.chunks(who), STUDENT, folder.name, calls) | facts]
+    if getattr(trained.config.method, "given", 0) > 0:
+        steps = max(contest.teachers, default=FULL_STEPS)
+        given = contest.teacher(steps).x0[:, :, : spans[0][1]]
+        told(f"{folder.name}{GIVEN}")
+        row = _row(contest, contest.chunks(who, given), STUDENT, f"{folder.name}{GIVEN}", calls)
+        rows.append(row | facts | {"note": f"{facts['note']}; the first is the teacher's of {steps} steps"})
+    return rows
+
+
+def _chunks(spans: Sequence[tuple[int, int]]) -> Row:
+    sizes = [end - begin for begin, end in spans]
+    return {"chunks": sizes, "note": f"chunks of {' + '.join(map(str, sizes))} latent frames, calls of each"}
 
 
 CARD = {"name": "who", "calls": "calls", "evaluations": "evaluations", "frechet": "Frechet", "recall": "recall", "precision": "precision",
@@ -80,8 +108,11 @@ CARD = {"name": "who", "calls": "calls", "evaluations": "evaluations", "frechet"
 
 def in_card(rows: Rows, folder: Path) -> list[Row]:
     """The rows of a student's card: the teacher, and this student by what it was trained for and otherwise."""
-    kept = [row for row in rows if row["who"] == TEACHER or (row["who"] == STUDENT and row["name"] == folder.name)]
-    named = [{**row, "name": f"teacher, {row['calls']} steps" if row["who"] == TEACHER else "student"} for row in kept]
+    kept = [row for row in rows if row["who"] == TEACHER or (row["who"] == STUDENT and row["name"] in (folder.name, f"{folder.name}{GIVEN}"))]
+    named = [
+        {**row, "name": f"teacher, {row['calls']} steps" if row["who"] == TEACHER else row["name"].replace(folder.name, "student", 1)}
+        for row in kept
+    ]
     return [{heading: row[key] for key, heading in CARD.items()} for row in named]
 
 
@@ -95,8 +126,9 @@ def tell_card(rows: Rows, folder: Path) -> None:
 def as_recipe(contest: Contest, recipe: Recipe, told: Told) -> Row:
     """A student as its users have it."""
     told(recipe.name)
-    made = contest.recipe(recipe)
-    return _row(contest, made, RECIPE, recipe.name, calls=made.evaluations)
+    made, chunks = contest.recipe(recipe), contest.chunks_of(recipe)
+    assert isinstance(recipe.sampler, FewCalls)  # as the contest has checked
+    return _row(contest, made, RECIPE, recipe.name, calls=recipe.sampler.calls) | ({} if chunks is None else _chunks(chunks))
 
 
 def _row(contest: Contest, made: Made, who: str, name: str, calls: int) -> Row:
@@ -171,7 +203,8 @@ def _teacher(rows: Rows) -> Mapping[str, Any] | None:
 
 
 def _students(rows: Rows, calls: int) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["who"] in (STUDENT, RECIPE) and row["calls"] == calls]
+    """Without those in chunks: their calls are of a chunk, and they take more evaluations."""
+    return [row for row in rows if row["who"] in (STUDENT, RECIPE) and row["calls"] == calls and "chunks" not in row]
 
 
 def _keeps(row: Mapping[str, Any], full: Mapping[str, Any]) -> bool:

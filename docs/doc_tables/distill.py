@@ -18,7 +18,7 @@ from doc_tables.results import (
 WHO = {"teacher": "teacher", "solver": "no training", "student": "student", "recipe": "bundled student"}
 
 COLUMNS: Columns = {
-    "evaluations": ("evaluations", str),
+    "evaluations": ("evaluations", lambda value: f"{round(value, 2):g}"),
     "frechet": ("Frechet", lambda value: f"{value:.1f}"),
     "sliced": ("sliced W2", lambda value: f"{value:.3f}"),
     "recall": ("recall", lambda value: f"{value:.3f}"),

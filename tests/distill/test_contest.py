@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.distill.bench.contest import Contest, prompts
+from hasten.distill.bench import table
+from hasten.distill.bench.contest import Contest, prompts, whole_clips
 from hasten.distill.bench.judged import sliced
 from hasten.distill.bench.table import ahead, bars, lora, near, student
+from hasten.distill.network.chunks import Chunks
 from hasten.distill.pretrain.config import parse_as
 from hasten.distill.train_config import TrainConfig
 from hasten.distill.trained import open_trained
@@ -41,6 +43,59 @@ def test_a_student_in_the_contest_is_the_one_that_users_have(tmp_path: Path, cal
     plain = contest.solver("keep", 2)
     assert torch.allclose(ours.x0, theirs.x0, atol=2e-4), "one network, one noise"
     assert not torch.allclose(ours.x0, plain.x0, atol=1e-2)
+
+
+CLIP = CALL | {"num_frames": 9, "height": 16, "width": 16}
+
+
+@pytest.fixture(scope="module", params=["causal", "magic141"])
+def in_chunks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose first chunk is one frame, trained for two steps."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    own: dict[str, Any] = {"causal": {"chunk": 2, "first": 1}, "magic141": {"ratio": 1}}[request.param]
+    raw = {
+        "model": "tiny-video", "student": {"rank": 2}, "method": {"kind": request.param, "calls": 2, "how": "ode", **own},
+        "data": {"prompts": ["a seven moving left"], "count": 2, "call": CLIP},
+        "train": {"steps": 2, "batch": 1, "lr": 1e-2, "warmup": 0},
+    }  # fmt: skip
+    train(parse_as(TrainConfig, raw, "test"), folder, progress=False)
+    return folder
+
+
+def test_a_student_in_chunks_is_measured_as_its_users_have_it(in_chunks: Path) -> None:
+    contest, opened = Contest.of("tiny-video", 3, CLIP), open_trained(in_chunks)
+    assert contest.z.shape[2] == 5 and isinstance(opened.student, Chunks)
+    ours, theirs = contest.student(opened, 1), contest.recipe(recipe(str(in_chunks / "student" / "recipe.yaml")))
+    assert torch.allclose(ours.x0, theirs.x0, atol=2e-4)
+    # Two calls for each frame, and all but the last chunk once more: 1 + 2 + 2 frames, or 1 + 4.
+    assert ours.evaluations == theirs.evaluations == {3: (10 + 3) / 5, 2: (10 + 1) / 5}[len(opened.student.spans(5))]
+    given = contest.teacher(2).x0[:, :, :1]
+    of_picture = contest.chunks(opened.student, given)
+    assert torch.equal(of_picture.x0[:, :, :1], given) and not torch.allclose(of_picture.x0[:, :, 1:], ours.x0[:, :, 1:], atol=1e-2)
+    assert of_picture.evaluations == pytest.approx(ours.evaluations - 2 / 5), "the picture is seen, but not made"
+
+
+def test_rows_of_students_in_chunks(in_chunks: Path) -> None:
+    contest = Contest.of("tiny-video", 4, CLIP)
+    said: list[str] = []
+    rows = table.teacher(contest, [2], said.append) + student(contest, in_chunks, [1, 4, 8], said.append)
+    own = [row for row in rows if row["who"] == "student"]
+    magic = own[0]["method"] == "magic141"
+    assert [row["name"] for row in own] == ["run", "run, first frame given"][: 1 + magic]
+    assert all(row["calls"] == 2 and row["chunks"] == ([1, 4] if magic else [1, 2, 2]) for row in own)
+    assert own[0]["note"] == f"chunks of {'1 + 4' if magic else '1 + 2 + 2'} latent frames, calls of each"
+    assert not magic or own[1]["note"].endswith("; the first is the teacher's of 2 steps")
+    assert all(bar.met is None for bar in bars(rows)), "their calls are no calls of a whole sample"
+    table.tell_card(rows, in_chunks)
+    card = (in_chunks / "student" / "README.md").read_text()
+    assert "teacher, 2 steps" in card and ("student, first frame given" in card) is magic
+
+
+def test_evaluations_in_whole_clips() -> None:
+    assert whole_clips([(0, 4)], 3) == 3
+    assert whole_clips([(0, 1), (1, 4)], 3) == pytest.approx((12 + 1) / 4)
+    assert whole_clips([(0, 1), (1, 4)], 3, ready=1) == pytest.approx((9 + 1) / 4)
+    assert whole_clips([(0, 3), (3, 6), (6, 7)], 1) == pytest.approx((7 + 6) / 7)
 
 
 def test_other_models_students_are_refused(tmp_path: Path) -> None:
