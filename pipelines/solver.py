@@ -17,8 +17,10 @@ import torch
 
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.quiet import quiet
+from hasten.pipelines.travel import travelling
 from hasten.samplers.levels import SHARES, between, shares, shifted
 from hasten.samplers.solver import Solver
+from hasten.samplers.travel import TimeTravel
 from hasten.scheduler import is_flow
 from hasten.session import Attachment
 
@@ -61,6 +63,8 @@ def scheduler_for(scheduler: Any, solver: Solver) -> Any:
 
     Raises `UsageError` where there is no such solver for the kind of model, `RefusedError` where it would be wrong.
     """
+    if isinstance(solver, TimeTravel):
+        return travelling(scheduler_for(scheduler, _walker(solver)), solver)
     made = _made(scheduler, solver)
     if solver.own_levels:
         made.set_timesteps = _pinned(made, solver)
@@ -74,9 +78,15 @@ def scheduler_for(scheduler: Any, solver: Solver) -> Any:
     return made
 
 
+def _walker(travel: TimeTravel) -> Solver:
+    """What walks between the travels. First-order DPM-Solver++ is both DDIM and Euler's method on a flow."""
+    fields = {name: getattr(travel, name) for name in Solver.model_fields}
+    return Solver(**fields | ({} if travel.name == "dpm++" else {"name": "dpm++", "order": 1}))
+
+
 def swap_scheduler(attachment: Attachment, host: Any, solver: Solver) -> None:
     """Give `host` the solver until `attachment` is restored. Raises as `scheduler_for` does."""
-    if solver == Solver(name="keep", steps=solver.steps):
+    if solver.name == "keep" and solver == Solver(name="keep", steps=solver.steps):
         if solver.steps < 1:
             attachment.replace(host.scheduler, "set_timesteps", _fewer(host.scheduler, solver.steps))
         return
