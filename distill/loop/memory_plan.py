@@ -15,6 +15,7 @@ Shapes: none of its own.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -45,10 +46,13 @@ RESULTS = 34
 OVER = 1.7
 """The estimate of activations was up to so many times what was kept: what does not fit by the estimate alone is not refused."""
 
+UNKNOWN = "it needs data.call.height and width, and a network of equal blocks"
+"""Why activations have no estimate."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes for each process. One checkpoint is `disk` bytes."""
+    """Bytes for each process; `activations` is 0 where there is no estimate. One checkpoint is `disk` bytes."""
 
     weights: int
     trained: int
@@ -63,9 +67,10 @@ class MemoryPlan:
     def told(self) -> str:
         """In words."""
         doubt = " It may not fit." if self.whole > free() else ""
+        about = f"about {size(self.activations)}" if self.activations else f"not estimated ({UNKNOWN})"
         return (
             f"Memory plan: weights {size(self.weights)}, what is trained with gradients, AdamW and average {size(self.trained)},"
-            f" activations about {size(self.activations)}: {size(self.whole)} of {size(free())} that are free.{doubt}"
+            f" activations {about}: {size(self.whole)} of {size(free())} that are free.{doubt}"
         )
 
 
@@ -92,8 +97,8 @@ def plan(config: TrainConfig) -> MemoryPlan | None:
     changed = roles - len(config.method.averages)
     kept = each * (3 * changed + bool(settings.average)) * 4 + (0 if student.full else each * roles * 4)
     rows = max(1, settings.batch // (processes.launched() * settings.accumulate))
-    call = (tiny_models.call_defaults(config.model) if config.model in tiny_models.names() else {}) | config.data.call
-    active = _activations(told, folder, call, network, rows, config, plain)
+    usual = tiny_models.call_defaults(config.model) if config.model in tiny_models.names() else _usual(folder)
+    active = _activations(told, folder, usual | config.data.call, network, rows, config, plain)
     disk = each * 4 * (roles + 2 * changed + bool(settings.average))
     return MemoryPlan(base * plain.itemsize // cut + parts * plain.itemsize, kept // cut, active, disk)
 
@@ -218,10 +223,17 @@ def _activations(
     return block * blocks
 
 
+def _usual(folder: Path) -> dict[str, int]:
+    """The numbers that the pipeline takes where the call says nothing: its size, frames, tokens of text."""
+    import diffusers
+
+    kind = getattr(diffusers, str(json.loads((folder / "model_index.json").read_text()).get("_class_name")), None)
+    known = inspect.signature(kind.__call__).parameters if kind is not None else {}
+    return {name: p.default for name, p in known.items() if type(p.default) is int}
+
+
 def _tokens(told: Mapping[str, Any], folder: Path, call: Mapping[str, Any]) -> int:
-    """How many tokens a row has in the network's blocks; 0 where the call does not say."""
-    if "height" not in call or "width" not in call:
-        return 0
+    """How many tokens a row has in the network's blocks; 0 where neither call nor network says a size."""
     file = folder / "vae" / "config.json"
     vae = json.loads(file.read_text()) if file.is_file() else {}
     levels = len(vae.get("block_out_channels", vae.get("dim_mult", [0] * 4)))
@@ -232,5 +244,7 @@ def _tokens(told: Mapping[str, Any], folder: Path, call: Mapping[str, Any]) -> i
         patch = 2  # folded by the pipeline
     frames = 1 + (int(call.get("num_frames", 1)) - 1) // int(vae.get("scale_factor_temporal") or 4)
     text = int(call.get("max_sequence_length", 512)) if "joint_attention_dim" in told else 0
-    high, wide = (int(call[side]) // (space * patch) for side in ("height", "width"))
-    return frames * high * wide + text
+    usual = told.get("sample_size")
+    sides = [call.get(side) or (usual * space if isinstance(usual, int) else 0) for side in ("height", "width")]
+    high, wide = (int(side) // (space * patch) for side in sides)
+    return frames * high * wide + text if high * wide else 0

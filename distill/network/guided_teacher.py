@@ -5,6 +5,7 @@ Shapes: B rows; x, F [B, ...]; tau, s float64 [B].
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any
 
 import torch
@@ -42,6 +43,13 @@ class GuidedTeacher:
         if told and scale[0] == scale[1]:
             raise UsageError(f"told = true needs a range of guidance scales, got {scale[0]:g} alone. Set told = false.")
         self.roles, self.low, self.high = facts.roles, *scale
+        network = facts.roles["teacher"].host.network
+        if scale[1] != 1 and getattr(getattr(network, "config", None), "guidance_embeds", False):
+            warnings.warn(
+                f"hasten: {type(network).__name__} hears its guidance as a number (data.call.guidance_scale), and method.scale ="
+                f" {scale[1]:g} guides it once more, in two evaluations. Say method.scale=1 unless you want both.",
+                stacklevel=2,
+            )
         self.hint = Hint(facts.roles.of("student").host.network) if told else None
 
     def draw(self, draw: Draw) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.distill.loop.draw import Draw
-from hasten.distill.method import Method
+from hasten.distill.method import Facts, Method
 from hasten.distill.methods.guidance import Guidance
 from hasten.distill.methods.meanflow import MeanFlow
 from hasten.distill.network.few_steps import FewSteps, sample
@@ -119,3 +121,15 @@ def test_what_a_network_cannot_hear_is_refused(tmp_path: Path) -> None:
         trainer(Guidance(scale=3, told=True), tmp_path)
     with pytest.raises(ModelError, match=r"Toy has no TimestepEmbedding.*told = false"):
         toys.trainer(MeanFlow(), tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (3.0, True), ((1.0, 2.0), True)])
+def test_a_network_that_hears_its_guidance_is_not_silently_guided_twice(tmp_path: Path, scale: Any, warns: bool) -> None:
+    """FLUX.1-dev, say: data.call.guidance_scale is in what it is told, and method.scale would come on top."""
+    made = trainer(Guidance(scale=1), tmp_path)
+    made.roles["teacher"].host.network.config = SimpleNamespace(guidance_embeds=True)  # type: ignore[assignment]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Guidance(scale=scale).start(Facts(made.roles, 6, (toys.WIDTH,)))
+    told = [str(each.message) for each in said if "method.scale" in str(each.message)]
+    assert len(told) == warns and all("Say method.scale=1" in text for text in told)

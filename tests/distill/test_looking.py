@@ -95,6 +95,23 @@ def test_the_plan_counts_what_the_training_then_has(model: str, full: bool) -> N
     assert found.activations > 0
 
 
+def test_a_model_of_ones_own_is_planned_for_the_size_it_is_called_with() -> None:
+    """Sizes that the call leaves out are the pipeline's or the network's own; where neither has one, there is no estimate."""
+    from hasten.pipelines import tiny_models
+
+    def planned(model: str, **call: int) -> MemoryPlan:
+        given = {"model": str(tiny_models.path(model)), "data.prompts": ["a seven"], "rank": 4, "train.batch": 4}
+        found = plan(load_config("pairs", None, given | {f"data.call.{name}": value for name, value in call.items()}))
+        assert found is not None
+        return found
+
+    wan = {"height": 480, "width": 832, "num_frames": 81}  # the defaults of WanPipeline
+    assert planned("tiny-video") == planned("tiny-video", **wan) != planned("tiny-video", **wan | {"num_frames": 17})
+    assert planned("tiny-image").activations == planned("tiny-image", height=32, width=32).activations > 0
+    assert "activations not estimated (it needs data.call.height" in planned("tiny-flux").told()
+    assert "activations about" in planned("tiny-flux", height=64, width=64).told()
+
+
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "free", lambda: 100 * 2**20)
     monkeypatch.setattr("hasten.pipelines.loading.open_pipeline", lambda *a, **k: pytest.fail("something was loaded"))
