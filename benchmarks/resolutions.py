@@ -1,7 +1,7 @@
 """Lower resolutions, windows in time and drafts on the bundled models, beside fewer steps at equal time.
 
     python benchmarks/resolutions.py bottleneck [--model tiny-image] [--steps 50] [--prompts 8] [--seeds 2]
-    python benchmarks/resolutions.py windows [--times 2 4] [--steps 20] [--prompts 6]
+    python benchmarks/resolutions.py windows [--times 2 4] [--steps 10] [--prompts 3]
     python benchmarks/resolutions.py drafts [--model tiny-image] [--steps 50] [--prompts 8] [--seeds 2]
 
 Each writes `benchmarks/results/cpu-2core/resolutions-<what>[-<model>].json`. Seconds are medians of single runs right
@@ -98,12 +98,14 @@ def windows(options: argparse.Namespace) -> list[dict[str, Any]]:
     defaults = tiny_models.call_defaults(pipe) | {"num_inference_steps": options.steps}
     own = defaults["num_frames"]
     asked = [("plain", 1, None), *(("direct", times, None) for times in options.times)]
+    parts = {
+        "overlap 4": Windows(overlap=4), "overlap 4, shuffled noise": Windows(overlap=4, noise="shuffled"),
+        "overlap 7": Windows(overlap=7), "overlap 4, flat": Windows(overlap=4, blend="flat"),
+        "overlap 4, moving": Windows(overlap=4, moving=True), "overlap 0": Windows(overlap=0),
+    }  # fmt: skip
     for times in options.times:
-        for overlap in (2, 4, 6):
-            asked.append((f"overlap {overlap}", times, Windows(overlap=overlap)))
-        asked.append(("overlap 4, flat", times, Windows(overlap=4, blend="flat")))
-        asked.append(("overlap 4, shuffled noise", times, Windows(overlap=4, noise="shuffled")))
-        asked.append(("overlap 4, moving", times, Windows(overlap=4, moving=True)))
+        few = 2 if times > 2 else len(parts)  # longer clips take long: the first two alone
+        asked += [(name, times, part) for name, part in list(parts.items())[:few]]
     rows = []
     for name, times, part in asked:
         clips, seconds = [], []
@@ -146,7 +148,24 @@ def read_long(clips: Sequence[tuple[str, Any]], length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-METHODS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"bottleneck": bottleneck, "windows": windows}
+def drafts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Drafts by a few steps, by a student and by the plain run itself, walked on from; and fewer steps in the same time."""
+    named = ["draft:recipe=plain,share=0.2", "draft:recipe=plain,share=0.5"]
+    named += [f"draft:recipe=fewer-steps,steps={steps},share={share}" for steps in (20, 40) for share in (0.1, 0.2, 0.4)]
+    if options.model != "tiny-flux":
+        named += [f"draft:recipe=fastest,share={share}" for share in (0.1, 0.2, 0.4)]
+    if options.model == "tiny-image":
+        named += [f"draft:recipe=fast,share={share}" for share in (0.1, 0.2, 0.4)]
+    candidates = [ours(name, name) for name in named]
+    for steps in (25, 15, 10, 7):
+        candidates.append(fewer_steps("unipc", round(steps * options.steps / 50)))
+    found = samples(options.model == "tiny-video", options.prompts, options.seeds)
+    return compared(options.model, candidates, found, options.steps, options.converged)
+
+
+METHODS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "bottleneck": bottleneck, "windows": windows, "drafts": drafts,
+}  # fmt: skip
 
 
 def main() -> None:
