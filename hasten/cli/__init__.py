@@ -12,6 +12,7 @@ import typer
 from hasten.cli import (
     bench,
     bench_attention,
+    bench_compose,
     bench_distill,
     bench_dllm,
     compare,
@@ -41,6 +42,7 @@ app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
 bench.app.command("attention")(bench_attention.attention)
+bench.app.command("compose")(bench_compose.compose)
 bench.app.command("distill")(bench_distill.distill)
 bench.app.command("dllm")(bench_dllm.dllm)
 app.add_typer(bench.app, name="bench")

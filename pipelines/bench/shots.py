@@ -33,7 +33,8 @@ class Sample:
 
 @dataclass(slots=True)
 class Shot:
-    """One generation. frames: (F, H, W, C) in [0, 1]. latents: final latents. seconds: wall time of the call.
+    """One generation. frames: (F, H, W, C) in [0, 1]. latents: final latents. seconds: wall time of the call. busy: processor
+    seconds of this process in it.
 
     density, rho: means over the attention calls of a recipe of sparse attention, its dense ones included, of the share of
     pairs that was read and of the estimated share of the mass; None without such a recipe, or where rho is not known.
@@ -48,6 +49,7 @@ class Shot:
     density: float | None = None
     rho: float | None = None
     warnings: tuple[str, ...] = ()
+    busy: float = 0.0
 
 
 @dataclass(slots=True)
@@ -87,12 +89,12 @@ def shoot(pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate 
         arguments["num_inference_steps"] = candidate.steps
     try:
         with candidate.apply(pipe) if candidate is not None else contextlib.nullcontext() as session:
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             output = pipe(**arguments, output_type="np")
-            seconds = time.perf_counter() - began
+            seconds, busy = time.perf_counter() - began, time.process_time() - worked
     finally:
         attachment.restore()
-    shot = Shot(frames_of(output), latents[0] if latents else None, seconds)
+    shot = Shot(frames_of(output), latents[0] if latents else None, seconds, busy=busy)
     if session is not None:
         report = session.report()
         shot.computed_fraction, shot.nfe, shot.bytes_held = (

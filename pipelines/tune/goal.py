@@ -12,7 +12,7 @@ from hasten.errors import UsageError
 
 Measure = Literal["psnr", "latent_error", "ssim"]
 
-_WRITTEN = re.compile(r"\s*(psnr|latent_error|ssim|exact_match)\s*(>=|<=|=)\s*([0-9.]+)\s*(%|dB)?\s*")
+_WRITTEN = re.compile(r"\s*(psnr|latent_error|ssim|exact_match)\s*(>=|<=|=)\s*(\d+\.?\d*|\.\d+)\s*(%|dB)?\s*", re.IGNORECASE)
 _LONG = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
@@ -47,18 +47,24 @@ class Goal:
 
     @classmethod
     def read(cls, given: str | Budget) -> Goal:
-        """From `"psnr>=30"`, `"latent_error<=0.05"`, `"ssim>=0.98"`, or a `Budget`. Raises `UsageError` for anything else."""
+        """From `"psnr>=30"` (dB may follow), `"latent_error<=0.05"` (or 5%), `"ssim>=0.98"` (or 98%), or a `Budget`.
+
+        Raises `UsageError` for anything else.
+        """
         if isinstance(given, Budget):
             return cls("psnr", given.psnr) if given.psnr is not None else cls("latent_error", given.tolerance)
         found = _WRITTEN.fullmatch(given)
         if found is None:
             raise UsageError(f"The budget {given!r} is none. Write psnr>=30, latent_error<=0.05, or ssim>=0.98.")
-        name, sign, number = found[1], found[2], float(found[3])
+        name, sign, unit = found[1].lower(), found[2], (found[4] or "").lower()
+        number = float(found[3]) / (100 if unit == "%" else 1)
         if name == "exact_match":
             raise UsageError("exact_match is for text diffusion, and this model makes pictures or clips. Use psnr>=30.")
         wanted = "<=" if name == "latent_error" else ">="
         if sign not in (wanted, "="):
             raise UsageError(f"The budget {given!r} asks for bad results. Write {name}{wanted}{number:g}.")
+        if unit and (unit == "db") != (name == "psnr"):
+            raise UsageError(f"The budget {given!r} has the unit {found[4]}, which is none of {name}'s. Leave it out.")
         low, high = {"psnr": (12, 90), "latent_error": (0, 1), "ssim": (0, 1)}[name]
         if not low < number <= high:
             raise UsageError(f"A budget of {name} lies in ({low}, {high}], got {number:g}.")

@@ -84,14 +84,14 @@ def tune(
     )  # fmt: skip
     if "num_inference_steps" not in job.call:
         raise UsageError("Say with how many steps the plain run is made: call={'num_inference_steps': 50}, or --steps 50.")
-    found = _Tuning(pipe, job, Path(study), say).run()
+    found = Tuning(pipe, job, Path(study), say).run()
     if out is not None and found.recipe is not None:
         atomic_write(Path(out), found.recipe.to_yaml().encode())
         say(f"The recipe is in {out}.")
     return found
 
 
-class _Tuning:
+class Tuning:
     """One tuning from its first plain run to the stamp."""
 
     def __init__(self, pipe: Any, job: Job, folder: Path, say: Say) -> None:
@@ -106,22 +106,30 @@ class _Tuning:
         }  # fmt: skip
         self.study = Study(folder, job.goal, identity, job.seed)
         self.recorders: list[Recorder] = []
+        self.held: list[Sample] = []
 
     def run(self) -> Tuned:
+        """Search, then let held-out prompts decide."""
+        trials, space, bench = self.searched()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = Tuned(self.job.goal, trials, [], plain_seconds=bench.seconds)
+            found.why += self._remarks(space)
+            self._verify(found, Bench(self.pipe, self.job.call, self.held), bench)
+        found.spent = self.used()
+        return found
+
+    def searched(self, tolerances: Sequence[float] = (), share: float = SEARCHING) -> tuple[list[Trial], Space, Bench]:
+        """The trials, what was searched, and the tuning samples' bench, after `share` of the time. tolerances: latent errors to
+        begin with, instead of the goal's."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a trial has to say is in its outcome
-            tuning, held = self.job.samples(self._affordable())
-            self.say(f"Plain runs of {len(tuning)} tuning prompts; {len(held)} others are held out.")
+            tuning, self.held = self.job.samples(self._affordable())
+            self.say(f"Plain runs of {len(tuning)} tuning prompts; {len(self.held)} others are held out.")
             bench = Bench(self.pipe, self.job.call, tuning, self._recorded)
             space = self._space()
-            goal = self.job.goal
-            self.study.search(bench, space, SEARCHING * self.job.seconds - self._used(), self._told)
-            trials = self.study.trials()
-            found = Tuned(goal, trials, [], plain_seconds=bench.seconds)
-            found.why += self._remarks(space)
-            self._verify(found, Bench(self.pipe, self.job.call, held), bench)
-        found.spent = time.monotonic() - self.began
-        return found
+            self.study.search(bench, space, share * self.job.seconds - self.used(), self._told, tolerances)
+            return self.study.trials(), space, bench
 
     def _affordable(self) -> int:
         """Samples of each kind for which the time is enough: plain runs take at most a sixth of it."""
@@ -156,7 +164,8 @@ class _Tuning:
             found.append("The pipeline evaluates one branch per step, so guidance was not searched.")
         return found
 
-    def _used(self) -> float:
+    def used(self) -> float:
+        """Seconds since this tuning began."""
         return time.monotonic() - self.began
 
     def _told(self, trial: Trial) -> None:
@@ -170,7 +179,7 @@ class _Tuning:
         goal = found.goal
 
         def over() -> bool:
-            return self._used() > 0.93 * self.job.seconds
+            return self.used() > 0.93 * self.job.seconds
 
         ready = finalists(found.trials, goal)
         if not ready:

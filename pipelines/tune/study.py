@@ -10,7 +10,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,15 @@ class Study:
         """Seconds of all trials, those of earlier processes included."""
         return float(sum(trial.user_attrs.get("seconds", 0.0) for trial in self.study.get_trials(deepcopy=False)))
 
-    def search(self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None) -> None:
-        """Run trials until `seconds` are spent (earlier processes' included), the first guesses first."""
+    def search(
+        self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None,
+        tolerances: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        """Run trials until `seconds` are spent (earlier processes' included), the first guesses first: for the goal's own
+        tolerance, or for each of `tolerances`."""
         if not self.study.get_trials(deepcopy=False):
-            for guess in first_guesses(space, self.goal.tolerance):
+            guesses = [guess for tolerance in tolerances or (self.goal.tolerance,) for guess in first_guesses(space, tolerance)]
+            for guess in {_key(guess): guess for guess in guesses}.values():
                 self.study.enqueue_trial(guess)
         began, before = time.monotonic(), self.spent
         seen = {_key(trial.params): trial for trial in self.study.get_trials(deepcopy=False) if trial.state == self._complete}

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from hasten import metrics
 from hasten.pipelines.bench.candidates import Candidate, ours
 from hasten.pipelines.bench.foreign import because
@@ -100,32 +102,44 @@ class Bench:
     @property
     def seconds(self) -> float:
         """Of a plain run."""
-        return statistics.median(shot.seconds for shot in self.plain)
+        return statistics.median(self.cost(shot) for shot in self.plain)
 
-    def measure(self, name: str, recipe: Recipe | Candidate, goal: Goal | None = None, again: bool = False) -> Measured:
+    def cost(self, shot: Shot) -> float:
+        """What a run took: wall seconds; processor seconds where one thread of the CPU does everything, which other programs
+        on the machine do not change."""
+        alone = str(getattr(self.pipe, "device", "cpu")) == "cpu" and torch.get_num_threads() == 1
+        return shot.busy if alone else shot.seconds
+
+    def measure(
+        self, name: str, recipe: Recipe | Candidate, goal: Goal | None = None, again: bool = False,
+        until: Callable[[Sequence[Outcome]], bool] = lambda outcomes: False,
+    ) -> Measured:  # fmt: skip
         """`recipe` on all samples. goal: give up after the first sample if that is far from it, or slower than the plain run.
-        again: time the plain run again beside each run, for numbers that are to be believed to the last per cent."""
+        again: time the plain run again beside each run, for numbers that are to be believed to the last per cent. until: asked
+        after each sample; True gives up."""
         candidate = recipe if isinstance(recipe, Candidate) else ours(name, recipe)
         found: list[Outcome] = []
         for number, sample in enumerate(self.samples):
-            seconds = self._plain(sample).seconds if again else self.plain[number].seconds
+            plain = self._plain(sample) if again else self.plain[number]
             try:
                 shot = shoot(self.pipe, sample, self.call, candidate)
             except Exception as error:  # noqa: BLE001 - whatever it raises is the reason that is reported
                 return Measured(name, tuple(found), because(error))
-            found.append(outcome(self.plain[number], shot, seconds))
+            found.append(outcome(self.plain[number], shot, self.cost(plain), self.cost(shot)))
             if goal is not None and number == 0 and (why := _hopeless(found[0], goal)):
                 return Measured(name, tuple(found), why)
+            if until(found) and number + 1 < len(self.samples):
+                return Measured(name, tuple(found), f"given up after {number + 1} of {len(self.samples)} samples")
         return Measured(name, tuple(found))
 
 
-def outcome(plain: Shot, shot: Shot, seconds: float) -> Outcome:
-    """seconds: of the plain run beside it."""
+def outcome(plain: Shot, shot: Shot, before: float, seconds: float) -> Outcome:
+    """A run beside the plain run of its sample. before: what the plain run next to it in time took; seconds: it itself."""
     psnr = metrics.psnr(plain.frames, shot.frames)
     known = plain.latents is not None and shot.latents is not None
     small = min(plain.frames.shape[1:3]) < 11
     return Outcome(
-        seconds / shot.seconds, shot.seconds, psnr if math.isfinite(psnr) else None,
+        before / seconds, seconds, psnr if math.isfinite(psnr) else None,
         None if small else metrics.ssim(plain.frames, shot.frames),
         metrics.latent_error(shot.latents, plain.latents) if known else None, shot.nfe, shot.bytes_held,
     )  # fmt: skip
