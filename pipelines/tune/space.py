@@ -47,6 +47,13 @@ class Space:
         found = (["plan"] if self.signals else []) + ["solver", "drift", "ledger"]
         return found + (["preset"] if self.presets else []) + (["student"] if self.adapters else [])
 
+    def described(self) -> dict[str, Any]:
+        """What two processes must have in common to search one study."""
+        return {
+            "steps": self.steps, "guided": self.guided, "families": self.families, "solvers": SOLVERS, "forecasts": len(FORECASTS),
+            "attention": self.attention, "adapters": self.adapters, "presets": self.presets,
+        }  # fmt: skip
+
     def ask(self, trial: Any) -> Params:
         """Numbers of a new composition. trial: an optuna trial, fixed or not."""
         family = trial.suggest_categorical("family", self.families)

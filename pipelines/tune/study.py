@@ -1,7 +1,7 @@
 """The search: optuna asks, recipes run, and every trial is in a journal, so that a killed study goes on.
 
 Two objectives: seconds relative to the plain run, and the worst sample's distance from the budget's limit. A trial that was
-given up after its first sample is pruned; what is told of it is why.
+given up after its first sample is pruned; what is told of it is why. Several processes may search one study at once.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.errors import ResumeError, UsageError
+from hasten.errors import OutputError, ResumeError, UsageError
+from hasten.pipelines.bench.foreign import because
 from hasten.pipelines.tune.goal import Goal
 from hasten.pipelines.tune.space import Params, Space, first_guesses
 from hasten.pipelines.tune.trials import Bench, Measured, Outcome
+from hasten.pipelines.tune.workers import ALONE, FileLock, Worker, alone, mended
 from hasten.recipe import Recipe, from_yaml
 
 JOURNAL = "journal.log"
 CAP = 120.0
 """dB (or its like) that an identical result counts as: optuna takes finite numbers."""
+
+STALE = 50
+"""Compositions asked one after the other that have been run before, after which there is nothing left to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Trial:
 
 
 class Study:
-    """A search below `folder`, new or continued.
+    """A search below `folder`, new or continued, alone or beside other processes.
 
     identity: what must be the same for a journal to be continued (model, call, prompts, goal). Raises `ResumeError` where the
     folder has a study of something else; `UsageError` without optuna.
@@ -46,35 +51,78 @@ class Study:
     def __init__(self, folder: Path, goal: Goal, identity: dict[str, Any], seed: int = 0) -> None:
         self.folder, self.goal = folder, goal
         optuna = _optuna()
-        folder.mkdir(parents=True, exist_ok=True)
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # grouped sampling is marked as experimental
-            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=12)
-        self.study = optuna.create_study(
-            storage=storage, study_name="hasten", sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
-        )
-        known = self.study.user_attrs.get("identity")
-        if known is not None and known != json.loads(json.dumps(identity)):
-            changed = [key for key in identity if known.get(key) != json.loads(json.dumps(identity[key]))]
-            raise ResumeError(f"'{folder}' holds a study with another {', '.join(changed)}. Give --study another folder, or remove it.")
-        self.study.set_user_attr("identity", identity)
-        self._complete, self._pruned, self._failed = (
-            optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL,
-        )  # fmt: skip
-        self._broken_off(optuna.trial.TrialState.RUNNING)
+        self._states = optuna.trial.TrialState
+        _made(folder)
+        self.worker = Worker(folder)
+        with alone(folder):
+            self.others = self.worker.others()
+            if not self.others:
+                mended(folder / JOURNAL)
+            backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=FileLock.of(folder / JOURNAL))
+            self.study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(backend), study_name="hasten", directions=["minimize", "minimize"],
+                load_if_exists=True,
+            )  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # grouped sampling and lying are marked as experimental
+                # Another process, and another start of this one, must not ask what the first one asked.
+                self.study.sampler = optuna.samplers.TPESampler(
+                    seed=seed + 7919 * self.others + len(self.study.get_trials(deepcopy=False)), multivariate=True, group=True,
+                    n_startup_trials=12, constant_liar=True,
+                )  # fmt: skip
+            self.same(identity)
+            self._broken_off()
 
-    def _broken_off(self, running: Any) -> None:
-        """Trials that a killed process left running are asked again."""
-        for trial in self.study.get_trials(deepcopy=False, states=(running,)):
-            self.study.tell(trial.number, state=self._failed)
-            if trial.params:
-                self.study.enqueue_trial(trial.params)
+    def same(self, identity: Mapping[str, Any]) -> None:
+        """Keep what must be the same whenever this study is continued. Raises `ResumeError` where it is not."""
+        given = json.loads(json.dumps(dict(identity)))
+        known = {key: value for key, value in self.study.user_attrs.items() if key in given}
+        if changed := [key for key in known if known[key] != given[key]]:
+            self.worker.leave()
+            raise ResumeError(
+                f"'{self.folder}' holds a study with another {', another '.join(changed)}; its trials would not be comparable."
+                " Give --study another folder, or remove this one."
+            )
+        for key, value in given.items():
+            if key not in known:
+                self.study.set_user_attr(key, value)
+
+    def settled(self, name: str, value: int) -> int:
+        """`value`, or what an earlier process of this study has settled on."""
+        with alone(self.folder):
+            if name not in self.study.user_attrs:
+                self.study.set_user_attr(name, value)
+            return int(self.study.user_attrs[name])
+
+    def close(self) -> None:
+        """This process has ended its search. Safe to call twice."""
+        self.worker.leave()
+
+    def _broken_off(self) -> None:
+        """Trials that a killed process left running are asked again; those that two processes ended in are not."""
+        for trial in self._trials(self._states.RUNNING):
+            if not self.worker.lives(trial.user_attrs.get("worker", "")):
+                self._ask_again(trial.number, trial, trial.user_attrs.get("ended", 0) + 1)
+
+    def _ask_again(self, number: int, trial: Any, ended: int) -> None:
+        """ended: how many processes have ended while it ran."""
+        params = trial.params or trial.system_attrs.get("fixed_params")
+        self.study.tell(number, state=self._states.FAIL)
+        if params and ended < 2:
+            self.study.enqueue_trial(params, user_attrs={"ended": ended})
+
+    def _trials(self, *states: Any) -> list[Any]:
+        return list(self.study.get_trials(deepcopy=False, states=states or None))
 
     @property
     def spent(self) -> float:
-        """Seconds of all trials, those of earlier processes included."""
-        return float(sum(trial.user_attrs.get("seconds", 0.0) for trial in self.study.get_trials(deepcopy=False)))
+        """Seconds in which trials ran, those of earlier processes included; what ran at the same time counts once."""
+        spans = [(t.datetime_start.timestamp(), t.user_attrs["seconds"]) for t in self._trials() if "seconds" in t.user_attrs]
+        total, end = 0.0, -math.inf
+        for start, seconds in sorted(spans):
+            total += max(0.0, start + seconds - max(start, end))
+            end = max(end, start + seconds)
+        return total
 
     def search(
         self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None,
@@ -82,37 +130,64 @@ class Study:
     ) -> None:  # fmt: skip
         """Run trials until `seconds` are spent (earlier processes' included), the first guesses first: for the goal's own
         tolerance, or for each of `tolerances`."""
-        if not self.study.get_trials(deepcopy=False):
-            guesses = [guess for tolerance in tolerances or (self.goal.tolerance,) for guess in first_guesses(space, tolerance)]
+        self.same({"space": space.described()})
+        guesses = [guess for tolerance in tolerances or (self.goal.tolerance,) for guess in first_guesses(space, tolerance)]
+        with alone(self.folder):
             for guess in {_key(guess): guess for guess in guesses}.values():
-                self.study.enqueue_trial(guess)
-        began, before = time.monotonic(), self.spent
-        seen = {_key(trial.params): trial for trial in self.study.get_trials(deepcopy=False) if trial.state == self._complete}
-        while before + time.monotonic() - began < seconds:
-            self._one(bench, space, seen, told)
+                self.study.enqueue_trial(guess, skip_if_exists=True)
+        began, before, stale = time.monotonic(), self.spent, 0
+        while before + time.monotonic() - began < seconds and stale < STALE:
+            trial = self._one(bench, space)
+            stale = stale + 1 if trial is None else 0
+            if trial is not None:
+                told(trial)
 
-    def _one(self, bench: Bench, space: Space, seen: dict[str, Any], told: Callable[[Trial], None]) -> None:
+    def _one(self, bench: Bench, space: Space) -> Trial | None:
+        """Run what is asked next; None where that has been run before."""
         started = time.monotonic()
-        trial = self.study.ask()
-        params = space.ask(trial)
-        if (twin := seen.get(_key(params))) is not None:  # nothing is learnt from running it again
-            self.study.tell(trial, list(twin.values))
-            return
+        with alone(self.folder):
+            asked = self.study.ask()
+            asked.set_user_attr("worker", self.worker.name)
+            params = space.ask(asked)
+            if (twin := self._twin(params)) is not None:  # nothing is learnt from running it again
+                done = twin.state == self._states.COMPLETE
+                self.study.tell(asked, list(twin.values) if done else None, state=None if done else self._states.PRUNED)
+                return None
+        try:
+            recipe, measured = self._measured(bench, space, params, asked)
+        except BaseException:  # Ctrl-C: it is no fault of the composition
+            asked.set_user_attr("interrupted", True)
+            frozen = self.study.get_trials(deepcopy=False)[asked.number]
+            self._ask_again(asked.number, frozen, frozen.user_attrs.get("ended", 0))
+            raise
+        asked.set_user_attr("seconds", time.monotonic() - started)
+        if measured.whole:
+            self.study.tell(asked, self._values(measured))
+        else:
+            self.study.tell(asked, state=self._states.PRUNED)
+        return Trial(asked.number, params, recipe, measured)
+
+    def _measured(self, bench: Bench, space: Space, params: Params, asked: Any) -> tuple[Recipe, Measured]:
+        """Run a composition; what it is and what it costs is written down."""
         try:
             recipe = space.recipe(params)
             measured = bench.measure(recipe.name, recipe, self.goal)
-        except (UsageError, ValueError) as error:
-            recipe, measured = Recipe(name=space.name(params)), Measured(space.name(params), (), str(error))
-        trial.set_user_attr("recipe", recipe.to_yaml())
-        trial.set_user_attr("why", measured.why)
-        trial.set_user_attr("outcomes", [each.to_dict() for each in measured.outcomes])
-        trial.set_user_attr("seconds", time.monotonic() - started)
-        if measured.whole:
-            self.study.tell(trial, self._values(measured))
-            seen[_key(params)] = self.study.get_trials(deepcopy=False)[trial.number]
-        else:
-            self.study.tell(trial, state=self._pruned)
-        told(Trial(trial.number, params, recipe, measured))
+        except Exception as error:  # noqa: BLE001 - parts that do not go together; the reason is what is reported
+            recipe, measured = Recipe(name=space.name(params)), Measured(space.name(params), (), because(error))
+        asked.set_user_attr("recipe", recipe.to_yaml())
+        asked.set_user_attr("why", measured.why)
+        asked.set_user_attr("outcomes", [each.to_dict() for each in measured.outcomes])
+        return recipe, measured
+
+    def _twin(self, params: Params) -> Any:
+        """The trial that ran the same; also one in which two processes ended, or that runs elsewhere. None where there is none."""
+        key = _key(params)
+        for trial in self._trials():
+            ran = "outcomes" in trial.user_attrs and trial.state in (self._states.COMPLETE, self._states.PRUNED)
+            lost = trial.state == self._states.FAIL and trial.user_attrs.get("ended", 0) and "interrupted" not in trial.user_attrs
+            if (ran or lost) and _key(trial.params) == key:
+                return trial
+        return None
 
     def _values(self, measured: Measured) -> list[float]:
         worst = measured.worst(self.goal)
@@ -122,17 +197,16 @@ class Study:
     def trials(self) -> list[Trial]:
         """All finished trials that ran on every sample, by rising speed-up."""
         found = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state != self._complete or "outcomes" not in trial.user_attrs:
-                continue
-            outcomes = tuple(Outcome(**each) for each in trial.user_attrs["outcomes"])
-            recipe = from_yaml(trial.user_attrs["recipe"], "the study")
-            found.append(Trial(trial.number, trial.params, recipe, Measured(recipe.name, outcomes)))
+        for trial in self._trials(self._states.COMPLETE):
+            if "outcomes" in trial.user_attrs:
+                outcomes = tuple(Outcome(**each) for each in trial.user_attrs["outcomes"])
+                recipe = from_yaml(trial.user_attrs["recipe"], "the study")
+                found.append(Trial(trial.number, trial.params, recipe, Measured(recipe.name, outcomes)))
         return sorted(found, key=lambda each: each.measured.speedup)
 
     def given_up(self) -> list[tuple[str, str]]:
         """(composition, reason) of those that did not run on every sample."""
-        found = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state == self._pruned]
+        found = [trial for trial in self._trials(self._states.PRUNED) if trial.user_attrs.get("why")]
         return [(from_yaml(trial.user_attrs["recipe"], "the study").name, trial.user_attrs["why"]) for trial in found]
 
 
@@ -143,6 +217,16 @@ def front(trials: list[Trial], goal: Goal) -> list[Trial]:
         if not kept or goal.better(trial.measured.worst(goal)) > goal.better(kept[-1].measured.worst(goal)):
             kept.append(trial)
     return kept[::-1]
+
+
+def _made(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ALONE).touch()
+    except OSError as error:
+        raise OutputError(
+            f"The study cannot be kept in '{folder}': {error.strerror or error}. Give --study another folder."
+        ) from None
 
 
 def _key(params: Params) -> str:

@@ -123,9 +123,9 @@ class Bench:
             plain = self._plain(sample) if again else self.plain[number]
             try:
                 shot = shoot(self.pipe, sample, self.call, candidate)
+                found.append(outcome(self.plain[number], shot, self.cost(plain), self.cost(shot)))  # refuses NaN
             except Exception as error:  # noqa: BLE001 - whatever it raises is the reason that is reported
                 return Measured(name, tuple(found), because(error))
-            found.append(outcome(self.plain[number], shot, self.cost(plain), self.cost(shot)))
             if goal is not None and number == 0 and (why := _hopeless(found[0], goal)):
                 return Measured(name, tuple(found), why)
             if until(found) and number + 1 < len(self.samples):
