@@ -186,9 +186,9 @@ class Session:
             raise
 
     def _attach(self, models: dict[str, nn.Module]) -> None:
+        self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
         if isinstance(self.recipe.sampler, Solver):
             swap_scheduler(self._attachment, self.host, self.recipe.sampler)
-        self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
         self._become_a_student(models)
         self.clock.on_run.append(self._run_begins)
         self.clock.on_tick.append(self._tick)
@@ -206,7 +206,17 @@ class Session:
     def saw(self, shape: tuple[int, ...]) -> None:
         """The first input of a run: one row of it."""
         self.shape = shape
-        self._compare({"steps": len(self.clock.run_times), "shape": shape})
+        self._compare({"shape": shape} | self._asked())
+
+    def _asked(self) -> dict[str, int]:
+        """The number of steps that the caller asked for, where it can be told from the number that is walked."""
+        sampler, stamp, walked = self.recipe.sampler, self.recipe.tuned, len(self.clock.run_times)
+        if sampler is None or stamp is None:
+            return {"steps": walked}
+        if not isinstance(sampler, Solver) or sampler.times is not None or sampler.name in ("heun", "pndm"):
+            return {}
+        right = walked == max(1, round(stamp.steps * sampler.steps))
+        return {"steps": stamp.steps if right else round(walked / sampler.steps)}
 
     def _compare(self, here: Mapping[str, Any]) -> None:
         """Say where a tuned recipe was measured on something else."""
