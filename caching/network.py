@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hasten.account import Account
 from hasten.agree import Mean, alone
 from hasten.caching.residuals import Residuals
 from hasten.caching.signals import OutputChange, Signal, SignalState
@@ -16,6 +17,7 @@ from hasten.caching.target import Of, from_target, to_target
 from hasten.drift import AccountState, Drift, Rule
 from hasten.forecast import Forecast, ForecastState, Hold, combine, lagrange
 from hasten.forecast_affine import ChannelTable
+from hasten.ledger import LedgerState
 from hasten.level import Level
 from hasten.recipe import ReusePolicy
 from hasten.step import Step
@@ -87,6 +89,13 @@ class NetworkState:
         self.poisoned: list[int] = []
         self.residuals = Residuals() if policy.rule.needs_errors else None
         self.account = cast(AccountState, self.rule) if policy.rule.needs_errors else None
+        self.shared: Account | None = None
+
+    def share(self, account: Account) -> None:
+        """Other levels spend of `account`, too: what they want to know is read with what is read here."""
+        self.shared = account
+        if isinstance(self.rule, LedgerState):
+            self.rule.share(account)
 
     def decide(self, step: Step, x: Tensor) -> bool:
         """May `step` be skipped? The first branch of the step decides, the others follow."""
@@ -108,9 +117,13 @@ class NetworkState:
         flags = [signal] if signal is not None else []
         flags += [finite for _, finite in unread if finite is not None]
         flags += self.residuals.pending() if self.residuals is not None else []
-        if not flags:
+        asked = self.shared.pending() if self.shared is not None else []
+        if not flags and not asked:
             return None, []
-        values = self.agree(torch.stack([flag.float() for flag in flags])).tolist()
+        values = self.agree(torch.stack([flag.float() for flag in (*flags, *asked)])).tolist()
+        if self.shared is not None:
+            self.shared.tell(values[len(flags) :])
+            del values[len(flags) :]
         for number, _ in unread:
             self.branches[number].finite = None
         change = values.pop(0) if signal is not None else None

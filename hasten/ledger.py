@@ -13,16 +13,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from hasten.account import Account, angle, effect
 from hasten.drift import Rule
 from hasten.step import Step
 
 PATH = (0.0, 0.082, 0.12, 0.163, 0.22, 0.28, 0.367, 0.46, 0.58, 0.73, 0.85, 0.94, 1.0)
 """Where computed steps belong: shares of the run at the shares 0, 1/12, ... 1 of the computed steps. What searches of
 single positions agreed on for eight and for twelve steps (`benchmarks/tune_presets.py`)."""
-
-LEAST = 0.02
-"""Share of the tolerance's square that stays available when everything is spent, so that steps which cost next to
-nothing may still be skipped."""
 
 
 class Ledger(Rule):
@@ -52,8 +49,12 @@ class Ledger(Rule):
 
     @property
     def planned(self) -> float:
-        """Least number of computed steps of a run."""
-        return self.nodes * float(self.tolerance ** (-1 / 3))
+        """Least number of computed steps of a run that spends the tolerance alone."""
+        return self.within(self.tolerance)
+
+    def within(self, tolerance: float) -> float:
+        """Number of computed steps that a tolerance needs."""
+        return self.nodes * float(tolerance ** (-1 / 3))
 
     def start(self, times: Sequence[float] = ()) -> LedgerState:
         return LedgerState(self, times)
@@ -64,8 +65,10 @@ class LedgerState:
 
     spent: sum over the closed gaps of the squared error that their forecasts caused. pending: the estimate for the gap
     that is open. rho: measured error of a forecast per distance^growth. due: index that is computed
-    next at the latest.
+    next at the latest. account: what it spends of; another one with `share`, where other levels spend of it, too.
     """
+
+    level = "reuse"
 
     def __init__(self, rule: Ledger, times: Sequence[float]) -> None:
         self.rule, self.times = rule, times
@@ -74,16 +77,27 @@ class LedgerState:
         self.node: float | None = None
         self.gap: list[tuple[float, float]] = []
         self.computed, self.due = 0, 0
+        self.share(Account(rule.tolerance))
+
+    def share(self, account: Account) -> None:
+        """Spend of `account`, before the first step."""
+        self.account = account
+        account.join(self)
+
+    @property
+    def square(self) -> float:
+        """Squared relative error of the final latents that the run so far is estimated to cause, before correction."""
+        return self.spent + self.pending**2
 
     @property
     def estimate(self) -> float:
-        """Relative error of the final latents that the run so far is estimated to cause, before correction."""
-        return math.sqrt(self.spent + self.pending**2)
+        """Its root."""
+        return math.sqrt(self.square)
 
     def skip(self, step: Step, change: float | None) -> bool:
         if self.node is not None and step.index < self.due and self._affordable(step):
             self.pending += self._cost(step)
-            self.gap.append((self._effect(step), self._distance(step)))
+            self.gap.append((effect(step, self.times), self._distance(step)))
             return True
         self.computed += 1
         self.due = step.index + max(1, round(self._gap(step)))
@@ -96,7 +110,12 @@ class LedgerState:
         makes such pairs.
         """
         way = _before(step.index / step.total)
-        return (_along(min(1.0, way + 1 / self.rule.planned), PATH) - _along(way, PATH)) * step.total
+        return (_along(min(1.0, way + 1 / self._planned), PATH) - _along(way, PATH)) * step.total
+
+    @property
+    def _planned(self) -> float:
+        """Computed steps that a whole run needs within what other levels have left."""
+        return self.rule.within(self.account.open_to(self))
 
     def learn(self, step: Step, error: float | None) -> None:
         """`step` was computed; its forecast would have been off by `error` (rms), None when there was no forecast."""
@@ -104,32 +123,26 @@ class LedgerState:
             new = error / self._distance(step) ** self.rule.growth
             # Rising errors are believed at once, falling ones by half: one lucky forecast must not buy a long gap.
             self.rho = new if self.rho is None else max(new, math.sqrt(new * self.rho))
-            self.spent += sum(effect * new * distance**self.rule.growth for effect, distance in self.gap) ** 2
-        self.node, self.gap, self.pending = _angle(step, step.time), [], 0.0
+            self.spent += sum(effects * new * distance**self.rule.growth for effects, distance in self.gap) ** 2
+        self.node, self.gap, self.pending = angle(step, step.time), [], 0.0
 
     def _cost(self, step: Step) -> float:
-        return self._effect(step) * (self.rho or 0.0) * math.pow(self._distance(step), self.rule.growth)
+        return effect(step, self.times) * (self.rho or 0.0) * math.pow(self._distance(step), self.rule.growth)
 
     def _affordable(self, step: Step) -> bool:
         """Whether the open gap may go on: the rest of the tolerance, shared with the planned gaps to come."""
         if self.rho is None:  # nothing is measured yet: the first gap goes by the plan alone
             return self.computed == 1
-        budget = self.rule.tolerance**2
-        gaps = max(1.0, (1 - _before(step.index / step.total)) * self.rule.planned + 1)
-        return self.pending + self._cost(step) <= math.sqrt(max(budget - self.spent, LEAST * budget) / gaps)
+        allowed = self.account.per_gap(self, self.spent, gaps_to_come(step, self._planned))
+        return self.pending + self._cost(step) <= allowed
 
     def _distance(self, step: Step) -> float:
-        return abs(_angle(step, step.time) - self.node) if self.node is not None else 0.0
+        return abs(angle(step, step.time) - self.node) if self.node is not None else 0.0
 
-    def _effect(self, step: Step) -> float:
-        """How far an output that is off by one moves the latents, at unit variance: |b| times the angle walked.
 
-        On the unit circle (`Level.velocity`) a Gaussian keeps its size, so what is added now is there at the end.
-        """
-        after = self.times[step.index + 1] if step.index + 1 < len(self.times) else 0.0
-        walked = abs(_angle(step, step.time) - _angle(step, after))
-        velocity = step.level.velocity if step.level is not None else None
-        return walked * (abs(velocity[1]) if velocity is not None else 1.0)
+def gaps_to_come(step: Step, planned: float) -> float:
+    """How many of a run's `planned` gaps are still to come at `step`, the one that it stands in among them; at least 1."""
+    return max(1.0, (1 - _before(step.index / step.total)) * planned + 1)
 
 
 def _along(way: float, values: Sequence[float]) -> float:
@@ -145,10 +158,3 @@ def _before(position: float) -> float:
         if position <= high:
             return (number + (position - low) / (high - low)) / (len(PATH) - 1)
     return 1.0
-
-
-def _angle(step: Step, time: float) -> float:
-    """atan(sigma / alpha) in [0, pi / 2] at `time`, on the path that `step` is on."""
-    if step.level is not None and abs(step.level.sigma - step.time) < 1e-6:  # flow matching: time is sigma
-        return math.atan2(time, 1 - time)
-    return time * math.pi / 2
