@@ -67,10 +67,13 @@ def scheduler_for(scheduler: Any, solver: Solver) -> Any:
         return travelling(scheduler_for(scheduler, _walker(solver)), solver)
     made = _made(scheduler, solver)
     if solver.own_levels:
-        made.set_timesteps = _pinned(made, solver)
+        made.set_timesteps = _pinned(made, scheduler, solver)
         return made
-    if solver.shift is not None:
+    known = inspect.signature(made.set_timesteps).parameters
+    if "mu" in known and not made.config.get("use_dynamic_shifting"):
         made.set_timesteps = _without_mu(made)
+    if is_flow(made) and "sigmas" not in known and "mu" not in known:
+        made.set_timesteps = _told(made, scheduler, solver)
     if solver.name == "pndm":
         made.set_timesteps = _even(made)
     if solver.steps < 1:
@@ -207,7 +210,7 @@ def _even(scheduler: Any) -> Callable[..., Any]:
 
 
 def _without_mu(scheduler: Any) -> Callable[..., Any]:
-    """A shift is given: that of the pipeline (`mu`) is not asked for, and not every solver leaves it unread."""
+    """Its shift does not depend on the size: what a pipeline works out for it (`mu`) is left unread, as flow-matching Euler does."""
     original = scheduler.set_timesteps
 
     @functools.wraps(original)
@@ -217,7 +220,23 @@ def _without_mu(scheduler: Any) -> Callable[..., Any]:
     return unshifted
 
 
-def _pinned(scheduler: Any, solver: Solver) -> Callable[..., None]:
+def _told(scheduler: Any, host: Any, solver: Solver) -> Callable[..., None]:
+    """Its `set_timesteps` for pipelines that tell a list of sigmas, which it walks as the host would, shift and all."""
+    original = scheduler.set_timesteps
+
+    def told(
+        num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
+        original(len(sigmas) if sigmas is not None else num_inference_steps, device=device)
+        if sigmas is not None:
+            shift = _shift(host.config, solver, mu if host.config.get("use_dynamic_shifting") else None)
+            levels = [shifted(float(u), shift) for u in sigmas]
+            _write(scheduler, [sigma * scheduler.config.num_train_timesteps for sigma in levels], levels)
+
+    return told
+
+
+def _pinned(scheduler: Any, host: Any, solver: Solver) -> Callable[..., None]:
     """Its `set_timesteps` with the solver's levels, whatever its caller asks for."""
     given = scheduler.set_timesteps
 
@@ -232,19 +251,17 @@ def _pinned(scheduler: Any, solver: Solver) -> Callable[..., None]:
         if not asked or asked < 1:
             raise UsageError(f"A run needs at least one step, got {asked}.")
         n = len(solver.times) if solver.times else max(1, round(asked * solver.steps))
-        levels = _flow_levels(scheduler, solver, n, mu) if is_flow(scheduler) else _levels(scheduler, solver, n)
+        levels = _flow_levels(scheduler, host, solver, n, mu) if is_flow(scheduler) else _levels(scheduler, solver, n)
         given(num_inference_steps=n, device=device)
         _write(scheduler, *levels)
 
     return pinned
 
 
-def _flow_levels(scheduler: Any, solver: Solver, n: int, mu: float | None) -> tuple[list[float], list[float]]:
-    """(times, sigmas) of n evaluations. mu: what a pipeline works out from the size, log(shift) or the shift."""
+def _flow_levels(scheduler: Any, host: Any, solver: Solver, n: int, mu: float | None) -> tuple[list[float], list[float]]:
+    """(times, sigmas) of n evaluations."""
     trained = scheduler.config.num_train_timesteps
-    own = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
-    asked = own if mu is None else mu if scheduler.config.get("time_shift_type") == "linear" else math.exp(mu)
-    shift = asked if solver.shift is None else solver.shift
+    shift = _shift(host.config, solver, mu if host.config.get("use_dynamic_shifting") else None)
     smallest = 1 / trained
     if solver.times is not None:
         sigmas = list(solver.times)
@@ -255,6 +272,15 @@ def _flow_levels(scheduler: Any, solver: Solver, n: int, mu: float | None) -> tu
     if "solver_order" in scheduler.config:
         sigmas[0] = min(sigmas[0], HIGHEST)
     return [sigma * trained for sigma in sigmas], sigmas
+
+
+def _shift(config: Any, solver: Solver, mu: float | None) -> float:
+    """The shift of a flow. mu: what a pipeline works out from the size, log(shift) or the shift itself; None for the host's."""
+    if solver.shift is not None:
+        return solver.shift
+    if mu is not None:
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
 def _levels(scheduler: Any, solver: Solver, n: int) -> tuple[list[float], list[float]]:

@@ -26,6 +26,7 @@ from hasten.pipelines.recipes import (
     modules,
     network,
     resolutions,
+    sequences,
     text,
     text_caches,
     text_images,
@@ -37,8 +38,8 @@ from hasten.recipe import Recipe, read
 from hasten.sparse_attn.text.causal import CausalAttention
 
 MODULES = (
-    diffusion, resolutions, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches, text_images,
-    text_ours,
+    diffusion, sequences, resolutions, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches,
+    text_images, text_ours,
 )  # fmt: skip
 
 

@@ -160,6 +160,22 @@ def test_a_pipelines_own_shift_is_kept_unless_another_is_given() -> None:
     assert given.sigmas[1:].tolist() == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-5)
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_pipelines_that_tell_sigmas_and_shifts_are_walked_by_every_solver(dynamic: bool) -> None:
+    """FLUX tells its scheduler both; a host without dynamic shifting leaves the shift unread."""
+    pipe = small_flux()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=1.7)
+    latents(pipe, FLUX_CALL)
+    walked = pipe.scheduler.sigmas.tolist()
+    for name in FLOW:
+        with hasten.accelerate(pipe, Recipe(name="other", sampler=Solver(name=name))):
+            assert torch.isfinite(latents(pipe, FLUX_CALL)).all()
+            found = sorted(set(pipe.scheduler.sigmas.tolist()), reverse=True)
+        assert len(found) == 7
+        if name in ("euler", "heun"):
+            assert found == pytest.approx(walked, abs=1e-5)
+
+
 def test_steps_are_a_share_of_chosen_levels_too() -> None:
     made = scheduler_for(HOSTS["vp"], Solver(name="unipc", spacing="karras", steps=0.25))
     made.set_timesteps(20)
