@@ -1,8 +1,9 @@
-"""Lower resolutions, windows in time and drafts on the bundled models, beside fewer steps at equal time.
+"""Lower resolutions, windows in time and drafts on the bundled models, beside fewer steps at equal time; and a restorer.
 
     python benchmarks/resolutions.py bottleneck [--model tiny-image] [--steps 50] [--prompts 8] [--seeds 2]
     python benchmarks/resolutions.py windows [--times 2 4] [--steps 10] [--prompts 3]
     python benchmarks/resolutions.py drafts [--model tiny-image] [--steps 50] [--prompts 8] [--seeds 2]
+    python benchmarks/resolutions.py restore --steps 800 [--data mnist-folder]
 
 Each writes `benchmarks/results/cpu-2core/resolutions-<what>[-<model>].json`. Seconds are medians of single runs right
 after plain ones; on a machine that does other work as well, only their ratios say something.
@@ -22,18 +23,22 @@ from typing import Any
 
 import torch
 
+from hasten import metrics
+from hasten.distill.data.moving_digits import load_digits
+from hasten.distill.restoration import Restoring, pictures, train
 from hasten.pipelines import tiny_models
 from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.bench.candidates import Candidate, fewer_steps, ours
 from hasten.pipelines.bench.shots import Column, Sample, other_seed, row_of, shoot
 from hasten.pipelines.host import hardware
 from hasten.pipelines.judge import DIGITS, Judge, parse_prompt
+from hasten.pipelines.residual_shift import restored
 from hasten.recipe import Recipe
 from hasten.samplers.bottleneck import Bottleneck, Stage
 from hasten.samplers.windows import Windows
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu-2core"
-TOLD = ("recipe", "control", "speedup", "nfe", "psnr_median", "psnr_converged", "latent_error", "prompt_accuracy", "frechet")
+TOLD = ("recipe", "control", "speedup", "nfe", "psnr_median", "psnr_converged", "latent_error", "prompt_accuracy", "frechet", "edges")
 
 
 def samples(moving: bool, prompts: int, seeds: int) -> list[Sample]:
@@ -163,8 +168,39 @@ def drafts(options: argparse.Namespace) -> list[dict[str, Any]]:
     return compared(options.model, candidates, found, options.steps, options.converged)
 
 
+def restore(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A restorer trained on blurred and shrunk digits, in 1 to 15 steps, beside what it was given (cubic interpolation)."""
+    digits = load_digits(options.data)
+    began, losses = time.process_time(), []
+    settings = Restoring(steps=options.steps)
+    network, scheduler = train(options.data, settings, lambda step, loss: losses.append(loss))
+    seconds = time.process_time() - began  # of one core: the machine may do other work as well
+    print(f"{settings.steps} steps in {seconds:.0f} s of one core, loss {statistics.fmean(losses[-20:]):.4f}", file=sys.stderr)
+    clean, prompts = pictures(digits, 256, seed=10**6, split="test")
+    y = settings.damage(clean, torch.Generator().manual_seed(1))
+    results = {"cubic interpolation": y, "the clean pictures": clean}
+    for steps in (1, 2, 4, 8, 15):
+        results[f"{steps} step{'s' if steps > 1 else ''}"] = restored(
+            network, scheduler, y, steps, torch.Generator().manual_seed(2)
+        )
+    judge, rows = Judge.load(), []
+    for name, found in results.items():
+        seen = (found.clamp(-1, 1) + 1) / 2
+        errors = [metrics.psnr(a.numpy(), b.numpy()) for a, b in zip((clean + 1) / 2, seen, strict=True)]
+        images = [picture.expand(3, -1, -1).permute(1, 2, 0).numpy() for picture in seen]
+        features = judge.features(images)
+        rows.append({
+            "model": "restorer", "recipe": name, "n": len(clean), "training_seconds": seconds,
+            "psnr_median": None if found is clean else statistics.median(errors),
+            "prompt_accuracy": judge.prompt_accuracy(images, prompts)["digit"],
+            "frechet": judge.frechet_to_real(features, "image"),
+            "edges": float((seen[..., 1:] - seen[..., :-1]).abs().mean()),
+        })  # fmt: skip
+    return rows
+
+
 METHODS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    "bottleneck": bottleneck, "windows": windows, "drafts": drafts,
+    "bottleneck": bottleneck, "windows": windows, "drafts": drafts, "restore": restore,
 }  # fmt: skip
 
 
@@ -177,6 +213,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--times", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--data", default="sklearn", help="a folder of MNIST, or sklearn")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,7 +221,7 @@ def main() -> None:
     rows = METHODS[options.method](options)
     for row in rows:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items() if key in TOLD})
-    tail = "" if options.method == "windows" else f"-{options.model}"
+    tail = "" if options.method in ("windows", "restore") else f"-{options.model}"
     document = {
         "command": f"resolutions {options.method}", "versions": {"torch": torch.__version__}, "hardware": hardware("cpu"),
         "steps": options.steps, "minutes": (time.perf_counter() - began) / 60, "rows": rows,
