@@ -64,8 +64,8 @@ ALIASES = {
 class StudentConfig(Strict):
     """What is trained. full: the whole network instead of an adapter, with a copy for every role.
 
-    rank, alpha: of the adapters; None for alpha is rank (a scale of 1). layers: ends of the names of the layers they
-    are on, None for all. base_lora: a LoRA (file or folder) that teacher and student both keep. start: folder of a finished
+    rank, alpha: of the adapters; null for alpha is rank (a scale of 1). layers: ends of the names of the layers they
+    are on, null for all. base_lora: a LoRA (file or folder) that teacher and student both keep. start: folder of a finished
     training with a student of the same kind, whose weights this one begins with. experts: parts of an adapter's ranks whose
     weights follow the time (TD-LoRA); 1 for an ordinary LoRA.
 
@@ -113,8 +113,8 @@ class DataConfig(Strict):
     """What it is trained on. prompts: a list, or the name of a file with one a line. count: samples that the teacher
     makes, for methods that need latents or pairs and where no folder is given. folder: own pictures or clips with
     captions; resize: whether files of another size are scaled and cut, or skipped; uncaptioned: whether files without a
-    caption get the empty prompt, or are skipped. file: `data.safetensors` of another training with the same teacher. call: arguments of the teacher's pipeline (steps, guidance, size).
-    drop: share of rows without prompt.
+    caption get the empty prompt, or are skipped. file: `data.safetensors` of another training with the same teacher.
+    call: arguments of the teacher's pipeline (steps, guidance, size). drop: share of rows without prompt.
     """
 
     prompts: tuple[str, ...] | str = ()

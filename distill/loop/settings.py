@@ -23,10 +23,13 @@ def _said(also: dict[str, str]) -> BeforeValidator:
 class TrainSettings(BaseModel):
     """Settings of the loop. Rates are for AdamW on float32 weights; `precision` is that of evaluations alone.
 
-    steps: batches of the method (a DMD step may train its critic several times). lr: of the student; `role_lr` of
-    others. schedule: what follows the warm-up: `plateau` stays and falls to zero over the last `cooldown` of the steps,
-    `constant` stays, `linear` and `cosine` fall all the time. average: decay of the averaged weights that are exported, 0
-    for none. accumulate: parts in which a batch is evaluated. shard: weights and optimisers are cut among the processes.
+    steps: batches of the method (a DMD step may train its critic several times). batch: rows of a step, of all processes
+    together. accumulate: parts in which a batch is evaluated; it stays as large as it is. lr: of the student; `role_lr` of
+    others. optimizer: `adamw` or `adamw8bit`, with `betas` and `weight_decay`. clip: largest norm of a role's gradient.
+    schedule: what follows the `warmup` (its steps): `plateau` stays and falls to zero over the last `cooldown` (a share) of the
+    steps, `constant` stays, `linear` and `cosine` fall all the time. average: decay of the averaged weights that are
+    exported, 0 for none. checkpointing: blocks are evaluated again for their gradient instead of being kept. shard: weights
+    and optimisers are cut among the processes. seed: of all random numbers.
     checkpoint_every: steps between checkpoints, 0 for every two minutes. report_to: who gets the log's rows beside
     log.jsonl. samples_every: steps between sheets of `samples` pictures beside the teacher's, 0 for none. recall: samples of
     the student that are compared with the data at the same steps, 0 for none.

@@ -33,7 +33,7 @@ from hasten.distill.text.roles import Texts
 class DParallel(TextMethod):
     """block: slots of a block. masked: share of a block that is masked in the first pass, drawn evenly from this range.
     beta, temperature: of the entropy of right answers. slack: nats per token by which a reordering of the block may be less likely
-    to the teacher and is learned all the same (`text_reorder.py`); None learns the teacher's own order, as the paper does."""
+    to the teacher and is learned all the same (`text/reorder.py`); None learns the teacher's own order, as the paper does."""
 
     kind: ClassVar[str] = "dparallel"
     recipe: ClassVar[str] = "dparallel"

@@ -49,8 +49,8 @@ class SelfForcing(DMD):
 
 
 class Magic141(DMD):
-    """A first frame from a text, and a clip from the frame. given: share of the steps whose first frame is the data's. The rest
-    is that of `self-forcing`."""
+    """A first frame from a text, and a clip from the frame. given: share of the steps whose first frame is the data's. shift: of
+    its noise levels. The rest is that of `dmd`."""
 
     kind: ClassVar[str] = "magic141"
     data: ClassVar[Data] = "latents"

@@ -1,4 +1,4 @@
-"""`hasten train`: train the small models from scratch, and commit filters."""
+"""`hasten train`: students, LoRAs, the small models from scratch, and commit filters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hasten.cli.train_filter import train_filter
 from hasten.cli.values import assignments
 from hasten.errors import HastenError, ResumeError, UsageError
 
-app = typer.Typer(help="Train the small models from scratch, and commit filters for any.", no_args_is_help=True)
+app = typer.Typer(help="Train students of any model, LoRAs on your own pictures, and the small models from scratch.", no_args_is_help=True)
 app.command("filter")(train_filter)
 train_method.add(app)
 
 
 @app.callback()
 def _group() -> None:
-    """Train the small models from scratch, and commit filters for any."""
+    """Train students of any model, LoRAs on your own pictures, and the small models from scratch."""
 
 
 @app.command("pretrain")

@@ -10,6 +10,7 @@ import typer
 
 from hasten.cli.output import JsonOption, Output
 from hasten.cli.places import writable
+from hasten.cli.train_help import MethodCommand
 from hasten.cli.values import assignments
 from hasten.errors import UsageError
 
@@ -50,7 +51,7 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 def add(app: typer.Typer) -> None:
     """Put a command for each method on `hasten train`."""
     for method, what in METHODS.items():
-        app.command(method, help=what, context_settings=EXTRA)(_command(method))
+        app.command(method, cls=MethodCommand, help=what, context_settings=EXTRA)(_command(method))
     app.command("chain", context_settings=EXTRA)(_chain)
 
 

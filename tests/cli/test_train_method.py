@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hasten.cli.values import assignments
 
 SMALL = [
     "--model", "tiny-flux", "--set", "data.count=4", "--set", "data.prompts=[a seven, a three]",
@@ -47,3 +50,33 @@ def test_wrong_words_are_answered(hasten: Any, words: list[str], sentence: str) 
     ran = hasten("train", *words)
     assert ran.code == 2
     assert sentence in ran.sentence
+
+
+def test_help_lists_what_a_method_can_be_told_and_means_every_word(hasten: Any) -> None:
+    from hasten.cli.train_help import keys
+    from hasten.cli.train_method import METHODS
+    from hasten.distill.loop.settings import TrainSettings
+    from hasten.distill.method import Method
+    from hasten.distill.train_config import DataConfig, StudentConfig
+
+    ran = hasten("train", "pairs", "--help")
+    assert ran.code == 0 and "method. calls=1 own=false" in ran.out and "--learning_rate (train.lr)" in ran.out
+    for method in METHODS:
+        listed, _, meant = keys(method).partition("method.*")
+        parts = {"method": Method.members()[method], "student": StudentConfig, "data": DataConfig, "train": TrainSettings}
+        for section, part in parts.items():
+            for name in part.model_fields:
+                assert re.search(rf"\b{name}=", listed), f"{section}.{name} of {method} is not listed"
+                assert re.search(rf"\b{name}\b", meant.partition("Names of other")[0]), f"{section}.{name} of {method} is not explained"
+
+
+def test_what_is_listed_is_what_is_taken() -> None:
+    """A default, typed as the help shows it, changes nothing."""
+    from hasten.cli.train_help import _said
+    from hasten.distill.train_config import load_config
+
+    plain = load_config("sana-sprint", None, {"model": "tiny-flux"})
+    for section in ("method", "student", "data", "train"):
+        for name, field in type(getattr(plain, section)).model_fields.items():
+            given = {"model": "tiny-flux", **assignments([f"{section}.{name}={_said(field)}"], "--set")}
+            assert load_config("sana-sprint", None, given) == plain, f"{section}.{name}"
