@@ -1,7 +1,8 @@
 """The search: optuna asks, recipes run, and every trial is in a journal, so that a killed study goes on.
 
-Two objectives: seconds relative to the plain run, and the worst sample's distance from the budget's limit. A trial that was
-given up after its first sample is pruned; what is told of it is why. Several processes may search one study at once.
+`Search` is what all studies share; `Study` is that of pictures and clips, with two objectives: seconds relative to the plain
+run, and the worst sample's distance from the budget's limit. A trial that was given up after its first sample is pruned; what
+is told of it is why. Several processes may search one study at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from hasten.errors import OutputError, ResumeError, UsageError
 from hasten.pipelines.bench.foreign import because
@@ -31,24 +32,58 @@ STALE = 50
 """Compositions asked one after the other that have been run before, after which there is nothing left to learn."""
 
 
+class Result(Protocol):
+    """What a recipe came to, as a search sees it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def why(self) -> str: ...
+    @property
+    def outcomes(self) -> Sequence[Any]: ...
+    @property
+    def speedup(self) -> float: ...
+
+
+M = TypeVar("M", bound=Result)
+M_co = TypeVar("M_co", bound=Result, covariant=True)
+
+
+class Measures(Protocol[M_co]):
+    """What runs recipes: `Bench`, or that of another kind of model. goal: give up on what is far from it."""
+
+    def measure(self, name: str, recipe: Recipe, goal: Any = None) -> M_co: ...
+
+
+class Ways(Protocol):
+    """What is searched: `Space`, or that of another kind of model."""
+
+    def ask(self, trial: Any) -> Params: ...
+    def recipe(self, params: Params) -> Recipe: ...
+    def name(self, params: Params) -> str: ...
+    def described(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Tried(Generic[M]):
     """One composition that was run. params: its numbers. measured: on the tuning samples."""
 
     number: int
     params: Params
     recipe: Recipe
-    measured: Measured
+    measured: M
 
 
-class Study:
-    """A search below `folder`, new or continued, alone or beside other processes.
+class Search(Generic[M]):
+    """A search below `folder`, new or continued, alone or beside other processes. Subclasses say what a measurement is.
 
     identity: what must be the same for a journal to be continued (model, call, prompts, goal). Raises `ResumeError` where the
     folder has a study of something else; `UsageError` without optuna.
     """
 
-    def __init__(self, folder: Path, goal: Goal, identity: dict[str, Any], seed: int = 0) -> None:
+    objectives: ClassVar[int] = 2
+
+    def __init__(self, folder: Path, goal: Any, identity: dict[str, Any], seed: int = 0) -> None:
         self.folder, self.goal = folder, goal
         optuna = _optuna()
         self._states = optuna.trial.TrialState
@@ -60,8 +95,8 @@ class Study:
                 mended(folder / JOURNAL)
             backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL), lock_obj=FileLock.of(folder / JOURNAL))
             self.study = optuna.create_study(
-                storage=optuna.storages.JournalStorage(backend), study_name="hasten", directions=["minimize", "minimize"],
-                load_if_exists=True,
+                storage=optuna.storages.JournalStorage(backend), study_name="hasten",
+                directions=["minimize"] * self.objectives, load_if_exists=True,
             )  # fmt: skip
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # grouped sampling and lying are marked as experimental
@@ -124,17 +159,14 @@ class Study:
             end = max(end, start + seconds)
         return total
 
-    def search(
-        self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None,
-        tolerances: Sequence[float] = (),
-    ) -> None:  # fmt: skip
-        """Run trials until `seconds` are spent (earlier processes' included), the first guesses first: for the goal's own
-        tolerance, or for each of `tolerances`."""
+    def run(
+        self, bench: Measures[M], space: Ways, seconds: float, guesses: Sequence[Params], told: Callable[[Tried[M]], None]
+    ) -> None:
+        """Run trials until `seconds` are spent (earlier processes' included), the guesses first."""
         self.same({"space": space.described()})
-        guesses = [guess for tolerance in tolerances or (self.goal.tolerance,) for guess in first_guesses(space, tolerance)]
         with alone(self.folder):
             for guess in {_key(guess): guess for guess in guesses}.values():
-                self.study.enqueue_trial(guess, skip_if_exists=True)
+                self.study.enqueue_trial(dict(guess), skip_if_exists=True)
         began, before, stale = time.monotonic(), self.spent, 0
         while before + time.monotonic() - began < seconds and stale < STALE:
             trial = self._one(bench, space)
@@ -142,7 +174,7 @@ class Study:
             if trial is not None:
                 told(trial)
 
-    def _one(self, bench: Bench, space: Space) -> Trial | None:
+    def _one(self, bench: Measures[M], space: Ways) -> Tried[M] | None:
         """Run what is asked next; None where that has been run before."""
         started = time.monotonic()
         with alone(self.folder):
@@ -161,19 +193,17 @@ class Study:
             self._ask_again(asked.number, frozen, frozen.user_attrs.get("ended", 0))
             raise
         asked.set_user_attr("seconds", time.monotonic() - started)
-        if measured.whole:
-            self.study.tell(asked, self._values(measured))
-        else:
-            self.study.tell(asked, state=self._states.PRUNED)
-        return Trial(asked.number, params, recipe, measured)
+        values = self._values(measured)
+        self.study.tell(asked, values, state=self._states.PRUNED if values is None else None)
+        return Tried(asked.number, params, recipe, measured)
 
-    def _measured(self, bench: Bench, space: Space, params: Params, asked: Any) -> tuple[Recipe, Measured]:
+    def _measured(self, bench: Measures[M], space: Ways, params: Params, asked: Any) -> tuple[Recipe, M]:
         """Run a composition; what it is and what it costs is written down."""
         try:
             recipe = space.recipe(params)
             measured = bench.measure(recipe.name, recipe, self.goal)
         except Exception as error:  # noqa: BLE001 - parts that do not go together; the reason is what is reported
-            recipe, measured = Recipe(name=space.name(params)), Measured(space.name(params), (), because(error))
+            recipe, measured = Recipe(name=space.name(params)), self._read(space.name(params), (), because(error))
         asked.set_user_attr("recipe", recipe.to_yaml())
         asked.set_user_attr("why", measured.why)
         asked.set_user_attr("outcomes", [each.to_dict() for each in measured.outcomes])
@@ -189,25 +219,53 @@ class Study:
                 return trial
         return None
 
-    def _values(self, measured: Measured) -> list[float]:
-        worst = measured.worst(self.goal)
-        short = self.goal.better(self.goal.limit) - self.goal.better(worst) if math.isfinite(worst) else math.copysign(CAP, -self.goal.better(worst))
-        return [1 / measured.speedup, max(-CAP, min(CAP, short))]
+    def _values(self, measured: M) -> list[float] | None:
+        """What is minimised; None, and the trial is pruned, where too little is known."""
+        raise NotImplementedError(f"{type(self).__name__} has no _values().")
 
-    def trials(self) -> list[Trial]:
+    def _read(self, name: str, outcomes: Sequence[dict[str, Any]], why: str = "") -> M:
+        """A measurement as the journal has it."""
+        raise NotImplementedError(f"{type(self).__name__} has no _read().")
+
+    def trials(self) -> list[Tried[M]]:
         """All finished trials that ran on every sample, by rising speed-up."""
         found = []
         for trial in self._trials(self._states.COMPLETE):
-            if "outcomes" in trial.user_attrs:
-                outcomes = tuple(Outcome(**each) for each in trial.user_attrs["outcomes"])
+            if "outcomes" in trial.user_attrs and not trial.user_attrs["why"]:
                 recipe = from_yaml(trial.user_attrs["recipe"], "the study")
-                found.append(Trial(trial.number, trial.params, recipe, Measured(recipe.name, outcomes)))
+                found.append(Tried(trial.number, trial.params, recipe, self._read(recipe.name, trial.user_attrs["outcomes"])))
         return sorted(found, key=lambda each: each.measured.speedup)
 
     def given_up(self) -> list[tuple[str, str]]:
         """(composition, reason) of those that did not run on every sample."""
-        found = [trial for trial in self._trials(self._states.PRUNED) if trial.user_attrs.get("why")]
+        found = [trial for trial in self._trials(self._states.PRUNED, self._states.COMPLETE) if trial.user_attrs.get("why")]
         return [(from_yaml(trial.user_attrs["recipe"], "the study").name, trial.user_attrs["why"]) for trial in found]
+
+
+Trial = Tried[Measured]
+
+
+class Study(Search[Measured]):
+    """The search of pictures and clips."""
+
+    def search(
+        self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None,
+        tolerances: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        """Run trials until `seconds` are spent, the first guesses for the goal's own tolerance, or for each of `tolerances`,
+        first."""
+        guesses = [guess for tolerance in tolerances or (self.goal.tolerance,) for guess in first_guesses(space, tolerance)]
+        self.run(bench, space, seconds, guesses, told)
+
+    def _values(self, measured: Measured) -> list[float] | None:
+        if not measured.whole:
+            return None
+        worst = measured.worst(self.goal)
+        short = self.goal.better(self.goal.limit) - self.goal.better(worst) if math.isfinite(worst) else math.copysign(CAP, -self.goal.better(worst))
+        return [1 / measured.speedup, max(-CAP, min(CAP, short))]
+
+    def _read(self, name: str, outcomes: Sequence[dict[str, Any]], why: str = "") -> Measured:
+        return Measured(name, tuple(Outcome(**each) for each in outcomes), why)
 
 
 def front(trials: list[Trial], goal: Goal) -> list[Trial]:
