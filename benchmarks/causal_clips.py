@@ -52,6 +52,7 @@ WAYS: dict[str, tuple[Method, ...]] = {
     "self-forcing": (SelfForcing(**FORCING),),
     "causal, then self-forcing": (Causal(calls=2, chunk=2), SelfForcing(**FORCING)),
     "magic141": (Magic141(calls=2, ratio=2, scale=1.0),),
+    "causal with a first chunk of one, then magic141": (Causal(calls=2, chunk=5, first=1), Magic141(calls=2, ratio=2, scale=1.0)),
 }
 
 
