@@ -54,7 +54,7 @@ class RestorationNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     diffusers.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, width: int = 48, dilations: tuple[int, ...] = (1, 2, 4, 2, 1)) -> None:
         super().__init__()
         self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, 2 * width * len(dilations)))
@@ -135,7 +135,7 @@ def train(
             group["lr"] = settings.lr * min(1.0, (step + 1) / 20) * (0.01 + 0.99 * (1 - step / settings.steps))
         loss = _loss(network, scheduler, digits, settings, step)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         told(step, float(loss.detach()))

@@ -29,7 +29,7 @@ class ResidualShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     order = 1
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, num_train_timesteps: int = 15, power: float = 0.3, kappa: float = 2.0, last: float = 0.999) -> None:
         self.chain = ResidualShift(num_train_timesteps, power, kappa, last)
         self.init_noise_sigma = self.chain.spread(num_train_timesteps)
@@ -45,7 +45,8 @@ class ResidualShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def begin(self, y: Tensor, generator: Generators = None) -> Tensor:
         """x_T: the degraded picture and its noise."""
         noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-        return y + self.init_noise_sigma * noise
+        begun: Tensor = y + self.init_noise_sigma * noise
+        return begun
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The state at about unit variance, as the network is to see it: x / sqrt(1 + kappa^2 eta_t)."""

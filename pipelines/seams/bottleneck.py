@@ -61,14 +61,14 @@ class Latents:
             return x
         if self.rows is None or x.shape[1] % self.rows:
             raise RefusedError(f"The places of this network's {x.shape[1]} tokens are not those of a picture.")
-        x = x.unflatten(1, (self.rows, -1)).unflatten(3, (-1, 2, 2))
+        x = x.reshape(len(x), self.rows, -1, x.shape[2] // 4, 2, 2)
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def closed(self, x: Tensor) -> Tensor:
         """The same as the pipeline has them."""
         if not self.packed:
             return x
-        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        x = x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2)
         self.rows = x.shape[2]
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -242,10 +242,10 @@ def _refuse_unknown(pipe: Any, networks: list[nn.Module], layouts: list[Layout])
     """Raises `RefusedError` for pipelines whose loop looks at the size of the latents, by name."""
     for network, layout in zip(networks, layouts, strict=True):
         placed = [name for name in PLACED if name in layout.names]
-        sized = [name for name in ("height", "width", "num_frames") if name in layout.names]
-        if placed or sized:
+        placed += [name for name in ("height", "width", "num_frames") if name in layout.names]
+        if placed:
             raise RefusedError(
-                f"{type(network).__name__} is told {', '.join(placed + sized)} by its pipeline, which are of one resolution; no"
+                f"{type(network).__name__} is told {', '.join(placed)} by its pipeline, which are of one resolution; no"
                 " other can be put in their place here. Several resolutions are for networks that see the size of their input."
             )
         if IDS in layout.names and is_whole_compiled(network):

@@ -185,8 +185,9 @@ def _refuse_unknown(pipe: Any) -> None:
     name = type(scheduler).__name__
     if getattr(scheduler, "order", 1) != 1 or name == "PNDMScheduler":
         raise RefusedError(f"{name} cannot begin in the middle of its list. Take euler, ddim, dpm++ or unipc.")
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1:
+    sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if sigma != 1:
         raise RefusedError(
-            f"{name} scales its latents (init_noise_sigma {float(scheduler.init_noise_sigma):g}), so that a draft would need"
+            f"{name} scales its latents (init_noise_sigma {sigma:g}), so that a draft would need"
             " another scale. Take a flow-matching scheduler, ddim, dpm++ or unipc."
         )

@@ -47,7 +47,8 @@ class WindowedNetwork:
         if framed := [name for name in FRAMED if told.get(name) is not None]:
             raise RefusedError(f"{', '.join(framed)} of this network hold frames that windows do not cut. Ask for a shorter clip.")
         group = self.part.at_once or len(begins)
-        answers, last = [], None
+        answers: list[Tensor] = []
+        last: Output | None = None
         for first in range(0, len(begins), group):
             some = begins[first : first + group]
             last = Output(self.inner(**self._cut(told, x, some)))
@@ -62,7 +63,7 @@ class WindowedNetwork:
         cut[self.layout.sample] = torch.cat([x[:, :, begin : begin + n] for begin in begins])
         time = told.get(self.layout.timestep or "")
         if isinstance(time, Tensor) and time.ndim == 2:  # a time for each token, frame after frame
-            tokens = time.unflatten(1, (x.shape[2], -1))
+            tokens = time.reshape(len(time), x.shape[2], -1)
             cut[str(self.layout.timestep)] = torch.cat([tokens[:, begin : begin + n].flatten(1) for begin in begins])
         return cut
 
