@@ -22,6 +22,7 @@ from hasten.cli import (
     profile,
     recipes,
     train,
+    tune,
 )
 from hasten.errors import HastenError
 
@@ -41,6 +42,7 @@ app.command("compare")(compare.compare)
 app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
+app.command("tune")(tune.tune)
 bench.app.command("attention")(bench_attention.attention)
 bench.app.command("compose")(bench_compose.compose)
 bench.app.command("distill")(bench_distill.distill)

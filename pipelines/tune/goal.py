@@ -41,6 +41,12 @@ class Goal:
             return min(1.0, 10 ** ((DECODER_DB - self.limit) / 20))
         return max(1e-3, min(0.5, math.sqrt(max(0.0, 1 - self.limit))))
 
+    def told(self, value: float) -> str:
+        """A value in words: 34.2 dB, 0.031, or identical."""
+        if math.isinf(value):
+            return "identical" if self.better(value) > 0 else "not to be measured"
+        return f"{value:.1f} dB" if self.measure == "psnr" else f"{value:.4g}"
+
     def __str__(self) -> str:
         sign = "<=" if self.measure == "latent_error" else ">="
         return f"{self.measure} {sign} {self.limit:g}{' dB' if self.measure == 'psnr' else ''}"

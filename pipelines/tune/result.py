@@ -15,15 +15,12 @@ from hasten.pipelines.tune.verify import Interaction, Verdict, interval
 from hasten.recipe import Recipe
 from hasten.stamp import Stamp
 
-CONTROL = "solver"
-"""The family of fewer steps; with both branches everywhere it is the control that a composition must beat."""
-
 
 @dataclass(slots=True)
 class Tuned:
     """best: the verdict on the recipe that was chosen, None where nothing kept the budget. recipe: it, with its stamp.
 
-    trials: those that ran on every tuning sample. verdicts: on held-out samples, in the order in which they were tried.
+    trials: those that ran on every tuning sample. given_up: (composition, reason) of the others. verdicts: on held-out samples, in the order in which they were tried.
     control: the fastest fewer-steps run that keeps the budget on held-out samples. noise_floor: PSNR of another seed.
     plain_seconds: of a plain run. spent: seconds of the search. why: what the reader must know, a sentence each.
     """
@@ -36,6 +33,7 @@ class Tuned:
     control: Verdict | None = None
     interactions: list[Interaction] = field(default_factory=list)
     peers: list[Measured] = field(default_factory=list)
+    given_up: list[tuple[str, str]] = field(default_factory=list)
     noise_floor: float | None = None
     plain_seconds: float = 0.0
     spent: float = 0.0
@@ -45,6 +43,35 @@ class Tuned:
     def front(self) -> list[Trial]:
         """Trials that no other beats in speed and worst quality, by rising speed-up."""
         return front(self.trials, self.goal)
+
+    def sentences(self) -> list[str]:
+        """The verdict, the controls and the interactions, for a reader; then `why`."""
+        found, goal = [], self.goal
+        if self.best is not None:
+            measured, row = self.best.measured, self.row(self.best.measured)
+            values = [value for each in measured.outcomes if (value := each.value(goal)) is not None]
+            found.append(
+                f"{measured.name}: {measured.speedup:.2f}x on {len(measured.outcomes)} held-out prompts, of which {measured.kept(goal):.0%}"
+                f" keep {goal}; median {goal.told(statistics.median(values))}{self._between(row)}, worst"
+                f" {goal.told(measured.worst(goal))}."
+            )
+            if self.noise_floor is not None:
+                found.append(f"Another seed of the same prompt is {self.noise_floor:.1f} dB from the plain run: the noise floor.")
+            found.append(self._beside_control())
+        return found + [each.told() for each in self.interactions] + self.why
+
+    def _between(self, row: dict[str, Any]) -> str:
+        ends = row["goal_interval"]
+        return f" (95 % interval {self.goal.told(ends[0])} to {self.goal.told(ends[1])})" if ends else ""
+
+    def _beside_control(self) -> str:
+        assert self.best is not None
+        if self.control is None:
+            return f"Fewer steps alone did not keep {self.goal} in any run that was tried."
+        if self.control.trial.number == self.best.trial.number:
+            return "That is fewer steps of a solver and nothing else."
+        ratio = self.best.measured.speedup / self.control.measured.speedup
+        return f"Fewer steps alone ({self.control.measured.name}) keep it at {self.control.measured.speedup:.2f}x: the composition is {ratio:.2f} times as fast."
 
     def rows(self) -> list[dict[str, Any]]:
         """The front, the held-out verdicts and the peers, with the keys of the design."""

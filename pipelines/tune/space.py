@@ -131,7 +131,11 @@ class Space:
         return find_recipe(params["preset"])
 
     def _student(self, params: Params) -> Recipe:
-        return find_recipe(params["student"])
+        """Its file by its full path: the recipe is written elsewhere than the one that it came from."""
+        found = find_recipe(params["student"])
+        if found.adapter is None or not found.adapter.path or not found.adapter.place.exists():
+            return found
+        return found.model_copy(update={"adapter": found.adapter.model_copy(update={"path": str(found.adapter.place.absolute())})})
 
     def _guidance(self, params: Params, steps: int) -> Guidance | None:
         """Both branches at a share of `steps` steps, denser at the start, where guidance decides what is drawn."""

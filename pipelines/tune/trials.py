@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hasten import metrics
+from hasten.errors import RefusedError
 from hasten.pipelines.bench.candidates import Candidate, ours
 from hasten.pipelines.bench.foreign import because
 from hasten.pipelines.bench.shots import Sample, Shot, shoot
@@ -81,8 +83,9 @@ class Measured:
 class Bench:
     """Plain runs of some samples, made once, and runs of recipes beside them.
 
-    tell: is told what is being run. noted: called with the sample's number while its plain run is made, to give a context in
-    which it runs (a recording).
+    context: called with each sample's number to give a context (a recording) in which a further plain run of it is made.
+
+    Raises `RefusedError` where a plain run's result is not finite: there is nothing to compare with.
     """
 
     def __init__(self, pipe: Any, call: dict[str, Any], samples: Sequence[Sample], context: Callable[[int], Any] | None = None) -> None:
@@ -94,6 +97,10 @@ class Bench:
                 with context(number):
                     shoot(pipe, sample, call)
             self.plain.append(self._plain(sample))
+            if not np.isfinite(self.plain[-1].frames).all():
+                raise RefusedError(
+                    f"The plain run of {sample.prompt!r} gives NaN or infinity, so nothing can be compared with it. Try another --dtype."
+                )
 
     def _plain(self, sample: Sample) -> Shot:
         """The run without anything, timed without a recorder beside it."""

@@ -8,17 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hasten import metrics
+from hasten.pipelines.bench.candidates import Candidate
 from hasten.pipelines.bench.shots import Sample, shoot
 from hasten.pipelines.tune.goal import Goal
 from hasten.pipelines.tune.space import parts_alone
 from hasten.pipelines.tune.study import Trial
 from hasten.pipelines.tune.trials import Bench, Measured
 from hasten.recipe import Recipe
+from hasten.samplers.solver import Solver
 
 NEEDED = 0.95
 """Share of held-out samples that must keep the budget."""
 
 ROUNDS = 1000
+
+THIN = 2
+"""Every so many settings of each peer are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,11 @@ def finalists(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
     """Those that keep the budget on every tuning sample, fastest first."""
     kept = [trial for trial in trials if trial.measured.kept(goal) == 1]
     return sorted(kept, key=lambda trial: -trial.measured.speedup)
+
+
+def is_control(trial: Trial) -> bool:
+    """Is it nothing but fewer steps of a solver? Then it is the control that a composition must beat."""
+    return set(trial.recipe.axes) == {"sampler"} and isinstance(trial.recipe.sampler, Solver)
 
 
 def verified(
@@ -64,15 +74,25 @@ class Interaction:
     def ratio(self) -> float:
         return self.together / max(sum(self.alone), 1e-12)
 
+    def told(self) -> str:
+        """A sentence for a reader."""
+        kind = "super-additive" if self.ratio > 1.1 else "sub-additive" if self.ratio < 0.9 else "additive"
+        return f"{self.axes[0]} and {self.axes[1]} together cost {self.ratio:.2g} times what they cost alone (squared latent error): {kind}."
 
-def interactions(bench: Bench, recipe: Recipe) -> list[Interaction]:
-    """Each pair of the recipe's axes, measured on the bench's samples: alone and together. None for a single axis."""
+
+def interactions(bench: Bench, recipe: Recipe, until: Callable[[], bool] = lambda: False) -> list[Interaction]:
+    """Each pair of the recipe's axes, measured on the bench's samples: alone and together. None for a single axis, and none for
+    a student, whose adapter and sampler mean nothing without each other. until: True ends it with the pairs so far."""
+    if recipe.adapter is not None:
+        return []
     parts = parts_alone(recipe)
     axes = list(parts)
     alone = {axis: _squared(bench.measure(f"{axis} alone", parts[axis])) for axis in axes} if len(axes) > 1 else {}
     found = []
     for i, one in enumerate(axes):
         for other in axes[i + 1 :]:
+            if until():
+                return found
             both = recipe if len(axes) == 2 else parts[one] | parts[other]
             together = _squared(bench.measure(f"{one} and {other}", both))
             known = alone[one], alone[other], together
@@ -85,6 +105,20 @@ def _squared(measured: Measured) -> float | None:
     """Mean squared latent error; None where a run failed or its latents are not known."""
     known = [each.latent_error**2 for each in measured.outcomes if each.latent_error is not None]
     return statistics.fmean(known) if measured.whole and len(known) == len(measured.outcomes) else None
+
+
+def against(
+    bench: Bench, peers: Sequence[Candidate], goal: Goal, until: Callable[[], bool], say: Callable[[str], None] = lambda _: None
+) -> tuple[list[Measured], int]:
+    """Other libraries' caches on the bench's samples, until the time is over; and how many were left out then. One that is far
+    from the goal on the first sample, refused or absent is in the list with its reason."""
+    found: list[Measured] = []
+    for number, peer in enumerate(peers):
+        if until():
+            return found, len(peers) - number
+        found.append(bench.measure(peer.recipe, peer, goal, again=True))
+        say(f"Peer: {peer.recipe}: {found[-1].why or f'{found[-1].speedup:.2f}x, {found[-1].kept(goal):.0%} keep {goal}'}")
+    return found, 0
 
 
 def noise_floor(bench: Bench, sample: Sample) -> float | None:
