@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from doc_tables import attention, caches, distill, dllm, kernels, masked_images, recipes, runs
+from doc_tables import attention, caches, distill, dllm, kernels, masked_images, recipes, resolutions, runs
 from doc_tables.results import ROOT
 
 MARK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -39,6 +39,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "dllm-bars": dllm.bars,
     "dllm": dllm.dllm,
     "masked-images": masked_images.masked_images,
+    "resolutions-bottleneck": resolutions.bottleneck,
+    "resolutions-windows": resolutions.windows,
+    "resolutions-drafts": resolutions.drafts,
+    "resolutions-restore": resolutions.restore,
 }
 
 
