@@ -68,6 +68,6 @@ def numbers(told: Mapping[str, Tensor], flat: Tensor, headings: Headings) -> dic
     """What the log gets of these metrics, whose values lie one behind the other in `flat`: numbers are themselves, sketches
     become cosines."""
     found: dict[str, float | None] = {}
-    for (name, metric), value in zip(told.items(), flat.split([t.numel() for t in told.values()]), strict=True):
+    for (name, metric), value in zip(told.items(), torch.split(flat, [t.numel() for t in told.values()]), strict=True):
         found[name] = headings.cosine(name, value.tolist()) if metric.ndim else float(value)
     return {name: value for name, value in found.items() if value is not None}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,3 +35,28 @@ def optimizer_of(settings: TrainSettings, weights: Iterable[nn.Parameter], rate:
         made: torch.optim.Optimizer = import_module("bitsandbytes.optim").AdamW8bit(list(weights), **given)
         return made
     return torch.optim.AdamW(list(weights), foreach=True, **given)  # type: ignore[arg-type]
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers as one, each for weights of its own: Muon for matrices, AdamW for the rest."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([weight for part in parts for group in part.param_groups for weight in group["params"]], {})
+        self.parts = tuple(parts)
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this one's groups and states."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(dict(state_dict))
+        self._share()

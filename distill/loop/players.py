@@ -40,6 +40,10 @@ class Player:
     average: Weights = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["peak"] = group["lr"]
+
     def current(self) -> Weights:
         """Name -> what this process changes of the weight, laid flat where it is a part."""
         return {n: (self.shares[n].own if n in self.shares else p).detach() for n, p in self.parameters.items()}
@@ -72,11 +76,12 @@ class Player:
         if self.shares:
             sharding.spread(self.shares.values())
 
-    def change(self, rate: float, clip: float) -> Tensor:
-        """One step of the optimiser with the gradients that the weights have; their norm, before it was clipped."""
+    def change(self, factor: float, clip: float) -> Tensor:
+        """One step of the optimiser, at `factor` of its rates, with the gradients that the weights have; their norm, before it
+        was clipped."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * factor
         if self.shares:
             shares = list(self.shares.values())
             sharding.take_gradients(shares)

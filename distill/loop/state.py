@@ -1,8 +1,6 @@
-"""Checkpoints of a training: safetensors and JSON only, written aside and then renamed.
+"""A training's folder: who may write into it, and how it is written: aside, and then renamed.
 
-A checkpoint is a folder with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`, `rng.safetensors`
-and `state.json`. Together with the stateless batches (a batch is a function of seed and step) it continues
-bit-identically on the CPU. A kill at any moment leaves either the old or the new checkpoint complete.
+A kill at any moment leaves either the old or the new folder complete.
 """
 
 from __future__ import annotations
@@ -10,18 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
 from hasten.errors import ResumeError, UsageError
-
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -116,74 +108,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return rows
-
-
-def save_checkpoint(
-    folder: Path,
-    *,
-    model: nn.Module,
-    ema: Mapping[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-    state: Mapping[str, Any],
-) -> None:
-    """Write everything the training needs to go on."""
-
-    def write(part: Path) -> None:
-        save_file(
-            {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, part / FILES[0]
-        )
-        save_file({k: v.clone().contiguous() for k, v in ema.items()}, part / FILES[1])
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, Any] = {}
-        for number, optimizer in enumerate(optimizers):
-            for index, slots in optimizer.state_dict()["state"].items():
-                for key, value in slots.items():
-                    name = f"{number}.{index}.{key}"
-                    if isinstance(value, Tensor):
-                        tensors[name] = value.clone().contiguous()
-                    else:
-                        scalars[name] = value
-        save_file(tensors, part / FILES[2])
-        save_file({"torch": torch.get_rng_state()}, part / FILES[3])
-        (part / FILES[4]).write_text(json.dumps({**state, "optimizer_scalars": scalars}, indent=1))
-
-    replace_folder(folder, write)
-
-
-def load_checkpoint(
-    folder: Path,
-    *,
-    model: nn.Module,
-    ema: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> dict[str, Any]:
-    """Restore in place and return the state; refuse, naming what is missing, when it is not complete."""
-    if not folder.exists() and folder.with_name(folder.name + ".old").exists():
-        folder.with_name(folder.name + ".old").rename(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise ResumeError(
-            f"Cannot resume from '{folder}': missing {', '.join(missing)}. Restore them, or start anew without "
-            "resume in an empty folder."
-        )
-    state: dict[str, Any] = json.loads((folder / FILES[4]).read_text())
-    model.load_state_dict(load_file(folder / FILES[0]))
-    averaged = load_file(folder / FILES[1])
-    if set(averaged) != set(ema):
-        odd = sorted(set(averaged) ^ set(ema))[:3]
-        raise ResumeError(f"Cannot resume from '{folder}': its averaged weights differ in {', '.join(odd)}.")
-    for name, value in averaged.items():
-        ema[name].copy_(value)
-    flat: dict[str, Any] = {**load_file(folder / FILES[2]), **state.pop("optimizer_scalars")}
-    for number, optimizer in enumerate(optimizers):
-        slots: dict[int, dict[str, Any]] = {}
-        for name, value in flat.items():
-            which, index, key = name.split(".", 2)
-            if int(which) == number:
-                slots.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    torch.set_rng_state(load_file(folder / FILES[3])["torch"])
-    return state
 
 
 def truncate_log(log: Path, step: int) -> None:

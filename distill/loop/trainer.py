@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,9 @@ class Trainer:
     `latest/` holds a folder per role with weights, average and optimiser, renewed every `checkpoint_seconds` (written
     aside and renamed); `log.jsonl` a line per step. A step's loss that is not finite ends the training with the last
     checkpoint intact. watch: looks at the training after each step, in every process; its numbers join the log. ended: asked
-    after each step whether to write a checkpoint and stop; it is enough that one process is told so.
+    after each step whether to write a checkpoint and stop; it is enough that one process is told so. saved: told
+    the number of steps behind each checkpoint. name: of the training where its method's does not say it. optimizer: of a role's
+    weights, by the settings and the role's learning rate.
     """
 
     method: Method
@@ -66,6 +68,9 @@ class Trainer:
     checkpoint_seconds: float = 120.0
     watch: Callable[[int, Trainer], Mapping[str, float]] | None = None
     ended: Callable[[], bool] = lambda: False
+    saved: Callable[[int], None] | None = None
+    name: str = ""
+    optimizer: Callable[[TrainSettings, Iterable[nn.Parameter], float], torch.optim.Optimizer] = optimizer_of
     state: MethodState = field(init=False)
     players: dict[str, Player] = field(init=False)
     headings: direction.Headings = field(init=False, default_factory=direction.Headings)
@@ -103,6 +108,8 @@ class Trainer:
                 if done == last or stop or late:
                     log.flush()
                     self.save(done)
+                    if self.saved is not None:
+                        self.saved(done)
                     saved = time.monotonic()
                 if stop:
                     return done
@@ -145,7 +152,7 @@ class Trainer:
             start = "" if phase == "student" else f"{phase}."
             if self.settings.shard:
                 sharding.rest(self.roles)
-            told[f"{start}gradient"] = player.change(self._rate(phase) * self.settings.factor(step), self.settings.clip)
+            told[f"{start}gradient"] = player.change(self.settings.factor(step), self.settings.clip)
         for name in self.method.averages:
             _follow(self.players[name], self.players["student"], self.state.decay(name))
         early = (1 + step) / (10 + step)
@@ -222,7 +229,7 @@ class Trainer:
                 value.requires_grad_(False)
             return Player(name, own, None, buffers, shares={key: share for key, share in shares.items() if share.cut})
         changed = [share.own for share in shares.values()] or list(own.values())
-        player = Player(name, own, optimizer_of(self.settings, changed, self._rate(name)), buffers, shares=shares)
+        player = Player(name, own, self.optimizer(self.settings, changed, self._rate(name)), buffers, shares=shares)
         if name == "student" and self.settings.average > 0:
             player.average = {key: value.clone() for key, value in player.current().items()}
         return player
@@ -244,7 +251,7 @@ class Trainer:
 
     def _bar(self, start: int) -> Any:
         hidden = not self.progress or processes.rank() > 0
-        return tqdm(total=self.settings.steps, initial=start, desc=self.method.kind, disable=hidden, mininterval=2)
+        return tqdm(total=self.settings.steps, initial=start, desc=self.name or self.method.kind, disable=hidden, mininterval=2)
 
     def _log(self, start: int) -> Log:
         about = {"method": self.method.model_dump(), "train": self.settings.model_dump(mode="json")}
@@ -254,7 +261,7 @@ class Trainer:
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
-                f"{', '.join(bad)} of {self.method.kind} is not finite at step {step}. Lower the learning rate (now"
+                f"{', '.join(bad)} of {self.name or self.method.kind} is not finite at step {step}. Lower the learning rate (now"
                 f" {self.settings.lr:g}) and resume from the last checkpoint in '{self.out}'."
             )
         more = dict(self.watch(step, self)) if self.watch is not None else {}

@@ -105,11 +105,11 @@ def parameters(file: Path) -> int:
 def loss_curves(out: Path) -> dict[str, list[dict[str, float]]]:
     """Per training the loss as means over equal stretches of steps, at most `MAX_POINTS` of them."""
     curves: dict[str, list[dict[str, float]]] = {}
-    for log in sorted(out.glob("log-*.jsonl")):
+    for log in sorted(out.glob("checkpoints/*/log.jsonl")):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
         width = max(1, -(-len(rows) // MAX_POINTS))
         parts = [rows[i : i + width] for i in range(0, len(rows), width)]
-        curves[log.stem.removeprefix("log-")] = [
+        curves[log.parent.name] = [
             {"step": part[-1]["step"], "loss": round(sum(row["loss"] for row in part) / len(part), 5)}
             for part in parts
         ]

@@ -22,7 +22,7 @@ from hasten.distill.data import moving_digits
 from hasten.distill.loop.schedule import learning_rate
 from hasten.distill.loop.state import replace_folder
 from hasten.distill.pretrain.config import find_config
-from hasten.distill.pretrain.loop import step_seed
+from hasten.distill.pretrain.task import step_seed
 from hasten.pipelines.judge import JudgeNet
 
 

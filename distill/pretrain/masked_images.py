@@ -20,10 +20,10 @@ from torch import Tensor
 
 from hasten.distill.data.moving_digits import Digits, Split, load_digits, render
 from hasten.distill.loop.state import claimed, replace_folder
-from hasten.distill.pretrain.loop import Loop, Task, Weights, one_process, step_seed
 from hasten.distill.pretrain.masked_images_config import CANVAS, CLASSES, MaskedImageConfig
+from hasten.distill.pretrain.task import Stages, Task, Weights, step_seed
 from hasten.distill.pretrain.text_objective import masked, predict
-from hasten.distill.pretrain.texts import optimizers
+from hasten.distill.pretrain.texts import optimizers, settings
 from hasten.pipelines.judge import DIGITS, Judge
 from hasten.pipelines.masked_codes import Codebook, Words
 
@@ -37,34 +37,30 @@ def pretrain_masked(
 ) -> Path:  # fmt: skip
     """Train `config` on the digits of `data` (`sklearn`, or a folder with MNIST); the finished model's folder.
 
-    `out` receives `codes.safetensors`, `checkpoints/`, `log-image.jsonl`, `latest/` (a complete model of the averaged
+    `out` receives `codes.safetensors`, `checkpoints/image/` (with the log), `latest/` (a complete model of the averaged
     weights, renewed at every checkpoint) and finally `model/`. `resume`, `stop_after`, `threads`: as in `pretrain_text`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    accelerator = one_process()
+    stages = Stages(out, checkpoint_seconds, progress)
     wanted = {"source": "sklearn" if data == "sklearn" else "folder", **config.model_dump(mode="json")}
     with claimed(out, wanted, resume, ("training.steps",)):
         stored = prepare(config, out, data)
-        loop = Loop(accelerator, out, checkpoint_seconds, progress)
-        return _train(config, out, stored, loop, resume, stop_after)
+        return _train(config, out, stored, stages, resume, stop_after)
 
 
 def _train(
-    config: MaskedImageConfig, out: Path, stored: dict[str, Tensor], loop: Loop, resume: bool, stop_after: int | None
+    config: MaskedImageConfig, out: Path, stored: dict[str, Tensor], stages: Stages, resume: bool, stop_after: int | None
 ) -> Path:
     c = config.training
     torch.manual_seed(step_seed(config.seed, "image", -1))
-    model = build_model(config).to(loop.accelerator.device).train()
+    model = build_model(config).to(stages.device).train()
 
     def export(weights: Weights, step: int, folder: Path = out / "latest") -> None:
         replace_folder(folder, lambda part: save_model(config, stored, weights, step, part))
 
-    task = Task(
-        "image", model, optimizers(model, c), lambda step: objective(config, stored, model, step), c.steps, c.warmup,
-        c.cooldown, clip=c.clip, ema=c.ema, precision=c.precision, export=export,
-    )  # fmt: skip
-    weights = loop.run(task, resume, stop_after)
+    task = Task("image", model, optimizers(model, c), lambda step: objective(config, stored, model, step), settings(c), export)
+    weights = stages.run(task, resume, stop_after)
     if stop_after is not None and stop_after < c.steps:
         return out / "latest"
     export(weights, c.steps, out / "model")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.distill.pretrain import tiny, tiny_flux
 from hasten.distill.pretrain.config import PretrainConfig
-from hasten.distill.pretrain.loop import step_seed
+from hasten.distill.pretrain.task import step_seed
 
 MAX_WEIGHT = 10.0
 """Noise prediction is weighted by 1 / alpha_bar up to this, as if the velocity were predicted: plain noise

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hasten.distill.data import moving_digits
+from hasten.distill.loop.settings import TrainSettings
 from hasten.distill.loop.state import claimed, replace_folder
 from hasten.distill.pretrain import tiny, tiny_flux
 from hasten.distill.pretrain.config import DenoiserConfig, PretrainConfig
-from hasten.distill.pretrain.loop import Loop, Task, Weights, one_process, split_parameters, step_seed
 from hasten.distill.pretrain.objective import Objective
+from hasten.distill.pretrain.task import Stages, Task, Weights, step_seed
 from hasten.distill.pretrain.tiny_growth import grown_weights
 from hasten.pipelines import tiny_models
 
@@ -40,7 +41,7 @@ def pretrain(
 ) -> Path:
     """Train `config` on `data` (an MNIST folder or `sklearn`) and return the finished pipeline's folder.
 
-    `out` receives `vae/`, `latents.safetensors`, `checkpoints/`, `log-*.jsonl`, `latest/` (a complete pipeline of
+    `out` receives `vae/`, `latents.safetensors`, `checkpoints/` (of each network, with its log), `latest/` (a complete pipeline of
     the averaged weights, renewed at every checkpoint) and finally `pipeline/`. `resume` goes on from there; the
     configuration may then differ in `denoiser.steps` and `call` only. `stop_after` ends the denoiser early, as a
     kill right after a checkpoint would. `threads` sets PyTorch's CPU threads.
@@ -49,10 +50,10 @@ def pretrain(
         torch.set_num_threads(threads)
     out = Path(out)
     digits = moving_digits.load_digits(data)
-    accelerator = one_process()
+    stages = Stages(out, checkpoint_seconds, progress)
     wanted = {"source": "sklearn" if data == "sklearn" else "mnist", **config.model_dump(mode="json")}
     with claimed(out, wanted, resume, ("denoiser.steps", "call.")):
-        run = _Run(config, out, digits, Loop(accelerator, out, checkpoint_seconds, progress))
+        run = _Run(config, out, digits, stages)
         torch.manual_seed(config.seed)
         if config.family == "flux":
             text_encoder: Any = tiny_flux.build_text_encoders(config.text)
@@ -65,9 +66,9 @@ def pretrain(
 class _Run:
     """The three phases of one `pretrain` call."""
 
-    def __init__(self, config: PretrainConfig, out: Path, digits: moving_digits.Digits, loop: Loop) -> None:
-        self.config, self.out, self.digits, self.loop = config, out, digits, loop
-        self.device = loop.accelerator.device
+    def __init__(self, config: PretrainConfig, out: Path, digits: moving_digits.Digits, stages: Stages) -> None:
+        self.config, self.out, self.digits, self.stages = config, out, digits, stages
+        self.device = stages.device
         self.video = config.kind == "video"
 
     def sample(self, n: int, phase: str, step: int, frames: int | None = None) -> tuple[Tensor, list[str]]:
@@ -92,10 +93,8 @@ class _Run:
             else:
                 vae.to(self.device)
                 adam = torch.optim.AdamW(vae.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=0.0)
-                task = Task(
-                    "vae", vae, [adam], lambda step: self._vae_loss(vae, step), c.steps, c.warmup, 0.6
-                )
-                self.loop.run(task, resume)
+                settings = TrainSettings(steps=c.steps, batch=1, lr=c.lr, warmup=c.warmup, cooldown=0.6, average=0)
+                self.stages.run(Task("vae", vae, [adam], lambda step: self._vae_loss(vae, step), settings), resume)
                 vae.eval().cpu()
                 self._normalise(vae)
             if self.config.family == "flux":
@@ -138,7 +137,7 @@ class _Run:
             rows: list[Tensor] = []
             prompts: list[str] = []
             for start in tqdm(
-                range(0, c.count, c.batch), desc="latents", disable=not self.loop.progress, mininterval=2
+                range(0, c.count, c.batch), desc="latents", disable=not self.stages.progress, mininterval=2
             ):
                 x, told = self.sample(min(c.batch, c.count - start), "latents", start)
                 rows.append(self._encode(vae, x).half())
@@ -214,20 +213,10 @@ class _Run:
         def loss(step: int) -> Tensor:
             return objective(model, begin + step)
 
-        task = Task(
-            name,
-            model,
-            optimizers(model, c),
-            loss,
-            c.steps,
-            c.warmup,
-            c.cooldown,
-            c.clip,
-            c.ema,
-            c.precision,
-            export,
-        )
-        weights = self.loop.run(task, resume, stop_after)
+        settings = TrainSettings(
+            steps=c.steps, batch=1, lr=c.lr, warmup=c.warmup, cooldown=c.cooldown, clip=c.clip, average=c.ema, precision=c.precision,
+        )  # fmt: skip
+        weights = self.stages.run(Task(name, model, optimizers(model, c), loss, settings, export), resume, stop_after)
         if name == "denoiser" and (stop_after is None or stop_after >= c.steps):
             export(weights, c.steps, self.out / "pipeline")
         return weights
@@ -236,6 +225,16 @@ class _Run:
 def _save(pipe: Any, folder: Path, config: PretrainConfig, step: int) -> None:
     pipe.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps({"step": step, "call": dict(config.call)}))
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices inside the transformer blocks (for Muon), everything else (for AdamW)."""
+    inner: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and min(parameter.shape) > 8
+        (inner if matrix and "blocks." in name else rest).append(parameter)
+    return inner, rest
 
 
 def optimizers(model: nn.Module, c: DenoiserConfig) -> list[torch.optim.Optimizer]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.distill.pretrain.loop import step_seed
+from hasten.distill.pretrain.task import step_seed
 from hasten.distill.pretrain.text_config import ModelConfig, TextPretrainConfig, at_step
 from hasten.distill.pretrain.text_data import Batch, code_batch, tasks_batch
 from hasten.distill.pretrain.tiny_attention import MaskedBmmAttention

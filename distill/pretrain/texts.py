@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hasten.distill.loop.settings import TrainSettings
 from hasten.distill.loop.state import claimed, replace_folder
-from hasten.distill.pretrain.loop import Loop, Task, Weights, one_process, step_seed
+from hasten.distill.pretrain.task import Stages, Task, Weights, step_seed
 from hasten.distill.pretrain.text_config import TextPretrainConfig, TrainingConfig
 from hasten.distill.pretrain.text_data import encode_code
 from hasten.distill.pretrain.text_objective import TextObjective
@@ -38,7 +39,7 @@ def pretrain_text(
 ) -> Path:
     """Train `config` on list tasks and on `data` (`stdlib`, or a folder of .py files); the finished model's folder.
 
-    `out` receives `code.safetensors`, `checkpoints/`, `log-text.jsonl`, `latest/` (a complete model of the averaged
+    `out` receives `code.safetensors`, `checkpoints/text/` (with the log), `latest/` (a complete model of the averaged
     weights, renewed at every checkpoint) and finally `model/`. `resume` goes on from there, bit-identically on the
     CPU; the configuration may then differ in `training.steps` only. `stop_after` ends early, as a kill right after
     a checkpoint would. `threads` sets PyTorch's CPU threads.
@@ -48,14 +49,13 @@ def pretrain_text(
     root = None if data == STDLIB else Path(data)
     if root is not None and not root.is_dir():
         raise UsageError(f"There is no data folder {data}. Name one with .py files, or say {STDLIB}.")
-    accelerator = one_process()
+    stages = Stages(out, checkpoint_seconds, progress)
     wanted = {"tokenizer": SHA256, "source": STDLIB if root is None else "folder", **config.model_dump(mode="json")}
     with claimed(out, wanted, resume, ("training.steps",)):
         tokenizer = load_tokenizer()
         code = encode_code(tokenizer, out, root)["train"] if config.code is not None else None
-        objective = TextObjective(config, tokenizer, code, accelerator.device)
-        loop = Loop(accelerator, out, checkpoint_seconds, progress)
-        return _train(config, out, tokenizer, objective, loop, resume, stop_after)
+        objective = TextObjective(config, tokenizer, code, stages.device)
+        return _train(config, out, tokenizer, objective, stages, resume, stop_after)
 
 
 def _train(
@@ -63,32 +63,22 @@ def _train(
     out: Path,
     tokenizer: Any,
     objective: TextObjective,
-    loop: Loop,
+    stages: Stages,
     resume: bool,
     stop_after: int | None,
 ) -> Path:
     c = config.training
     torch.manual_seed(step_seed(config.seed, "text", -1))
-    model = build_model(config, tokenizer).to(loop.accelerator.device).train()
+    model = build_model(config, tokenizer).to(stages.device).train()
 
     def export(weights: Weights, step: int, folder: Path = out / "latest") -> None:
         replace_folder(folder, lambda part: save_model(config, tokenizer, weights, step, part))
 
-    task = Task(
-        "text",
-        model,
-        optimizers(model, c),
-        lambda step: objective(model, step),
-        c.steps,
-        c.warmup,
-        c.cooldown,
-        clip=c.clip,
-        ema=c.ema,
-        precision=c.precision,
-        export=export,
-        notes=lambda: objective.last,
-    )
-    weights = loop.run(task, resume, stop_after)
+    def loss(step: int) -> Tensor:
+        return objective(model, step)
+
+    task = Task("text", model, optimizers(model, c), loss, settings(c), export, lambda: objective.last)
+    weights = stages.run(task, resume, stop_after)
     if stop_after is not None and stop_after < c.steps:
         return out / "latest"
     export(weights, c.steps, out / "model")
@@ -153,3 +143,10 @@ def optimizers(model: nn.Module, c: TrainingConfig) -> list[torch.optim.Optimize
         torch.optim.Muon(inner, lr=c.muon_lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+
+
+def settings(c: TrainingConfig) -> TrainSettings:
+    """Of the trainer."""
+    return TrainSettings(
+        steps=c.steps, batch=1, lr=c.lr, warmup=c.warmup, cooldown=c.cooldown, clip=c.clip, average=c.ema, precision=c.precision,
+    )  # fmt: skip

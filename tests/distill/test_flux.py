@@ -213,7 +213,7 @@ def test_autoencoder_of_a_bundled_model_is_taken_as_it_is(tmp_path: Path) -> Non
     a, b = load_file(tiny_models.path("tiny-image") / name), load_file(tmp_path / "latest" / name)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["shift_factor"] == 0.0
-    assert not (tmp_path / "log-vae.jsonl").exists()
+    assert not (tmp_path / "checkpoints" / "vae").exists()
     assert bundle(config, tmp_path, tmp_path / "b", source="latest")["steps"]["vae"] == 0
     with pytest.raises(ModelError, match="no bundled model 'tiny-imag'"):
         pretrain(

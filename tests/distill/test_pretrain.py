@@ -28,8 +28,8 @@ from hasten.distill.data.moving_digits import (
 from hasten.distill.loop.schedule import learning_rate
 from hasten.distill.pretrain.bundle import MAX_POINTS, bundle
 from hasten.distill.pretrain.config import load_config, parse_config
-from hasten.distill.pretrain.loop import step_seed
 from hasten.distill.pretrain.pictures import pretrain
+from hasten.distill.pretrain.task import step_seed
 from hasten.distill.pretrain.tiny import build_denoiser, build_tokenizer, vocabulary
 from hasten.distill.pretrain.tiny_attention import BmmAttention
 from hasten.distill.pretrain.tiny_growth import grown_weights
@@ -210,7 +210,7 @@ def test_result_loads_with_diffusers_alone(trained: tuple[str, Path]) -> None:
 
 def test_log_has_one_line_a_step(trained: tuple[str, Path]) -> None:
     kind, out = trained
-    rows = [json.loads(line) for line in (out / "log-denoiser.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "checkpoints" / "denoiser" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(load_config(f"smoke-{kind}").denoiser.steps))
     assert all(math.isfinite(row["loss"]) for row in rows)
 
@@ -218,7 +218,7 @@ def test_log_has_one_line_a_step(trained: tuple[str, Path]) -> None:
 def test_interrupted_training_continues_bit_identically(trained: tuple[str, Path], tmp_path: Path) -> None:
     kind, whole = trained
     assert run(kind, tmp_path, stop_after=3) == tmp_path / "latest"
-    with (tmp_path / "log-denoiser.jsonl").open("a") as log:
+    with (tmp_path / "checkpoints" / "denoiser" / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # what a kill in the next steps leaves behind
     run(kind, tmp_path, resume=True)
     name = "pipeline/transformer/diffusion_pytorch_model.safetensors"
@@ -226,7 +226,7 @@ def test_interrupted_training_continues_bit_identically(trained: tuple[str, Path
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     losses = [
-        [json.loads(line)["loss"] for line in (folder / "log-denoiser.jsonl").read_text().splitlines()]
+        [json.loads(line)["loss"] for line in (folder / "checkpoints" / "denoiser" / "log.jsonl").read_text().splitlines()]
         for folder in (whole, tmp_path)
     ]
     assert losses[0] == losses[1]
@@ -278,8 +278,8 @@ def test_resume_refuses_an_incomplete_checkpoint_or_another_configuration(tmp_pa
     changed = load_config("smoke-image", {"denoiser.batch": 5})
     with pytest.raises(ResumeError, match=r"denoiser\.batch was 4, now 5"):
         pretrain(changed, out=tmp_path, data="sklearn", resume=True, progress=False)
-    (tmp_path / "checkpoints" / "denoiser" / "optimizer.safetensors").unlink()
-    with pytest.raises(ResumeError, match=r"missing optimizer\.safetensors"):
+    (tmp_path / "checkpoints" / "denoiser" / "latest" / "student" / "optimizer.safetensors").unlink()
+    with pytest.raises(ResumeError, match=r"student/optimizer\.safetensors is missing"):
         run("image", tmp_path, resume=True)
     with pytest.raises(ResumeError, match="no such folder"):
         run("image", tmp_path / "elsewhere", resume=True)

@@ -72,7 +72,7 @@ def test_result_loads_with_transformers_alone(trained: tuple[str, Path]) -> None
 
 
 def test_log_tells_the_parts(trained: tuple[str, Path]) -> None:
-    rows = [json.loads(line) for line in (trained[1] / "log-text.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trained[1] / "checkpoints" / "text" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(6))
     assert all(math.isclose(row["loss"], (row["tasks"] + row["code"]) / 2, abs_tol=1e-3) for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -83,17 +83,17 @@ def test_interrupted_training_continues_bit_identically(
 ) -> None:
     kind, whole = trained
     assert train(tmp_path, sources, kind, stop_after=3) == tmp_path / "latest"
-    with (tmp_path / "log-text.jsonl").open("a") as log:
+    with (tmp_path / "checkpoints" / "text" / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # what a kill in the next steps leaves behind
     train(tmp_path, sources, kind, resume=True)
     assert_same(whole, tmp_path)
 
 
 def assert_same(one: Path, two: Path) -> None:
-    for name in ("checkpoints/text/model", "checkpoints/text/optimizer", "model/model"):
+    for name in ("checkpoints/text/latest/student/weights", "checkpoints/text/latest/student/optimizer", "model/model"):
         a, b = (load_file(folder / f"{name}.safetensors") for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
-    logs = [(folder / "log-text.jsonl").read_text().splitlines() for folder in (one, two)]
+    logs = [(folder / "checkpoints" / "text" / "log.jsonl").read_text().splitlines() for folder in (one, two)]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
     assert losses[0] == losses[1]
 
@@ -122,7 +122,7 @@ def test_a_killed_training_continues_bit_identically(sources: Path, tmp_path: Pa
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    killed = json.loads((parts / "checkpoints" / "text" / "state.json").read_text())["step"]
+    killed = json.loads((parts / "checkpoints" / "text" / "latest" / "state.json").read_text())["step"]
     assert 0 < killed < 60, "killed too late to show anything"
     settings = {"training.steps": 60}
     for out, resume in ((whole, False), (parts, True)):
@@ -149,13 +149,13 @@ def test_resume_refuses_another_configuration_but_not_more_steps(sources: Path, 
 
 def test_two_trainings_in_one_folder_are_refused(sources: Path, tmp_path: Path) -> None:
     train(tmp_path, sources, stop_after=2)
-    before = (tmp_path / "log-text.jsonl").read_text()
+    before = (tmp_path / "checkpoints" / "text" / "log.jsonl").read_text()
     with (
         claimed(tmp_path, json.loads((tmp_path / "config.json").read_text()), True, ()),
         pytest.raises(UsageError, match="Another process is training"),
     ):
         train(tmp_path, sources, resume=True)
-    assert (tmp_path / "log-text.jsonl").read_text() == before
+    assert (tmp_path / "checkpoints" / "text" / "log.jsonl").read_text() == before
     train(tmp_path, sources, resume=True)
 
 
@@ -163,7 +163,7 @@ def test_what_is_not_learned_from_is_not_read(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     pretrain_text(config(**{"code": None, "training.steps": 1}), out=tmp_path / "out", data=str(empty), progress=False)
-    row = json.loads((tmp_path / "out" / "log-text.jsonl").read_text())
+    row = json.loads((tmp_path / "out" / "checkpoints" / "text" / "log.jsonl").read_text())
     assert "code" not in row and not (tmp_path / "out" / "code.safetensors").exists()
 
 
