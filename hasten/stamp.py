@@ -14,16 +14,20 @@ class Stamp(Part):
     """Written by `hasten tune`, read when the recipe is put onto a host: elsewhere its numbers mean nothing, and it says so.
 
     model: the name it was opened by. weights: fingerprint of the network's weights. scheduler: class of the host's. steps: of
-    the plain run. shape: of one row of the network's input. hardware, versions: as in reports. budget: what was asked for.
-    prompts: held-out prompts it was checked on. kept: share of them that kept the budget. speedup, worst, median: measured
-    there; the last two of the budget's own measure. date: UTC, to the day.
+    the plain run. shape: of one row of the network's input. tokenizer: fingerprint of the one for texts. length: tokens that
+    were generated, at most. hardware, versions: as in reports. budget: what was asked for. prompts: held-out prompts it was
+    checked on. kept: share of them that kept the budget (for texts: that are those of sequential decoding). speedup, worst,
+    median: measured there; the last two of the budget's own measure (for texts, worst is the low end of the share's interval).
+    date: UTC, to the day.
     """
 
     model: str
     weights: str
-    scheduler: str
-    steps: int = Field(ge=1)
+    scheduler: str = ""
+    steps: int | None = Field(None, ge=1)
     shape: tuple[int, ...] = ()
+    tokenizer: str = ""
+    length: int | None = Field(None, ge=1)
     hardware: str = ""
     versions: tuple[str, ...] = ()
     budget: str
@@ -36,7 +40,10 @@ class Stamp(Part):
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
         """What is otherwise here, a phrase each. found: any of this stamp's fields, as they are here."""
-        names = {"weights": "weights", "scheduler": "scheduler", "steps": "number of steps", "shape": "size", "hardware": "hardware"}
+        names = {
+            "weights": "weights", "scheduler": "scheduler", "steps": "number of steps", "shape": "size", "tokenizer": "tokenizer",
+            "length": "number of tokens", "hardware": "hardware",
+        }  # fmt: skip
         return [
             f"{what} ({_short(getattr(self, name))} there, {_short(found[name])} here)"
             for name, what in names.items()

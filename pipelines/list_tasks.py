@@ -138,3 +138,16 @@ def questions(count: int, seed: int, *, held_out: bool, tasks: Sequence[str] = T
     """`count` questions, the tasks in turn; the same for the same seed."""
     rng = random.Random(seed)
     return [ask(tasks[i % len(tasks)], rng, held_out=held_out) for i in range(count)]
+
+
+def read(prompt: str) -> Question | None:
+    """The question that `prompt` asks, without an answer; None where it is none of these tasks."""
+    head, _, row = prompt.partition(":")
+    words, items = head.split(), tuple(item for item in row.removesuffix("=").split() if item != ".")
+    if not words or not row.rstrip().endswith("=") or not items or not set(items) <= set(LETTERS):
+        return None
+    task, given = words[0], tuple(words[1:])
+    shape = {"insert": 1, "replace": 2}.get(task, 0)
+    if task == "insert" and len(given) == 3 and given[1] == "at" and given[2].isdecimal() and int(given[2]) <= len(items):
+        return Question("insert-at", items, given, prompt, "")
+    return Question(task, items, given, prompt, "") if task in TASKS and len(given) == shape else None

@@ -12,6 +12,7 @@ from torch import nn
 from hasten.pipelines.host import hardware
 
 PACKAGES = ("hasten", "torch", "diffusers")
+OF_TEXTS = ("hasten", "torch", "transformers")
 SAMPLED = 256
 """Numbers of each weight that a fingerprint reads: first, last and evenly between. A changed LoRA changes some of them."""
 
@@ -39,10 +40,17 @@ def machine(device: Any) -> str:
     return f"{found['type']}: {found['device']}{threads}"
 
 
-def versions() -> tuple[str, ...]:
+def of_tokenizer(tokenizer: Any) -> str:
+    """A digest of its words and their numbers, 16 hexadecimal digits; "" where there are none to be had."""
+    words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    listed = "\n".join(f"{number} {word}" for word, number in sorted(words.items(), key=lambda pair: (pair[1], pair[0])))
+    return hashlib.sha256(listed.encode("utf-8", "surrogatepass")).hexdigest()[:16] if words else ""
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> tuple[str, ...]:
     """Of the packages that numbers depend on, `name x.y.z` each."""
     found = []
-    for name in PACKAGES:
+    for name in packages:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -50,7 +58,7 @@ def versions() -> tuple[str, ...]:
     return tuple(found)
 
 
-def known_by(models: dict[str, nn.Module]) -> dict[str, Any]:
+def known_by(models: dict[str, nn.Module], packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """What a stamp says of networks and of where they are."""
     device = next((parameter.device for model in models.values() for parameter in model.parameters()), torch.device("cpu"))
-    return {"weights": of_weights(models), "hardware": machine(device), "versions": versions()}
+    return {"weights": of_weights(models), "hardware": machine(device), "versions": versions(packages)}
