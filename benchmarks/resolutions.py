@@ -35,7 +35,7 @@ from hasten.pipelines.judge import DIGITS, Judge, parse_prompt
 from hasten.pipelines.residual_shift import restored
 from hasten.recipe import Recipe
 from hasten.samplers.bottleneck import Bottleneck, Stage
-from hasten.samplers.windows import Windows
+from hasten.samplers.windows import Windows, starts
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu-2core"
 TOLD = ("recipe", "control", "speedup", "nfe", "psnr_median", "psnr_converged", "latent_error", "prompt_accuracy", "frechet", "edges")
@@ -120,9 +120,18 @@ def windows(options: argparse.Namespace) -> list[dict[str, Any]]:
             clips.append((sample.prompt, shot.frames))
             seconds.append(shot.seconds)
         row = {"model": "tiny-video", "recipe": name, "times": times, "n": len(clips), "seconds": statistics.median(seconds)}
-        rows.append(row | read_long(clips, own))
+        rows.append(row | work(part, (own - 1) // 2 * times + 1) | read_long(clips, own))
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
     return rows
+
+
+def work(part: Windows | None, length: int) -> dict[str, float]:
+    """Of one evaluation of a clip of `length` latent frames: frames that the network sees, and pairs of them in attention."""
+    if part is None:
+        return {"frames": length, "pairs": length**2}
+    both = [starts(part, length, step) for step in (0, 1)]
+    seen = statistics.fmean(len(begins) for begins in both)
+    return {"frames": seen * part.frames, "pairs": seen * part.frames**2}
 
 
 def read_long(clips: Sequence[tuple[str, Any]], length: int) -> dict[str, Any]:
@@ -165,7 +174,19 @@ def drafts(options: argparse.Namespace) -> list[dict[str, Any]]:
     for steps in (25, 15, 10, 7):
         candidates.append(fewer_steps("unipc", round(steps * options.steps / 50)))
     found = samples(options.model == "tiny-video", options.prompts, options.seeds)
-    return compared(options.model, candidates, found, options.steps, options.converged)
+    rows = compared(options.model, candidates, found, options.steps, options.converged)
+    branches = 1 if options.model == "tiny-image" else 2
+    for row in rows:
+        if row["recipe"].startswith("draft:"):
+            row["nfe"] += branches * of_draft(row["recipe"], options.steps)
+    return rows
+
+
+def of_draft(name: str, steps: int) -> float:
+    """Steps of the draft itself, which a session's report does not count among its own."""
+    told = dict(part.split("=") for part in name.partition(":")[2].split(","))
+    asked = int(told.get("steps", steps))
+    return {"plain": asked, "fewer-steps": round(asked * 0.25), "fast": 4, "fastest": 1}[told["recipe"]]
 
 
 def restore(options: argparse.Namespace) -> list[dict[str, Any]]:

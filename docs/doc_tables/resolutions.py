@@ -22,7 +22,8 @@ COMPARED = ("speedup", "nfe", "psnr_median", "psnr_converged", "latent_error", "
 
 LONG: Columns = {
     "times": ("length", lambda value: f"{value} x"),
-    "seconds": ("seconds", lambda value: f"{value:.0f}"),
+    "frames": ("frames seen", lambda value: f"{value:.0f}"),
+    "pairs": ("pairs of frames", lambda value: f"{value:.0f}"),
     "digit": ("digit right", percent),
     "direction": ("direction right", percent),
     "same_digit": ("one digit throughout", percent),

@@ -12,11 +12,13 @@ from hasten.cli import train_method
 from hasten.cli.output import JsonOption, Output
 from hasten.cli.places import writable
 from hasten.cli.train_filter import train_filter
+from hasten.cli.train_restore import train_restore
 from hasten.cli.values import assignments
 from hasten.errors import HastenError, ResumeError, UsageError
 
 app = typer.Typer(help="Train students of any model, LoRAs on your own pictures, and the small models from scratch.", no_args_is_help=True)
 app.command("filter")(train_filter)
+app.command("restore")(train_restore)
 train_method.add(app)
 
 

@@ -1,0 +1,49 @@
+"""`hasten train restore`: a small restorer of handwritten digits, by residual shifting."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hasten.cli.output import JsonOption, Output
+from hasten.cli.places import writable
+from hasten.errors import UsageError
+
+
+def train_restore(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the network and its scheduler, in diffusers' formats.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of MNIST images, or `sklearn` for scikit-learn's bundled digits.")
+    ] = "sklearn",
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of the training.", min=1)] = 800,
+    batch: Annotated[int, typer.Option(metavar="N", help="Pictures in a step.", min=1)] = 32,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the weights and of what is drawn in each step.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Train a small network that restores blurred and shrunk digits in a few steps (ResShift)."""
+    output = Output("train restore", json)
+    with output.open():
+        if data != "sklearn" and not Path(data).is_dir():
+            raise UsageError(f"There is no data folder {data}. Name one with MNIST images, or say --data sklearn.")
+        from hasten.distill.restoration import Restoring, train
+
+        started = time.perf_counter()
+        losses: list[float] = []
+
+        def told(step: int, loss: float) -> None:
+            losses.append(loss)
+            if (step + 1) % 100 == 0:
+                output.note(f"step {step + 1} of {steps}: loss {sum(losses[-100:]) / 100:.4f}")
+
+        with writable(out.absolute()):
+            network, scheduler = train(data, Restoring(steps=steps, batch=batch, seed=seed), told)
+            network.save_pretrained(out / "network")
+            scheduler.save_pretrained(out / "scheduler")
+        last = losses[-20:]
+        output.say(f"A restorer of digits is in {out}: hasten.distill.restoration.RestorationNet, and its scheduler.")
+        output.finish([
+            {"model": "restorer", "out": str(out), "steps": steps, "loss": sum(last) / len(last), "seconds": time.perf_counter() - started}
+        ])  # fmt: skip
