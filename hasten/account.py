@@ -126,14 +126,15 @@ class LeftOut:
     def square(self) -> float:
         return (self.total + self.share * self._since) ** 2
 
-    def passed(self, step: Step, times: Sequence[float]) -> None:
-        """The solver has taken `step`."""
+    def passed(self, step: Step, times: Sequence[float], *, evaluated: bool) -> None:
+        """The solver has taken `step`, whose network was `evaluated`, or not."""
+        if evaluated:  # what was before it is settled; what it left out is told with the next reading
+            self.total, self._since = self.total + self.share * self._since, 0.0
         self._since += effect(step, times)
 
     def told(self, share: float) -> None:
-        """The latest evaluation left out `share` (0 to 1): what was before it is settled; NaN counts as all."""
-        self.total += self.share * self._since
-        self.share, self._since = (share if math.isfinite(share) else 1.0), 0.0
+        """The latest evaluation left out `share` (0 to 1). NaN counts as all."""
+        self.share = share if math.isfinite(share) else 1.0
 
 
 def angle(step: Step, time: float) -> float:

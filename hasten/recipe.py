@@ -40,6 +40,9 @@ class Sampler(Axis):
 class Guidance(Axis):
     """Axis `guidance`: which branches of classifier-free guidance are evaluated."""
 
+    optional: ClassVar[bool] = False
+    """Is it for hosts with guidance, and nothing to be told of on others? The report says so in a line."""
+
 
 class ReusePolicy(Axis):
     """Axis `reuse`: which evaluations of the network, or of its blocks, are replaced by earlier ones."""

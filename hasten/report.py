@@ -157,7 +157,7 @@ class Report(Traced):
                     f"Run {run.index} has not finished ({last} of {run.steps} steps); the numbers cover that part."
                 )
         totals = self.totals
-        axes = [axis for axis in _DOES if self.recipe is not None and axis in self.recipe.axes]
+        axes = [axis for axis in _DOES if self.recipe is not None and axis in self.recipe.axes and axis not in self.trace.facts]
         idle = [axis for axis in axes if not any(totals[action] for action in self._does(axis))]
         if idle and self.computed_fraction == 1.0:
             found.append(
@@ -219,6 +219,7 @@ class Report(Traced):
         if self.estimated_error:
             spent = ", ".join(f"{value:.2g}" for value in self.estimated_error.values())
             lines.append(f"  latents     estimated to be off by about {spent} of their size or less, from the forecasts' measured errors")
+        lines += [f"  of that     {_levels(run.error_by_level)}" for run in self.runs if run.error_by_level]
         lines += report_attention.lines(self.attended)
         lines += fact_lines({"hardware": self.hardware, "versions": self.versions})
         if self.bands:
@@ -275,3 +276,8 @@ class Report(Traced):
         from hasten.report_html import render
 
         return render(self)
+
+
+def _levels(errors: Mapping[str, float]) -> str:
+    """What each level has spent; squares of the levels add up to the square of the whole."""
+    return ", ".join(f"{level} {error:.2g}" for level, error in errors.items())

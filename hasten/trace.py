@@ -116,7 +116,7 @@ class Run:
     """One pass of the host's loop. `steps` is the planned number of evaluations per branch.
 
     estimated_error: relative error of the final latents that skipping is estimated to have caused, where a budget
-    kept an account.
+    kept an account. error_by_level: the same by level (reuse, guidance, attention), where several share one.
     """
 
     index: int
@@ -125,6 +125,7 @@ class Run:
     seconds: float = 0.0
     finished: bool = False
     estimated_error: float | None = None
+    error_by_level: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

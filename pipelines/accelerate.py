@@ -29,6 +29,7 @@ from hasten.pipelines.seams.draft import Drafted
 from hasten.pipelines.seams.few_calls import sample_in_few_calls
 from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.seams.quantised import put_on as put_weights_on
+from hasten.pipelines.seams.spending import Spending, tolerance_of
 from hasten.pipelines.seams.windows import sample_in_windows
 from hasten.pipelines.solver import swap_scheduler
 from hasten.pipelines.students import taught
@@ -148,6 +149,7 @@ class Session:
         self.trace = Trace()
         self.clock = Clock(ours=self._ours)
         self.guidance: GuidanceSeam | None = None
+        self.spending: Spending | None = None
         self.gates: list[DenoiserGate] = []
         self._attachment = Attachment()
         self._bare_scheduler = scheduler
@@ -391,12 +393,29 @@ class Session:
         self._began, self.shape = time.perf_counter(), None
         times = self.clock.run_times
         self.trace.runs.append(Run(self.clock.run, len(times), times))
+        tolerance = tolerance_of(self.recipe)
+        self.spending = Spending(tolerance, times) if tolerance is not None else None
         for gate in self.gates:
             gate.begin_run()
-        self.guidance = GuidanceSeam(self.recipe.guidance.start()) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
+        reused = self.recipe.reuse is not None
+        self.guidance = GuidanceSeam(self.recipe.guidance.start(), reused) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
+        if self.spending is not None:
+            self._share(self.spending)
         if isinstance(self.recipe.reuse, NetworkReuse):
             for sentence in self.recipe.reuse.remarks(times, self.clock.weights, self.clock.levels):
                 self.note(f"{type(self.clock.scheduler).__name__}: {sentence}")
+
+    def _share(self, spending: Spending) -> None:
+        """Let all levels spend of one account (reuse has joined when its run began)."""
+        spending.account.agree = self.gates[0].agree
+        self.trace.facts.pop("guidance", None)
+        if self.guidance is not None:
+            spending.join_guidance(self.guidance.state)
+        for gate in self.gates:
+            if gate.attention is not None:
+                spending.charge(gate.attention)
+                told = "charged by what it says it leaves out" if gate.attention.policy.tells_recall else "not charged: what it leaves out is not known"
+                self.trace.facts["budget"] = f"attention is {told}; it reads what its recipe says, whatever is left"
 
     def _tick(self, combined: Any) -> None:
         for gate in self.gates:
@@ -404,14 +423,28 @@ class Session:
         if self.guidance is not None:
             self.guidance.tick(combined)
             if self.guidance.refused:
-                self.note(f"Guidance is evaluated in full: {self.guidance.refused}.")
+                self._guide_in_full(self.guidance)
                 self.guidance = None
+        if self.spending is not None and self.clock.step is not None:
+            self.spending.passed(self.clock.step)
+
+    def _guide_in_full(self, seam: GuidanceSeam) -> None:
+        """Guidance is refused: say why, once; a part that is for hosts with guidance alone says it in the report."""
+        if self.spending is not None:
+            self.spending.leave_guidance(seam.state)
+        if seam.single and self.recipe.guidance is not None and self.recipe.guidance.optional:
+            self.trace.facts["guidance"] = "one branch per step, so there is none to leave out"
+        else:
+            self.note(f"Guidance is evaluated in full: {seam.refused}.")
 
     def _run_ends(self) -> None:
         run = self.trace.runs[-1]
         run.seconds, run.finished = time.perf_counter() - self._began, True
         estimates = [gate.seam.estimated_error for gate in self.gates]
         run.estimated_error = max((found for found in estimates if found is not None), default=None)
+        if self.spending is not None:
+            self.spending.account.read()
+            run.estimated_error, run.error_by_level = self.spending.account.estimate, self.spending.account.by_level
         for gate in self.gates:
             gate.forget()
         self._say_if_inert(run.index)
@@ -433,7 +466,10 @@ class Session:
         if self.recipe.reuse is not None and not stood_in and not (self.recipe.reuse.leaves_out and left_out):
             self._warn(f"{name}: reuse skipped nothing; its rule never allowed it. Raise its limit, or see the report.")
         if self.recipe.guidance is not None and self.guidance is not None and not left_out:
-            self._warn(f"{name}: guidance left out no evaluation; the branches never agreed enough.")
+            if self.recipe.guidance.optional:
+                self.trace.facts["guidance"] = "every evaluation was needed: leaving one out was never affordable"
+            else:
+                self._warn(f"{name}: guidance left out no evaluation; the branches never agreed enough.")
 
     def _warn(self, sentence: str) -> None:
         if sentence not in self._warned:

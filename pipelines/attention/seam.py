@@ -80,6 +80,17 @@ class AttentionSeam:
         """Write what was decided into the trace. Reads numbers from the device, so only when a run is over."""
         record(self.gate.session.trace, self.run, self.states.values())
 
+    def left_out(self, index: int) -> Tensor | None:
+        """Mean share of the softmax mass that this step's calls did not read (0-d, on the device, dense calls read all);
+        None where nobody knows, or no call was made."""
+        facts = [fact for held in self.states.values() for fact in held.state.facts if fact.step == index]
+        sparse = [fact.rho for fact in facts if fact.rho is not None]
+        if not facts or not self.policy.tells_recall:
+            return None
+        if not sparse:
+            return torch.zeros(())
+        return (1 - torch.stack([rho.detach().float().reshape(()) for rho in sparse])).clamp_min(0).sum() / len(facts)
+
     def forget(self) -> None:
         """Drop all tensors, and stay dense for the rest of this run."""
         self.flush()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.samplers.guidance import GuidanceState
+from hasten.samplers.guidance_ledger import LedgerGuidanceState
 from hasten.step import Step
 
 
@@ -35,12 +36,16 @@ class Roles:
 
 
 class GuidanceSeam:
-    """Applies a guidance policy to one run. `refused` holds the reason when it cannot be applied."""
+    """Applies a guidance policy to one run. `refused` holds the reason when it cannot be applied.
 
-    def __init__(self, state: GuidanceState) -> None:
-        self.state = state
+    reused: whole steps are forecast besides, from what the network's branches returned. single: it is refused because the
+    pipeline evaluates one branch.
+    """
+
+    def __init__(self, state: GuidanceState, reused: bool = False) -> None:
+        self.state, self.reused = state, reused
         self.roles: Roles | None = None
-        self.refused = ""
+        self.refused, self.single = "", False
         self._raw: dict[int, Tensor] = {}
         self._returned: dict[int, Tensor] = {}
         self._placeholder: Tensor | None = None
@@ -132,6 +137,7 @@ class GuidanceSeam:
             only = next(iter(outputs.values()))
             if only.shape[0] != 2 * combined.shape[0]:
                 self.refused = "the pipeline evaluates one branch per step, so there is no second one to leave out"
+                self.single = True
                 return
             pair = _halves(only)
         if len(pair) != 2:
@@ -150,11 +156,21 @@ class GuidanceSeam:
             self.roles = Roles(second, first, scale, batched, rows)
         else:
             self.roles = Roles(first, second, 1 - scale, batched, rows)
+        if isinstance(self.state, LedgerGuidanceState):
+            self._tell(self.state, self.roles, combined)
         if before is None or self.roles.cond_first or before.uncond != self.roles.uncond:
             return
         if abs(self.roles.scale / before.scale - 1) > _tolerance(a.dtype):
             # u was answered before c was known, which needs the scale of a step that is still to come.
             self.refused = f"its scale changes during the run ({before.scale:.3g}, then {self.roles.scale:.3g})"
+
+    def _tell(self, state: LedgerGuidanceState, roles: Roles, combined: Tensor) -> None:
+        """What an account needs to know: how much an error counts in what the solver receives."""
+        state.scale = roles.scale
+        state.channels = combined.shape[1] if combined.ndim > 1 else None
+        if self.reused and not roles.batched and not roles.cond_first:
+            # u is answered before c is known, so that forecasts of whole steps would be made from an older u, unmeasured.
+            self.refused = "it evaluates the unconditional branch first, in a call of its own, where the error is not measured"
 
 
 def _halves(both: Tensor) -> dict[int, Tensor]:

@@ -27,6 +27,8 @@ class NetworkSeam(ReuseSeam):
         policy = self.policy.model_copy(update={"forecast": self.policy.forecast.on(times)})
         self.state = policy.start(times)
         self.state.agree = self.gate.agree
+        if self.gate.session.spending is not None:
+            self.state.share(self.gate.session.spending.account)
 
     def answer(self, step: Step, x: Tensor) -> list[Tensor] | None:
         if self.state is None:
