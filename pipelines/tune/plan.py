@@ -21,10 +21,11 @@ from hasten.pipelines.tune.signals import Signals, predicted
 from hasten.recipe import Guidance, Recipe
 from hasten.samplers.guidance import ListedGuidance
 
-FORECASTS: tuple[tuple[Forecast, int], ...] = (
-    (Polynomial(order=1, damp=0.75), 2), (Polynomial(order=1), 2), (Polynomial(order=1, damp=0.5), 2),
+FORECASTS: tuple[tuple[Forecast, int, int], ...] = (
+    (Polynomial(order=1, damp=0.75), 2, 1), (Polynomial(order=1, damp=0.75), 2, 0), (Polynomial(order=1), 2, 1),
+    (Polynomial(order=1, damp=0.5), 2, 0),
 )  # fmt: skip
-"""Forecasts and degrees of their correction that schedules are searched for. Higher orders predict recorded runs as well, and
+"""Forecasts, degrees of their correction and orders of guidance's own that schedules are searched for. Higher orders predict recorded runs as well, and
 fail on the model: what they extrapolate wrongly, the network amplifies."""
 
 
@@ -69,8 +70,8 @@ def judged(plan: Plan, runs: Sequence[Signals]) -> float:
 
 
 def best_plan(
-    runs: Sequence[Signals], steps: int, guided: int | None, forecast: Forecast, correct: int, *, rounds: int = 3,
-    until: Callable[[], bool] = lambda: False,
+    runs: Sequence[Signals], steps: int, guided: int | None, forecast: Forecast, correct: int, order: int = 1, *,
+    rounds: int = 3, until: Callable[[], bool] = lambda: False,
 ) -> Plan:  # fmt: skip
     """The plan with so many evaluated `steps`, and `guided` of them with both branches, that moves the latents most nearly as
     the plain runs did, on the way, too. Coordinate descent from two starts: each position in turn to its best free place, then the guided
@@ -84,14 +85,14 @@ def best_plan(
 
     @functools.cache
     def error(chosen: frozenset[int], both: frozenset[int] | None) -> float:
-        return judged(Plan(total, chosen, both, forecast, correct), runs)
+        return judged(Plan(total, chosen, both, forecast, correct, order), runs)
 
     found = []
     for chosen in _starts(total, steps, runs[0].times):
         both = None if guided is None else _some(chosen, guided)
         found.append(_descend(chosen, both, error, total, rounds, until))
     value, chosen, both = min(found, key=lambda each: each[0])
-    return Plan(total, chosen, both, forecast, correct, error=value)
+    return Plan(total, chosen, both, forecast, correct, order, value)
 
 
 def _starts(total: int, steps: int, times: Sequence[float]) -> Iterator[frozenset[int]]:

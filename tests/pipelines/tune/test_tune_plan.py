@@ -33,8 +33,8 @@ def test_a_plan_has_what_was_asked_for(seed: int, total: int, data: st.DataObjec
     steps = data.draw(st.integers(1, total))
     guided = data.draw(st.none() | st.integers(1, steps))
     runs = [recorded(seed + k, total, guided is not None) for k in range(2)]
-    forecast, correct = data.draw(st.sampled_from(FORECASTS))
-    plan = best_plan(runs, steps, guided, forecast, correct, rounds=1)
+    forecast, correct, order = data.draw(st.sampled_from(FORECASTS))
+    plan = best_plan(runs, steps, guided, forecast, correct, order, rounds=1)
     assert len(plan.steps) == steps and 0 in plan.steps and max(plan.steps) < total
     if guided is None:
         assert plan.guided is None and plan.evaluations == steps
@@ -42,7 +42,7 @@ def test_a_plan_has_what_was_asked_for(seed: int, total: int, data: st.DataObjec
         assert plan.guided is not None and len(plan.guided) == guided and 0 in plan.guided and plan.guided <= plan.steps
         assert plan.evaluations == steps + guided
     assert plan.error == pytest.approx(judged(plan, runs)) and math.isfinite(plan.error)
-    assert plan == best_plan(runs, steps, guided, forecast, correct, rounds=1), "deterministic"
+    assert plan == best_plan(runs, steps, guided, forecast, correct, order, rounds=1), "deterministic"
     for start in _starts(total, steps, runs[0].times):
         begun = Plan(total, start, None if guided is None else _some(start, guided), forecast, correct)
         assert plan.error <= judged(begun, runs) * (1 + 1e-12), "never worse than what it began with"
