@@ -50,6 +50,13 @@ class Stamp(Part):
             if name in found and found[name] != getattr(self, name)
         ] + self._versions(found.get("versions"))
 
+    def remark(self, name: str, found: Mapping[str, Any]) -> str:
+        """What the reader must know where the recipe `name` is used on something else than it was tuned on; "" on the same."""
+        others = "; another ".join(self.differences(found))
+        return others and (
+            f"Recipe {name!r} was tuned and measured elsewhere: another {others}. Its numbers do not hold here; run hasten tune."
+        )
+
     def _versions(self, here: tuple[str, ...] | None) -> list[str]:
         if here is None or set(here) == set(self.versions):
             return []

@@ -31,6 +31,7 @@ from hasten.pipelines.text_models import families
 from hasten.pipelines.text_models.guide import Guide
 from hasten.pipelines.text_models.host import TextHost
 from hasten.pipelines.text_models.probe import probe as ask
+from hasten.pipelines.tune.fingerprint import of_text
 from hasten.recipe import Recipe
 from hasten.report_diffusion import TextDiffusionReport
 
@@ -68,6 +69,7 @@ class TextDiffusionPipeline(TextPipeline):
         self.recipe: Recipe = fitting(PLAIN if recipe is None else find_recipe(recipe), self.host, tokenizer)
         self.guide = Guide(guide, family.facts, guide_tokenizer, tokenizer) if guide is not None else None
         self.interrupt = False
+        self._known: dict[str, Any] = {}
         self.sessions: list[TextDiffusionSession] = []
 
     @classmethod
@@ -163,7 +165,8 @@ class TextDiffusionPipeline(TextPipeline):
         usual = [max(1, min(NEW_TOKENS, facts.context - length)) for length in prompts.lengths]
         new = _lengths(given.get("max_new_tokens", usual), len(prompts.ids), limits)
         check(prompts, new, facts, limits)
-        recipe = numbers.applied(self.chosen(given.get("recipe")), facts)
+        chosen = self.chosen(given.get("recipe"))
+        recipe = numbers.applied(chosen, facts)
         if self.guide is not None:
             self.guide.check(max(map(sum, zip(prompts.lengths, new, strict=True))))
         return Job(
@@ -171,8 +174,16 @@ class TextDiffusionPipeline(TextPipeline):
             generator=given.get("generator"), guide=self.guide if _asks_guide(recipe) else None,
             streamers=streamers(given.get("streamer"), len(prompts.ids)), criteria=criteria(given.get("stopping_criteria")),
             on_step=self._on_step(given), history=bool(given.get("output_history")),
-            words=_wants_words(given.get("output_type")), notes=[*self.notes, *notes],
+            words=_wants_words(given.get("output_type")), notes=[*self.notes, *notes, *self._elsewhere(chosen, max(new))],
         )  # fmt: skip
+
+    def _elsewhere(self, recipe: Recipe, length: int) -> list[str]:
+        """A sentence where a tuned recipe was measured on something else. length: of the longest text."""
+        if recipe.tuned is None:
+            return []
+        self._known = self._known or of_text(self.model, self.tokenizer)
+        said = recipe.tuned.remark(recipe.name, self._known | {"length": length})
+        return [said] if said else []
 
     def fitted(self, recipe: Recipe) -> Recipe:
         return fitting(recipe, self.host, self.tokenizer)

@@ -58,6 +58,11 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> tuple[str, ...]:
     return tuple(found)
 
 
+def of_text(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What a stamp says of a masked language model, its tokenizer, and where they are."""
+    return known_by({"model": model}, OF_TEXTS) | {"tokenizer": of_tokenizer(tokenizer)}
+
+
 def known_by(models: dict[str, nn.Module], packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """What a stamp says of networks and of where they are."""
     device = next((parameter.device for model in models.values() for parameter in model.parameters()), torch.device("cpu"))

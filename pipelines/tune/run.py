@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from hasten.atomic import atomic_write
 from hasten.budget import Budget
@@ -37,6 +37,10 @@ from hasten.pipelines.tune.verify import (
     verified,
 )
 
+if TYPE_CHECKING:
+    from hasten.pipelines.text.pipeline import TextPipeline
+    from hasten.pipelines.tune.text_result import TextTuned
+
 SEARCHING = 0.7
 """Share of the time that goes into plain runs and trials; the rest belongs to held-out prompts and controls."""
 
@@ -55,11 +59,23 @@ RECORDED = 3
 Say = Callable[[str], None]
 
 
+@overload
+def tune(
+    pipe: TextPipeline, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
+    study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
+    seed: int = 0, say: Say = lambda text: None,
+) -> TextTuned: ...  # fmt: skip
+@overload
 def tune(
     pipe: Any, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
     study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
     peers: bool = False, attention: Sequence[str] = (), adapters: Sequence[str] = (), seed: int = 0, say: Say = lambda text: None,
-) -> Tuned:  # fmt: skip
+) -> Tuned: ...  # fmt: skip
+def tune(
+    pipe: Any, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
+    study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
+    peers: bool = False, attention: Sequence[str] = (), adapters: Sequence[str] = (), seed: int = 0, say: Say = lambda text: None,
+) -> Tuned | TextTuned:  # fmt: skip
     """Search the fastest composition of solver, steps, guidance and cache that keeps `budget` on `prompts`.
 
     pipe: a diffusers pipeline, which is left as it was. prompts: at least four, seeds counted from 0, or (prompt, seed) pairs;
@@ -74,9 +90,17 @@ def tune(
 
     The result's `recipe` is None where nothing kept the budget; its `why` says what else is to be known.
 
+    A `TextDiffusionPipeline` is tuned by what `text_run.tune_text` says: budget `"exact_match>=0.99"` of sequential decoding.
+
     Raises `UsageError` for what cannot be searched, `ResumeError` where the folder has a study of something else,
     `RefusedError` where the plain run itself fails.
     """
+    if any(kind.__name__ in ("TextPipeline", "PreTrainedModel") for kind in type(pipe).__mro__):  # so that nothing is imported for it
+        from hasten.pipelines.tune.text_run import tune_text
+
+        if peers or attention or adapters:
+            raise UsageError("peers, attention and adapters are for pictures and clips, and this model writes texts. Leave them out.")
+        return tune_text(pipe, prompts, budget, seconds=seconds, study=study, out=out, model=model, call=call, seed=seed, say=say)
     pairs = tuple(pair if isinstance(pair, tuple) else (pair, number) for number, pair in enumerate(prompts))
     job = Job(
         Goal.read(budget), pairs, tiny_models.call_defaults(pipe) | (call or {}), seconds, model, peers, tuple(attention),

@@ -16,7 +16,6 @@ from hasten.pipelines import list_tasks, tiny_models
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text.arguments import ALIASES, whole
 from hasten.pipelines.text.diffusion import TextDiffusionPipeline
-from hasten.pipelines.text_models.host import TextHost
 from hasten.pipelines.tune import fingerprint
 from hasten.pipelines.tune.text_goal import TextGoal
 from hasten.pipelines.tune.text_result import TextTuned, text_stamped
@@ -109,7 +108,7 @@ class TextTuning:
     def __init__(self, pipe: TextDiffusionPipeline, job: TextJob, folder: Path, say: Any) -> None:
         self.pipe, self.job, self.say = pipe, job, say
         self.began = time.monotonic()
-        self.known = known_by(pipe.host, pipe.tokenizer) | {"length": job.call["max_new_tokens"]}
+        self.known = fingerprint.of_text(pipe.model, pipe.tokenizer) | {"length": job.call["max_new_tokens"]}
         identity = self.known | {
             "model": job.model, "call": job.call, "prompts": list(job.prompts), "budget": str(job.goal), "batch": job.batch,
         }  # fmt: skip
@@ -209,12 +208,6 @@ class TextTuning:
         measured = verdict.measured
         speed = f"{measured.speedup:.2f}x, " if measured.outcomes else ""
         self.say(f"Held out: {measured.name}: {speed}{measured.same} of {len(measured.outcomes)} texts{'; ' if measured.why else ''}{measured.why}")
-
-
-def known_by(host: TextHost, tokenizer: Any) -> dict[str, Any]:
-    """What a stamp says of a masked language model, its tokenizer, and where they are."""
-    found = fingerprint.known_by({"model": host.model}, fingerprint.OF_TEXTS)
-    return found | {"tokenizer": fingerprint.of_tokenizer(tokenizer)}
 
 
 def _call(pipe: TextDiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]:
