@@ -44,7 +44,7 @@ def test_a_plan_has_what_was_asked_for(seed: int, total: int, data: st.DataObjec
     assert plan.error == pytest.approx(judged(plan, runs)) and math.isfinite(plan.error)
     assert plan == best_plan(runs, steps, guided, forecast, correct, order, rounds=1), "deterministic"
     for start in _starts(total, steps, runs[0].times):
-        begun = Plan(total, start, None if guided is None else _some(start, guided), forecast, correct)
+        begun = Plan(total, start, None if guided is None else _some(start, guided), forecast, correct, order)
         assert plan.error <= judged(begun, runs) * (1 + 1e-12), "never worse than what it began with"
 
 
