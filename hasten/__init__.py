@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hasten.limits import Limits
     from hasten.pipelines.accelerate import Session, accelerate
     from hasten.pipelines.compare import compare
+    from hasten.pipelines.noise_search import search_noise
     from hasten.pipelines.recipes import recipe
     from hasten.pipelines.text.diffusion import TextDiffusionPipeline
     from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
@@ -66,6 +67,7 @@ _HOME = {
     "compare": "hasten.pipelines.compare",
     "load": "hasten.pipelines.tiny_models",
     "recipe": "hasten.pipelines.recipes",
+    "search_noise": "hasten.pipelines.noise_search",
     "tune": "hasten.pipelines.tune.run",
 }
 """Public name -> the module that defines it."""
@@ -94,6 +96,7 @@ __all__ = [
     "compare",
     "load",
     "recipe",
+    "search_noise",
     "tune",
 ]
 

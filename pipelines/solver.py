@@ -1,24 +1,19 @@
 """Swapping the host's scheduler for another of diffusers' solvers, for as long as a session is open.
 
-The solvers are diffusers'. Their ways of choosing noise levels disagree with each other (DDIM and PNDM step by T // n
-wherever their levels are; DPM++ mixes a variance-preserving table into the karras levels of a flow), so that levels that
-hasten chooses are written into the scheduler after its own `set_timesteps` has put everything else back to the start.
+The solvers are diffusers'. Where hasten chooses the noise levels, `hasten.pipelines.solver_levels` writes them.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.quiet import quiet
+from hasten.pipelines.solver_levels import pinned, told
 from hasten.pipelines.travel import travelling
-from hasten.samplers.levels import SHARES, between, shares, shifted
 from hasten.samplers.solver import Solver
 from hasten.samplers.travel import TimeTravel
 from hasten.scheduler import is_flow
@@ -38,9 +33,6 @@ VARIANCE_PRESERVING = {
     "dpm++": "DPMSolverMultistepScheduler",
     "pndm": "PNDMScheduler",
 }
-HIGHEST = 1 - 1e-6
-"""A flow's solvers of several orders take log(1 - sigma), which all noise has none of; diffusers' UniPC starts here, too."""
-
 _DPM = "DPMSolverMultistepScheduler"
 _ONE_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "thresholding": False, "variance_type": None}
 """First-order DPM-Solver++ is DDIM (arXiv 2211.01095, section 4), and goes from any level to any other."""
@@ -67,13 +59,13 @@ def scheduler_for(scheduler: Any, solver: Solver) -> Any:
         return travelling(scheduler_for(scheduler, _walker(solver)), solver)
     made = _made(scheduler, solver)
     if solver.own_levels:
-        made.set_timesteps = _pinned(made, scheduler, solver)
+        made.set_timesteps = pinned(made, scheduler, solver)
         return made
     known = inspect.signature(made.set_timesteps).parameters
     if "mu" in known and not made.config.get("use_dynamic_shifting"):
         made.set_timesteps = _without_mu(made)
     if is_flow(made) and "sigmas" not in known and "mu" not in known:
-        made.set_timesteps = _told(made, scheduler, solver)
+        made.set_timesteps = told(made, scheduler, solver)
     if solver.name == "pndm":
         made.set_timesteps = _even(made)
     if solver.steps < 1:
@@ -85,6 +77,18 @@ def _walker(travel: TimeTravel) -> Solver:
     """What walks between the travels. First-order DPM-Solver++ is both DDIM and Euler's method on a flow."""
     fields = {name: getattr(travel, name) for name in Solver.model_fields}
     return Solver(**fields | ({} if travel.name == "dpm++" else {"name": "dpm++", "order": 1}))
+
+
+def segment(scheduler: Any, n: int, start: int, stop: int, *, straight: bool = False) -> Any:
+    """A DPM-Solver scheduler that walks levels `start` to `stop` of n even ones, n being no noise, whatever it is asked for.
+
+    straight: in one step. Its first and last steps are of the first order. Raises as `scheduler_for` does.
+    """
+    part = Solver(name="dpm++", order=2, spacing="trailing")
+    with quiet("diffusers"):
+        made = _made(scheduler, part)
+    made.set_timesteps = pinned(made, scheduler, part, n=n, start=start, stop=stop, straight=straight)
+    return made
 
 
 def swap_scheduler(attachment: Attachment, host: Any, solver: Solver) -> None:
@@ -218,110 +222,3 @@ def _without_mu(scheduler: Any) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return unshifted
-
-
-def _told(scheduler: Any, host: Any, solver: Solver) -> Callable[..., None]:
-    """Its `set_timesteps` for pipelines that tell a list of sigmas, which it walks as the host would, shift and all."""
-    original = scheduler.set_timesteps
-
-    def told(
-        num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
-    ) -> None:
-        original(len(sigmas) if sigmas is not None else num_inference_steps, device=device)
-        if sigmas is not None:
-            shift = _shift(host.config, solver, mu if host.config.get("use_dynamic_shifting") else None)
-            levels = [shifted(float(u), shift) for u in sigmas]
-            _write(scheduler, [sigma * scheduler.config.num_train_timesteps for sigma in levels], levels)
-
-    return told
-
-
-def _pinned(scheduler: Any, host: Any, solver: Solver) -> Callable[..., None]:
-    """Its `set_timesteps` with the solver's levels, whatever its caller asks for."""
-    given = scheduler.set_timesteps
-
-    def pinned(
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        asked = next((len(levels) for levels in (timesteps, sigmas) if levels is not None), num_inference_steps)
-        if not asked or asked < 1:
-            raise UsageError(f"A run needs at least one step, got {asked}.")
-        n = len(solver.times) if solver.times else max(1, round(asked * solver.steps))
-        levels = _flow_levels(scheduler, host, solver, n, mu) if is_flow(scheduler) else _levels(scheduler, solver, n)
-        given(num_inference_steps=n, device=device)
-        _write(scheduler, *levels)
-
-    return pinned
-
-
-def _flow_levels(scheduler: Any, host: Any, solver: Solver, n: int, mu: float | None) -> tuple[list[float], list[float]]:
-    """(times, sigmas) of n evaluations."""
-    trained = scheduler.config.num_train_timesteps
-    shift = _shift(host.config, solver, mu if host.config.get("use_dynamic_shifting") else None)
-    smallest = 1 / trained
-    if solver.times is not None:
-        sigmas = list(solver.times)
-    elif solver.spacing in SHARES:
-        sigmas = [shifted(u, shift) for u in shares(solver.spacing, n, smallest)]  # type: ignore[arg-type]
-    else:
-        sigmas = between(solver.spacing, n, 1.0, shifted(smallest, shift))  # type: ignore[arg-type]
-    if "solver_order" in scheduler.config:
-        sigmas[0] = min(sigmas[0], HIGHEST)
-    return [sigma * trained for sigma in sigmas], sigmas
-
-
-def _shift(config: Any, solver: Solver, mu: float | None) -> float:
-    """The shift of a flow. mu: what a pipeline works out from the size, log(shift) or the shift itself; None for the host's."""
-    if solver.shift is not None:
-        return solver.shift
-    if mu is not None:
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-    return float(config.get("shift", config.get("flow_shift", 1.0)))
-
-
-def _levels(scheduler: Any, solver: Solver, n: int) -> tuple[list[float], list[float]]:
-    """(times, noise over signal) of n evaluations; times between the trained whole ones are read between their logarithms."""
-    trained = scheduler.config.num_train_timesteps
-    cumulative = scheduler.alphas_cumprod.double()
-    table = (0.5 * ((1 - cumulative).log() - cumulative.log())).tolist()
-    if solver.times is not None or solver.spacing in SHARES:
-        u = list(solver.times or shares(solver.spacing, n, 1 / trained))  # type: ignore[arg-type]
-        if u[-1] * trained < 1 - 1e-6:
-            raise UsageError(f"sampler.times ends at {u[-1]:g}; the least noise of this model is at 1 / {trained}.")
-        times = [max(0.0, share * trained - 1) for share in u]
-    else:
-        wanted = between(solver.spacing, n, math.exp(table[-1]), math.exp(table[0]))  # type: ignore[arg-type]
-        times = [_between(table, range(trained), math.log(sigma)) for sigma in wanted]
-    return times, [math.exp(_between(range(trained), table, time)) for time in times]
-
-
-def _between(knots: Any, values: Any, at: float) -> float:
-    """The value at `at` on straight lines through (knots, values); knots rise."""
-    low, high = 0, len(knots) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if knots[middle] <= at else (low, middle)
-    place = min(max((at - knots[low]) / (knots[high] - knots[low]), 0.0), 1.0)
-    return float(values[low] + place * (values[high] - values[low]))
-
-
-def _write(scheduler: Any, times: list[float], sigmas: list[float]) -> None:
-    """Put the levels where diffusers' solvers read them; those that evaluate twice per step have the inner ones twice."""
-    stops = scheduler.config.get("final_sigmas_type") == "sigma_min" and not is_flow(scheduler)
-    levels = [*sigmas, float(_smallest(scheduler)) if stops else 0.0]
-    if "Heun" in type(scheduler).__name__:
-        levels = [levels[0], *(sigma for sigma in levels[1:-1] for _ in range(2)), levels[-1]]
-        times = [times[0], *(time for time in times[1:] for _ in range(2))]
-    device = scheduler.timesteps.device
-    scheduler.sigmas = torch.tensor(levels, dtype=torch.float32, device=scheduler.sigmas.device)
-    scheduler.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
-
-
-def _smallest(scheduler: Any) -> Any:
-    """Noise over signal of the least noise that was trained on."""
-    least = scheduler.alphas_cumprod[0]
-    return ((1 - least) / least).sqrt()

@@ -6,6 +6,7 @@ Shapes: x [B, ...] the latents; n levels, m >= n evaluations.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hasten.errors import RefusedError
 from hasten.pipelines.seams.few_calls import generators
-from hasten.samplers.travel import TimeTravel
+from hasten.samplers.travel import Shares, TimeTravel, noisier
 from hasten.scheduler import is_flow
 
 
@@ -83,15 +84,14 @@ class _Journey:
 
     def _back(self, x: Tensor, s: int, t: int) -> Tensor:
         """x [B, ...] at level s with fresh noise, at the noisier level t."""
-        (alpha_s, sigma_s), (alpha_t, sigma_t) = self._alpha_sigma(s), self._alpha_sigma(t)
-        carried = alpha_t / alpha_s
-        fresh = (sigma_t**2 - (carried * sigma_s) ** 2).clamp_min(0).sqrt()
         drawn = torch.stack([torch.randn(x.shape[1:], generator=row) for row in self.noise]).to(x.device)
-        return (carried.to(x.device) * x.float() + fresh.to(x.device) * drawn).to(x.dtype)
+        sigmas = self.levels[1]
+        return noisier(x, alpha_sigma(self.scheduler, float(sigmas[s])), alpha_sigma(self.scheduler, float(sigmas[t])), drawn)
 
-    def _alpha_sigma(self, level: int) -> tuple[Tensor, Tensor]:
-        sigma = self.levels[1][level].float()
-        if is_flow(self.scheduler):
-            return 1 - sigma, sigma
-        alpha = 1 / (1 + sigma**2).sqrt()
-        return alpha, sigma * alpha
+
+def alpha_sigma(scheduler: Any, sigma: float) -> Shares:
+    """alpha and sigma of a level that a DPM-Solver scheduler knows as `sigma`: noise over signal, except in a flow."""
+    if is_flow(scheduler):
+        return 1 - sigma, sigma
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    return alpha, sigma * alpha

@@ -137,7 +137,7 @@ def _left_at_the_end(run: Recorded) -> Tensor:
 
 def _shortest(cost: Tensor, n: int) -> Subset:
     """From 0 to N in n jumps; cost[i, k] of one, infinite for k <= i."""
-    best, came = cost[0], []
+    best, came = cost[0], list[Tensor]()
     for _ in range(n - 1):
         after, origin = (best[:-1, None] + cost).min(0)
         best, came = after, [*came, origin]
@@ -154,7 +154,7 @@ def _walked_back(came: list[Tensor], end: int) -> Subset:
 def _shortest_of_pairs(first: Tensor, cost: Tensor, n: int) -> Subset:
     """The same where the jump from i to k costs cost[h, i, k] after one from h; the first one, which has none before it, first[k]."""
     N = cost.shape[0]
-    best, came = first.new_full((N, N + 1), float("inf")), []
+    best, came = first.new_full((N, N + 1), float("inf")), list[Tensor]()
     best[0] = first
     for _ in range(n - 1):
         after, origin = (best[:, :N, None] + cost).min(0)
@@ -212,7 +212,8 @@ class Evolution(Part):
         while len(tried) < self.trials:
             ranked = sorted(tried, key=lambda one: (tried[one], one))[: self.parents]
             born = [self._mutated(chance, chance.choice(ranked), places, kept) for _ in range(self.offspring // 2)]
-            born += [_crossed(chance, *(chance.choice(ranked) for _ in "ab"), kept) for _ in range(self.offspring - len(born))]
+            pairs = [(chance.choice(ranked), chance.choice(ranked)) for _ in range(self.offspring - len(born))]
+            born += [_crossed(chance, one, other, kept) for one, other in pairs]
             before = len(tried)
             self._try(born, cost, tried)
             if len(tried) == before and len(ranked) == len(tried):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from hasten.errors import RecipeError
 from hasten.samplers.solver import Solver
+
+Shares = tuple[float, float]
+"""alpha and sigma of a level: shares of data and of noise."""
 
 TRAVELS = ("ddim", "euler", "dpm++")
 """Solvers that can begin anew in the middle of a run."""
@@ -53,3 +58,15 @@ class TimeTravel(Solver):
                 left[level] -= 1
                 level -= self.back
         return order
+
+
+def noisier(x: Tensor, at: Shares, to: Shares, noise: Tensor) -> Tensor:
+    """x [...] of level `at` as it would have been at the noisier level `to`, given `noise` [...] of unit variance.
+
+    With x = alpha data + sigma noise at `at`, the result has the shares of `to`, whatever the data. In float32.
+    """
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = at, to
+    carried = alpha_t / alpha_s
+    fresh = math.sqrt(max(0.0, sigma_t**2 - (carried * sigma_s) ** 2))
+    made: Tensor = carried * x.to(torch.float32) + fresh * noise
+    return made.to(x.dtype)
