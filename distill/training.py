@@ -39,6 +39,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 """What a resumed training may have otherwise."""
 
+NO_PROMPTS = "There are no prompts. Pass --prompts FILE (one a line), or data.prompts in the configuration."
+
 Say = Callable[[str], None]
 
 
@@ -57,6 +59,7 @@ def train(
         from hasten.distill.text.training import train_text
 
         return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
+    check_asked(config)
     if config.method.kind == "dcgen":
         from hasten.distill.network.new_latents import train_new_latents
 
@@ -105,6 +108,14 @@ def check_packages(config: TrainConfig) -> None:
     """Raises `UsageError` where a package is missing that this training needs."""
     check_optimizer(config.train)
     check_tracker(config.train.report_to)
+
+
+def check_asked(config: TrainConfig) -> None:
+    """Raises `UsageError` where nobody says what the model is asked, which is known before it is loaded."""
+    data = config.data
+    asked = data.prompts or data.folder is not None or data.file is not None or config.model in tiny_models.names()
+    if not asked and config.method.data != "own":
+        raise UsageError(NO_PROMPTS)
 
 
 def _whole(config: TrainConfig, out: Path) -> Trainer:
@@ -283,7 +294,7 @@ def _prompts(data: DataConfig, model: str) -> tuple[str, ...]:
         return found
     known = tiny_models.card(model)["prompts"] if model in tiny_models.names() else ()
     if not known:
-        raise UsageError("There are no prompts. Pass --prompts FILE (one a line), or data.prompts in the configuration.")
+        raise UsageError(NO_PROMPTS)
     warnings.warn(f"hasten: no prompts were given; training on the {len(known)} of the model's card.", stacklevel=3)
     return tuple(known)
 

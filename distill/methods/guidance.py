@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
-from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale, check_told
 from hasten.distill.network.hint import Hinted
 from hasten.distill.network.paths import HALF_TURN, spread
 from hasten.distill.network.roles import Role
@@ -34,6 +34,11 @@ class Guidance(Method):
     composable: ClassVar[bool] = True
     scale: Scale = Field((3.0, 3.0), validate_default=True)
     told: bool = False
+
+    @model_validator(mode="after")
+    def _hears_what_changes(self) -> Guidance:
+        check_told(self.scale, self.told)
+        return self
 
     def start(self, facts: Facts) -> MethodState:
         return _GuidanceState(self, facts)

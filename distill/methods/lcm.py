@@ -20,14 +20,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.methods.pairs import pseudo_huber
 from hasten.distill.network.few_steps import FewSteps
-from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale, check_told
 from hasten.distill.network.hint import Hinted
 from hasten.distill.network.paths import spread, turned
 from hasten.distill.network.roles import Role
@@ -48,6 +48,11 @@ class LCMLoRA(Method):
     grid: int = Field(50, ge=1)
     calls: int = Field(4, ge=1)
     huber: float = Field(1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _hears_what_changes(self) -> LCMLoRA:
+        check_told(self.scale, self.told)
+        return self
 
     def start(self, facts: Facts) -> MethodState:
         return _LCMState(self, facts, "student")

@@ -22,14 +22,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hasten.distill.loop.direction import TURN, Sketch
 from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts, Loss, Method, MethodState
 from hasten.distill.network.few_steps import FewSteps
-from hasten.distill.network.guided_teacher import GuidedTeacher, Scale
+from hasten.distill.network.guided_teacher import GuidedTeacher, Scale, check_told
 from hasten.distill.network.hint import Hinted, NumberEmbedding
 from hasten.distill.network.jvp import How, tangent
 from hasten.distill.network.paths import HALF_TURN, spread
@@ -60,6 +60,11 @@ class SCM(Method):
     adaptive: bool = True
     tangent: How = "exact"
     calls: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _hears_what_changes(self) -> SCM:
+        check_told(self.scale, self.told)
+        return self
 
     def start(self, facts: Facts) -> MethodState:
         return SCMState(self, facts)

@@ -16,7 +16,7 @@ from hasten.distill.loop.draw import Draw
 from hasten.distill.method import Batch, Facts
 from hasten.distill.network.hint import Hint, Hinted
 from hasten.distill.network.roles import Guided, Role
-from hasten.errors import RecipeError, UsageError
+from hasten.errors import RecipeError
 
 
 def _pair(value: Any) -> Any:
@@ -33,6 +33,12 @@ Scale = Annotated[tuple[float, float], BeforeValidator(_pair), AfterValidator(_r
 """Guidance scales s of u + s (c - u), from lowest to highest; one number stands for itself alone. 1 is no guidance."""
 
 
+def check_told(scale: tuple[float, float], told: bool) -> None:
+    """Raises `RecipeError` for a student that is to hear a number which never changes."""
+    if told and scale[0] == scale[1]:
+        raise RecipeError(f"told = true needs a range of guidance scales, got {scale[0]:g} alone. Set told = false.")
+
+
 class GuidedTeacher:
     """What the teacher says, and the student as it is told by how much the teacher is guided.
 
@@ -40,8 +46,6 @@ class GuidedTeacher:
     """
 
     def __init__(self, facts: Facts, scale: tuple[float, float], told: bool) -> None:
-        if told and scale[0] == scale[1]:
-            raise UsageError(f"told = true needs a range of guidance scales, got {scale[0]:g} alone. Set told = false.")
         self.roles, self.low, self.high = facts.roles, *scale
         network = facts.roles["teacher"].host.network
         if scale[1] != 1 and getattr(getattr(network, "config", None), "guidance_embeds", False):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.distill.network.paths import NoisePath, path_of
-from hasten.errors import ModelError, UsageError
+from hasten.errors import ModelError, UsageError, nearest
 from hasten.pipelines.host import Call, Layout, Output, denoisers
 from hasten.session import Attachment
 
@@ -126,6 +126,7 @@ def learn(pipe: Any, prompts: Sequence[str], **call: Any) -> tuple[HostCall, Con
     """
     if not prompts:
         raise UsageError("There are no prompts. Give at least one; the empty prompt '' is one, too.")
+    _check_known(pipe, call)
     networks = denoisers(pipe)
     if len(networks) > 1:
         raise ModelError(f"{type(pipe).__name__} has several networks ({', '.join(networks)}); training takes one.")
@@ -146,6 +147,20 @@ def learn(pipe: Any, prompts: Sequence[str], **call: Any) -> tuple[HostCall, Con
     )
     seen = [one] + [_look(pipe, network, layout, [prompt], call) for prompt in prompts[1:]]
     return host, Condition.join([_condition(each.calls[0], names) for each in seen])
+
+
+def _check_known(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for an argument that the pipeline does not take. Diffusers' own pipelines take any further one
+    (for names they have given up) and pass over it; others may mean it."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()) and not type(pipe).__module__.startswith("diffusers."):
+        return
+    names = [name for name, p in known.items() if name != "self" and p.kind is not p.VAR_KEYWORD]
+    for name in call:
+        if name not in names:
+            raise UsageError(
+                f"data.call.{name}: {type(pipe).__name__} takes no {name!r}.{nearest(name, names)} Allowed: {', '.join(names)}."
+            )
 
 
 def _look(pipe: Any, network: nn.Module, layout: Layout, prompts: list[str], call: Mapping[str, Any]) -> _Seen:

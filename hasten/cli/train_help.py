@@ -33,7 +33,7 @@ def keys(method: str) -> str:
 
     load_all()
     member = Method.members()[method]
-    sections = {"method": member, "student": StudentConfig, "data": DataConfig, "train": TrainSettings}
+    sections: dict[str, type[BaseModel]] = {"method": member, "student": StudentConfig, "data": DataConfig, "train": TrainSettings}
     lines = ["Keys, for --set and for the file of --config, with what they are when not said:", ""]
     for section, part in sections.items():
         given = " ".join(f"{name}={_said(field)}" for name, field in part.model_fields.items())
@@ -49,7 +49,7 @@ def _said(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     plain = list(plain) if isinstance(plain, tuple) else plain
-    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+    return str(yaml.safe_dump(plain, default_flow_style=True, width=10_000)).removesuffix("\n...\n").strip()
 
 
 def _wrapped(head: str, text: str) -> str:

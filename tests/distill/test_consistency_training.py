@@ -107,6 +107,9 @@ def test_maps_and_other_ways_of_sampling_are_not_mixed_up() -> None:
         ({"kind": "scm", "scale": -1}, "scale must be a number of at least 0, or a range that rises, got -1"),
         ({"kind": "progressive", "first": 6, "calls": 4}, "first must be calls x 2, 4, 8.*6 and calls = 4"),
         ({"kind": "progressive", "scale": (1, 2)}, "one guidance scale.*method guidance"),
+        ({"kind": "guidance", "scale": 3, "told": True}, "told = true needs a range of guidance scales, got 3 alone"),
+        ({"kind": "lcm", "scale": 1}, "told = true needs a range of guidance scales, got 1 alone. Set told = false"),
+        ({"kind": "sana-sprint", "told": True}, "told = true needs a range of guidance scales, got 4.5 alone"),
         ({"kind": "meanflow", "tangent": 0.3}, "tangent"),
         ({"kind": "meanflow", "instance": 0.5}, "unknown key 'instance'.*'instant'"),
     ],
@@ -117,8 +120,6 @@ def test_what_no_method_can_do_is_refused(given: dict[str, Any], says: str) -> N
 
 
 def test_what_a_network_cannot_hear_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="told = true needs a range of guidance scales, got 3 alone"):
-        trainer(Guidance(scale=3, told=True), tmp_path)
     with pytest.raises(ModelError, match=r"Toy has no TimestepEmbedding.*told = false"):
         toys.trainer(MeanFlow(), tmp_path)
 

@@ -121,6 +121,20 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path, mo
     assert not (tmp_path / "a").exists()
 
 
+def test_who_says_no_prompts_is_told_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.pipelines.loading.open_pipeline", lambda *a, **k: pytest.fail("something was loaded"))
+    with pytest.raises(UsageError, match="There are no prompts. Pass --prompts FILE"):
+        train(load_config("pairs", None, {"model": "owner/name"}), tmp_path / "a", progress=False)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("model", "odd"), [("tiny-flux", "hight"), ("tiny-image", "heights")])
+def test_an_argument_that_the_pipeline_does_not_take_is_named(tmp_path: Path, model: str, odd: str) -> None:
+    """PixArt's pipeline would take any further one, and pass over it."""
+    with pytest.raises(UsageError, match=rf"data.call.{odd}: \w+ takes no '{odd}'. Did you mean 'height'\? Allowed: prompt, "):
+        train(load_config("pairs", None, SMALL | {"model": model, f"data.call.{odd}": 64}), tmp_path / "a", progress=False)
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [((900, 1, 1), "Train an adapter instead of copies"), ((1, 900, 1), "Lower student.rank"), ((1, 1, 900), "Lower train.batch")],
