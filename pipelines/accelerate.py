@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 from torch import nn
 
-from hasten.agree import is_sharded
+from hasten.agree import group_of, is_sharded
 from hasten.budget import Budget
 from hasten.caching.network import NetworkReuse
 from hasten.clock import Clock
-from hasten.errors import LimitError, ModelError, UsageError
+from hasten.errors import HastenError, LimitError, ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.lora import Lora, find
@@ -93,7 +93,8 @@ def accelerate(
 
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
     `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
-    YAML file, or a `Budget`; on a causal language model it has no axis but `attention`, on text diffusion those of
+    YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it, else
+    the online controller `auto`; on a causal language model it has no axis but `attention`, on text diffusion those of
     `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
@@ -127,7 +128,33 @@ def accelerate(
         from hasten.pipelines.causal.attention import attach
 
         return attach(getattr(host, "_orig_mod", host), found, limits)
+    if isinstance(recipe, Budget):
+        return _within(recipe, host, found, scheduler, limits or Limits(), group)
     return Session(host, found, scheduler, limits or Limits(), group)
+
+
+def _within(budget: Budget, host: Any, online: Recipe, scheduler: Any, limits: Limits, group: Any) -> Session:
+    """A session with a tuned recipe that is kept for this host and budget, else with the online controller."""
+    from hasten.pipelines.tune.kept import Found, fitting
+
+    models = denoisers(host)
+    if group is not None or any(group_of(model) is not None for model in models.values()):
+        kept = Found(None, "several ranks compute one sample, and each may have kept others, so the online controller is at work")
+    else:
+        kept = fitting(models, getattr(host, "scheduler", None) if scheduler is None else scheduler, budget)
+    refused = ""
+    try:
+        session = Session(host, online if kept.recipe is None else kept.recipe, scheduler, limits, group)
+    except HastenError as error:
+        if kept.recipe is None:
+            raise
+        session = Session(host, online, scheduler, limits, group)
+        refused = f"The tuned recipe that is kept for this budget cannot be used: {str(error).rstrip('.')}; the online controller is at work."
+    session.trace.facts["budget"] = kept.told if not refused else "the online controller is at work"
+    for sentence in (refused, kept.skipped):
+        if sentence:
+            session.note(sentence)
+    return session
 
 
 def _is_named(host: Any, name: str) -> bool:
@@ -415,7 +442,7 @@ class Session:
             if gate.attention is not None:
                 spending.charge(gate.attention)
                 told = "charged by what it says it leaves out" if gate.attention.policy.tells_recall else "not charged: what it leaves out is not known"
-                self.trace.facts["budget"] = f"attention is {told}; it reads what its recipe says, whatever is left"
+                self.trace.facts["ledger"] = f"attention is {told}; it reads what its recipe says, whatever is left"
 
     def _tick(self, combined: Any) -> None:
         for gate in self.gates:
