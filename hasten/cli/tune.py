@@ -53,6 +53,7 @@ def tune(
     width: Annotated[int | None, typer.Option(metavar="N", help="Pixels.", rich_help_panel=CHANGE)] = None,
     frames: Annotated[int | None, typer.Option(metavar="N", help="Of a video.", rich_help_panel=CHANGE)] = None,
     guidance: Annotated[float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=CHANGE)] = None,
+    keep: Annotated[bool, typer.Option(help="Keep a copy where a Budget on this machine finds it (HASTEN_HOME).", rich_help_panel=SEARCHED)] = True,
     call: Call = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -86,7 +87,7 @@ def tune(
             try:
                 found = service(
                     pipe, pairs, budget, seconds=seconds, study=folder, out=out, model=model, call=arguments(pipe, pairs, own, call),
-                    peers=peers, attention=attention or (), adapters=adapter or (), seed=seed, say=output.note,
+                    peers=peers, attention=attention or (), adapters=adapter or (), seed=seed, keep=keep, say=output.note,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 output.warn(f"Interrupted. The study is kept in {folder}; this continues it:\n  hasten {shlex.join(sys.argv[1:])}")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 from hasten.atomic import atomic_write
 from hasten.budget import Budget
-from hasten.errors import UsageError
+from hasten.errors import OutputError, UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.bench.peers import sweep
 from hasten.pipelines.bench.shots import Sample, shoot
 from hasten.pipelines.host import denoisers
-from hasten.pipelines.tune import fingerprint
+from hasten.pipelines.tune import fingerprint, kept
 from hasten.pipelines.tune.goal import Goal
 from hasten.pipelines.tune.job import Job
 from hasten.pipelines.tune.result import Tuned, stamped
@@ -36,6 +36,7 @@ from hasten.pipelines.tune.verify import (
     noise_floor,
     verified,
 )
+from hasten.recipe import Recipe
 
 if TYPE_CHECKING:
     from hasten.pipelines.text.pipeline import TextPipeline
@@ -69,12 +70,14 @@ def tune(
 def tune(
     pipe: Any, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
     study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
-    peers: bool = False, attention: Sequence[str] = (), adapters: Sequence[str] = (), seed: int = 0, say: Say = lambda text: None,
+    peers: bool = False, attention: Sequence[str] = (), adapters: Sequence[str] = (), seed: int = 0, keep: bool = True,
+    say: Say = lambda text: None,
 ) -> Tuned: ...  # fmt: skip
 def tune(
     pipe: Any, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
     study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
-    peers: bool = False, attention: Sequence[str] = (), adapters: Sequence[str] = (), seed: int = 0, say: Say = lambda text: None,
+    peers: bool = False, attention: Sequence[str] = (), adapters: Sequence[str] = (), seed: int = 0, keep: bool = True,
+    say: Say = lambda text: None,
 ) -> Tuned | TextTuned:  # fmt: skip
     """Search the fastest composition of solver, steps, guidance and cache that keeps `budget` on `prompts`.
 
@@ -86,7 +89,8 @@ def tune(
     counts; processes that run at once share the search. out: where the recipe is written, with a stamp of what it was
     measured on. model: its name, for the stamp. call: arguments of the pipeline's call; a bundled model knows its own.
     attention: recipes of sparse attention that may be added. adapters: recipes of students, names or files. peers: measure the
-    caches of diffusers and cache-dit, too. seed: of the search. say: is told each result, a line each.
+    caches of diffusers and cache-dit, too. seed: of the search. keep: put a copy where a `Budget` on this
+    host finds it (`tune.kept`). say: is told each result, a line each.
 
     The result's `recipe` is None where nothing kept the budget; its `why` says what else is to be known.
 
@@ -110,7 +114,18 @@ def tune(
     if out is not None and found.recipe is not None:
         atomic_write(Path(out), found.recipe.to_yaml().encode())
         say(f"The recipe is in {out}.")
+    if keep and found.recipe is not None:
+        say(_kept(found.recipe))
     return found
+
+
+def _kept(recipe: Recipe) -> str:
+    """Keep it for budgets; what became of that. A folder that cannot be written must not cost the result of a search."""
+    try:
+        kept.keep(recipe)
+        return "It is kept, so that hasten.Budget finds it on this host."
+    except OutputError as error:
+        return f"It is not kept for budgets: {error}"
 
 
 class Tuning:
