@@ -134,6 +134,8 @@ class TextTuning:
     def _affordable(self) -> tuple[int, int]:
         """Tuning and held-out prompts for whose sequential decoding the time is enough. Raises `UsageError` where it is not
         enough for the fewest."""
+        if "held" in self.study.study.user_attrs:  # an earlier process has settled on them
+            return self.study.settled("tuning", FEWEST), self.study.settled("held", FEWEST)
         first = TextBench(self.pipe, self.job.prompts[: self.job.batch], self.job.call, self.job.batch)
         began = time.monotonic()
         first.floor()

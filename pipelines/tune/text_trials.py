@@ -119,13 +119,15 @@ class TextBench:
     """Sequential decoding of some prompts, made once, and recipes beside it.
 
     pipe: a `TextDiffusionPipeline`. call: arguments of its `generate`, the same for all. batch: texts at once. right: tells a
-    right answer, where that is known.
+    right answer, where that is known. steady: one thread of the CPU does everything, so that processor seconds are counted,
+    which other programs on the machine do not change; else they are wall seconds.
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any], batch: int, right: Right | None = None) -> None:
         self.pipe, self.prompts, self.call, self.batch, self.right = pipe, tuple(prompts), call, batch, right
         self.wait: Callable[[], None] = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
-        self.clock = time.process_time if pipe.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        self.steady = pipe.device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock = time.process_time if self.steady else time.perf_counter
         self._write(PLAIN, self.prompts[: min(2, batch)])  # the first call of all is slow
         self.plain = [text for part in self._parts(batch) for text in self._write(PLAIN, part)]
 
@@ -135,11 +137,11 @@ class TextBench:
         return statistics.fmean(text.seconds for text in self.plain)
 
     def measure(self, name: str, recipe: Recipe, goal: TextGoal | None = None, again: int = 0) -> TextMeasured:
-        """`recipe` on all prompts. goal: give up as soon as it has certainly lost too much. again: beside so many of the batches,
-        sequential decoding is timed once more, and only these batches say how fast the recipe is."""
+        """`recipe` on all prompts. goal: give up as soon as it has certainly lost too much. again: where seconds are not steady,
+        sequential decoding is timed once more beside so many of the batches, and only these say how fast the recipe is."""
         found: list[TextOutcome] = []
         count = -(-len(self.prompts) // self.batch)
-        timed = {round(k * (count - 1) / max(1, again - 1)) for k in range(min(again, count))}
+        timed = {round(k * (count - 1) / max(1, again - 1)) for k in range(0 if self.steady else min(again, count))}
         for number, part in enumerate(self._parts(self.batch)):
             plain = self.plain[len(found) : len(found) + len(part)]
             before = sum(text.seconds for text in plain)
