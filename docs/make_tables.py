@@ -14,7 +14,18 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from doc_tables import attention, caches, distill, dllm, kernels, masked_images, recipes, resolutions, runs
+from doc_tables import (
+    attention,
+    caches,
+    distill,
+    dllm,
+    kernels,
+    masked_images,
+    recipes,
+    resolutions,
+    runs,
+    samplers,
+)
 from doc_tables.results import ROOT
 
 MARK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -36,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels.kernels,
     "distill-bars": distill.bars,
     "distill": distill.distill,
+    "distill-texts": distill.texts,
     "dllm-bars": dllm.bars,
     "dllm": dllm.dllm,
     "masked-images": masked_images.masked_images,
@@ -43,6 +55,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "resolutions-windows": resolutions.windows,
     "resolutions-drafts": resolutions.drafts,
     "resolutions-restore": resolutions.restore,
+    "samplers-orders": samplers.orders,
+    "samplers-sequences": samplers.sequences,
+    "samplers-travel": samplers.travel,
+    "samplers-noises": samplers.noises,
 }
 
 
