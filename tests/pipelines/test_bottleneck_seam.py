@@ -67,6 +67,20 @@ def test_one_stage_of_first_order_is_the_plain_run(name: str) -> None:
     assert report.nfe == made(pipe, name, "plain", num_inference_steps=5)[1].nfe
 
 
+@pytest.mark.parametrize("name", ["wan", "pixart"])
+def test_kept_noise_goes_on_where_the_stage_ended(name: str) -> None:
+    """At one size, two stages that meet are the plain run: the data and the noise that was left make a step."""
+    pipe = first_order(name)
+    plain, _ = made(pipe, name, num_inference_steps=4)
+    stages = (Stage(steps=0.5, until=0.5), Stage(steps=0.5, begin=0.5))
+    kept, fresh = [
+        made(pipe, name, Recipe(sampler=Bottleneck(stages=stages, order=1, noise=noise)), num_inference_steps=4)[0]
+        for noise in ("kept", "fresh")
+    ]
+    torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4)
+    assert (fresh - plain).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("noise", ["fresh", "kept"])
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_network_sees_the_resolution_of_each_stage(name: str, noise: str) -> None:
