@@ -207,8 +207,10 @@ def restore(options: argparse.Namespace) -> list[dict[str, Any]]:
     judge, rows = Judge.load(), []
     for name, found in results.items():
         seen = (found.clamp(-1, 1) + 1) / 2
-        errors = [metrics.psnr(a.numpy(), b.numpy()) for a, b in zip((clean + 1) / 2, seen, strict=True)]
-        images = [picture.expand(3, -1, -1).permute(1, 2, 0).numpy() for picture in seen]
+        images, right = [
+            [picture.expand(3, -1, -1).permute(1, 2, 0).numpy() for picture in batch] for batch in (seen, (clean + 1) / 2)
+        ]
+        errors = [metrics.psnr(a, b) for a, b in zip(right, images, strict=True)]
         features = judge.features(images)
         rows.append({
             "model": "restorer", "recipe": name, "n": len(clean), "training_seconds": seconds,
