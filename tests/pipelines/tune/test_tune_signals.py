@@ -15,7 +15,16 @@ from hasten.pipelines.bench.oracle import as_rule
 from hasten.pipelines.tune.signals import predicted, recording
 from hasten.recipe import Guidance, Recipe
 from hasten.samplers.guidance import HeldGuidance, ListedGuidance
-from tests.hosts import FLUX_CALL, PIXART_CALL, UNET_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
+from tests.hosts import (
+    FLUX_CALL,
+    PIXART_CALL,
+    UNET_CALL,
+    WAN_CALL,
+    small_flux,
+    small_pixart,
+    small_unet,
+    small_wan,
+)
 
 STEPS = 12
 COMPUTED = {0, 1, 4, 7, 11}
