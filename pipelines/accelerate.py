@@ -41,6 +41,7 @@ from hasten.samplers.chunk_calls import ChunkCalls
 from hasten.samplers.draft import Draft
 from hasten.samplers.few_calls import FewCalls
 from hasten.samplers.solver import Solver
+from hasten.samplers.travel import TimeTravel
 from hasten.samplers.windows import Windows
 from hasten.session import Attachment
 from hasten.sparse_attn.policy import SparseAttention
@@ -216,6 +217,11 @@ class Session:
 
     def _attach(self, models: dict[str, nn.Module]) -> None:
         self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
+        if isinstance(self.recipe.sampler, TimeTravel) and self.recipe.reuse is not None:
+            raise UsageError(
+                f"Recipe {self.recipe.name!r} sets reuse beside a sampler that goes back to more noise: what was computed on one"
+                " walk says nothing of the next. Take one of the two."
+            )
         if isinstance(self.recipe.sampler, Solver):
             swap_scheduler(self._attachment, self.host, self.recipe.sampler)
         self._become_a_student(models)
@@ -242,7 +248,9 @@ class Session:
         sampler, stamp, walked = self.recipe.sampler, self.recipe.tuned, len(self.clock.run_times)
         if sampler is None or stamp is None:
             return {"steps": walked}
-        if not isinstance(sampler, Solver) or sampler.times is not None or sampler.name in ("heun", "pndm"):
+        if not isinstance(sampler, Solver) or isinstance(sampler, TimeTravel):
+            return {}
+        if sampler.times is not None or sampler.name in ("heun", "pndm"):
             return {}
         right = walked == max(1, round(stamp.steps * sampler.steps))
         return {"steps": stamp.steps if right else round(walked / sampler.steps)}

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import hasten
-from hasten.errors import RefusedError
+from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.solver import scheduler_for
 from hasten.recipe import Recipe
 from hasten.samplers.solver import Solver
@@ -87,6 +87,14 @@ def test_a_run_from_the_middle_is_refused() -> None:
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(RefusedError, match="image to image"):
         made.step(x, made.timesteps[3], x)
+
+
+def test_reuse_beside_it_is_refused_and_leaves_no_trace() -> None:
+    pipe = small_unet()
+    own = pipe.scheduler
+    with pytest.raises(UsageError, match="goes back to more noise"):
+        hasten.accelerate(pipe, "time-travel+easycache")
+    assert pipe.scheduler is own and type(own.step).__name__ == "method"
 
 
 PIPES = {"wan": (small_wan, WAN_CALL), "pixart": (small_pixart, PIXART_CALL), "flux": (small_flux, FLUX_CALL),
