@@ -117,20 +117,24 @@ class Bench:
         alone = str(getattr(self.pipe, "device", "cpu")) == "cpu" and torch.get_num_threads() == 1
         return shot.busy if alone else shot.seconds
 
+    def slower(self) -> float:
+        """By what factor a plain run takes longer now than when the first one was timed: machines change their pace."""
+        return self.cost(self._plain(self.samples[0])) / self.cost(self.plain[0])
+
     def measure(
-        self, name: str, recipe: Recipe | Candidate, goal: Goal | None = None, again: bool = False,
+        self, name: str, recipe: Recipe | Candidate, goal: Goal | None = None, again: bool = False, slower: float = 1.0,
         until: Callable[[Sequence[Outcome]], bool] = lambda outcomes: False,
     ) -> Measured:  # fmt: skip
         """`recipe` on all samples. goal: give up after the first sample if that is far from it, or slower than the plain run.
-        again: time the plain run again beside each run, for numbers that are to be believed to the last per cent. until: asked
-        after each sample; True gives up."""
+        again: time the plain run again beside each run, for numbers that are to be believed to the last per cent. slower: what
+        the method of that name said last, where that would take too long. until: asked after each sample; True gives up."""
         candidate = recipe if isinstance(recipe, Candidate) else ours(name, recipe)
         found: list[Outcome] = []
         for number, sample in enumerate(self.samples):
             plain = self._plain(sample) if again else self.plain[number]
             try:
                 shot = shoot(self.pipe, sample, self.call, candidate)
-                found.append(outcome(self.plain[number], shot, self.cost(plain), self.cost(shot)))  # refuses NaN
+                found.append(outcome(self.plain[number], shot, slower * self.cost(plain), self.cost(shot)))  # refuses NaN
             except Exception as error:  # noqa: BLE001 - whatever it raises is the reason that is reported
                 return Measured(name, tuple(found), because(error))
             if goal is not None and number == 0 and (why := _hopeless(found[0], goal)):

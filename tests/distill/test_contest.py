@@ -171,4 +171,4 @@ def test_an_adapter_against_all_weights() -> None:
     assert lora([full, made("pairs", 11.4)]).met and not lora([full, made("pairs", 11.6)]).met
     assert lora([full, made("dmd", 9.0)]).met is None, "another method"
     assert lora([full | {"calls": 2}, made("pairs", 9.0) | {"calls": 2}]).met is None, "not what they were trained for"
-    assert len(bars([TEACHER, full])) == 5
+    assert len(bars([TEACHER, full])) == 6
