@@ -1,0 +1,107 @@
+"""Cache, guidance and attention spend of one account on real loops; where there is one branch, it is reuse alone to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hasten
+from hasten.pipelines.recipes import recipe
+from hasten.recipe import Recipe
+from hasten.samplers.guidance_ledger import LedgerGuidance
+from tests.hosts import FLUX_CALL, PIXART_CALL, UNET_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
+from tests.pipelines.attention_recipes import PART, STOOD_FOR
+from tests.pipelines.test_guidance_seam import loop
+
+pytestmark = pytest.mark.filterwarnings("ignore:hasten")
+
+ALONE = recipe("auto:latent_error=0.9").model_copy(update={"guidance": None})
+BOTH = ALONE.model_copy(update={"guidance": LedgerGuidance(tolerance=0.9, after=0.1)})
+GUIDED = [(small_wan, WAN_CALL), (small_unet, UNET_CALL), (small_pixart, PIXART_CALL)]
+
+
+def generate(pipe: Any, call: dict[str, Any], which: Recipe, steps: int = 14) -> tuple[Tensor, hasten.Session]:
+    arguments = {**call, "num_inference_steps": steps, "output_type": "latent", "return_dict": False}
+    with hasten.accelerate(pipe, which) as run:
+        return pipe("a seven", generator=torch.Generator().manual_seed(0), **arguments)[0], run
+
+
+@pytest.mark.parametrize("host", GUIDED, ids=["sequential", "batched", "variance"])
+def test_evaluations_are_left_out_and_the_report_says_what_each_level_spent(host: tuple[Callable[[], Any], dict[str, Any]]) -> None:
+    pipe = host[0]()
+    _, alone = generate(pipe, host[1], ALONE)
+    found, run = generate(pipe, host[1], BOTH)
+    of, report = run.trace.runs[0], run.report()
+    assert report.nfe < alone.report().nfe and bool(torch.isfinite(found).all())
+    assert set(of.error_by_level) == {"reuse", "guidance"} and of.estimated_error is not None
+    assert sum(error**2 for error in of.error_by_level.values()) == pytest.approx(of.estimated_error**2)
+    assert of.error_by_level["guidance"] > 0 and "of that     reuse" in str(report) and "guidance 0." in str(report)
+    assert not alone.trace.runs[0].error_by_level and "of that" not in str(alone.report())
+
+
+def test_on_a_host_with_one_branch_it_is_reuse_alone_to_the_bit() -> None:
+    pipe = small_flux()
+    one, alone = generate(pipe, FLUX_CALL, ALONE)
+    two, run = generate(pipe, FLUX_CALL, BOTH)
+    assert torch.equal(one, two) and run.report().estimated_error == alone.report().estimated_error
+    assert [event.action for event in run.trace.events] == [event.action for event in alone.trace.events]
+    assert run.trace.notes == alone.trace.notes and not any("guidance" in told for told in run.report().warnings)
+    assert "one branch per step" in str(run.report())
+
+
+def test_a_guidance_that_was_not_affordable_is_told_and_no_alarm() -> None:
+    strict = ALONE.model_copy(update={"guidance": LedgerGuidance(tolerance=0.9, after=1.0)})
+    _, run = generate(small_wan(), WAN_CALL, strict)
+    assert "never affordable" in str(run.report()) and not any("guidance" in told for told in run.report().warnings)
+
+
+def test_one_synchronisation_a_step_for_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, reads, steps, tolist = small_wan(), [0], [], Tensor.tolist
+
+    def counted(self: Tensor) -> Any:
+        reads[0] += 1
+        return tolist(self)
+
+    with hasten.accelerate(pipe, BOTH | STOOD_FOR) as run:
+        run.clock.on_tick.append(lambda _: steps.append(reads[0]))
+        monkeypatch.setattr(Tensor, "tolist", counted)
+        pipe("a seven", generator=torch.Generator().manual_seed(0), output_type="latent", **{**WAN_CALL, "num_inference_steps": 14})
+    per_step = [after - before for before, after in zip(steps, steps[1:], strict=False)]  # noqa: RUF007
+    assert max(per_step) <= 1 and sum(per_step) >= 3, per_step
+
+
+def test_attention_is_charged_by_what_it_leaves_out() -> None:
+    pipe = small_wan(layers=2)
+    _, run = generate(pipe, WAN_CALL, ALONE | STOOD_FOR)
+    spent = run.trace.runs[0].error_by_level
+    mass = [1 - call.recall for call in run.trace.attention if call.recall is not None]
+    assert set(spent) == {"reuse", "attention"} and min(mass) / 4 < spent["attention"] < 2 * max(mass)
+    assert "charged by what it says it leaves out" in str(run.report())
+
+
+def test_attention_of_which_nobody_knows_is_told() -> None:
+    _, run = generate(small_wan(layers=2), WAN_CALL, ALONE | PART)
+    assert run.trace.runs[0].error_by_level["attention"] == 0 and "not charged: what it leaves out is not known" in str(run.report())
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    """u first in a call of its own, and whole steps forecast besides: those forecasts would be made from an older u."""
+    pipe = small_wan()
+    with hasten.accelerate(pipe.transformer, BOTH, scheduler=pipe.scheduler) as run:
+        loop(pipe, uncond_first=True, scale=lambda _: 4.0)
+    assert any("unconditional branch first" in note for note in run.trace.notes) and "skip" not in {e.action for e in run.trace.events}
+    with hasten.accelerate(pipe.transformer, Recipe(guidance=LedgerGuidance(tolerance=1.0, after=0.0)), scheduler=pipe.scheduler) as run:
+        loop(pipe, uncond_first=True, scale=lambda _: 4.0)
+    assert not run.trace.notes, "without reuse the answer is put right in the conditional call"
+
+
+def test_runs_of_a_session_start_with_a_full_account() -> None:
+    pipe = small_wan()
+    call = {**WAN_CALL, "num_inference_steps": 14, "output_type": "latent", "return_dict": False}
+    with hasten.accelerate(pipe, BOTH) as run:
+        found = [pipe("a seven", generator=torch.Generator().manual_seed(0), **call)[0] for _ in range(2)]
+    assert torch.equal(*found) and run.trace.runs[0].error_by_level == run.trace.runs[1].error_by_level
