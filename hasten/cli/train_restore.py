@@ -42,8 +42,7 @@ def train_restore(
             network, scheduler = train(data, Restoring(steps=steps, batch=batch, seed=seed), told)
             network.save_pretrained(out / "network")
             scheduler.save_pretrained(out / "scheduler")
-        last = losses[-20:]
+        last = sum(losses[-20:]) / len(losses[-20:])
+        seconds = time.perf_counter() - started
         output.say(f"A restorer of digits is in {out}: hasten.distill.restoration.RestorationNet, and its scheduler.")
-        output.finish([
-            {"model": "restorer", "out": str(out), "steps": steps, "loss": sum(last) / len(last), "seconds": time.perf_counter() - started}
-        ])  # fmt: skip
+        output.finish([{"model": "restorer", "out": str(out), "steps": steps, "loss": last, "seconds": seconds}])

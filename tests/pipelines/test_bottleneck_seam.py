@@ -89,7 +89,11 @@ def test_the_network_sees_the_resolution_of_each_stage(name: str, noise: str) ->
     before = {key: dict(vars(value)) for key, value in {**denoisers(pipe), "scheduler": pipe.scheduler}.items()}
     seen: list[tuple[int, ...]] = []
     network = next(iter(denoisers(pipe).values()))
-    hook = network.register_forward_pre_hook(lambda m, a, k: seen.append((k.get("hidden_states", a[0] if a else None)).shape[1:]), with_kwargs=True)
+
+    def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1:])
+
+    hook = network.register_forward_pre_hook(see, with_kwargs=True)
     low, report = made(pipe, name, Recipe(sampler=LOW.model_copy(update={"noise": noise})))
     hook.remove()
     assert low.shape == plain.shape and torch.isfinite(low).all()
@@ -167,7 +171,8 @@ def test_what_cannot_be_right_is_refused_in_words() -> None:
     with pytest.raises(UsageError, match="reuse beside a sampler that changes its resolution"):
         hasten.accelerate(pipe, hasten.recipe("balanced") | Recipe(sampler=LOW))
     unet = HOSTS["unet"][0]()
-    parts = {name: unet.components[name] for name in inspect.signature(StableDiffusionImg2ImgPipeline.__init__).parameters if name in unet.components}
+    taken = inspect.signature(StableDiffusionImg2ImgPipeline.__init__).parameters
+    parts = {name: part for name, part in unet.components.items() if name in taken}
     with pytest.raises(RefusedError, match="strength"):
         hasten.accelerate(StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False), Recipe(sampler=LOW))
     with pytest.raises(UsageError, match="bare denoiser"):

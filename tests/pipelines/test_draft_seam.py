@@ -178,7 +178,8 @@ def test_what_cannot_be_right_is_refused_in_words() -> None:
         with pytest.raises(RefusedError, match=said):
             hasten.accelerate(pipe, "draft:recipe=plain")
         pipe.scheduler = own
-    parts = {name: pipe.components[name] for name in inspect.signature(StableDiffusionImg2ImgPipeline.__init__).parameters if name in pipe.components}
+    taken = inspect.signature(StableDiffusionImg2ImgPipeline.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in taken}
     with pytest.raises(RefusedError, match="strength"):
         hasten.accelerate(StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False), "draft:recipe=plain")
     with pytest.raises(UsageError, match="starts from a draft itself"):
