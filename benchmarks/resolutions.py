@@ -193,11 +193,11 @@ def restore(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A restorer trained on blurred and shrunk digits, in 1 to 15 steps, beside what it was given (cubic interpolation)."""
     digits = load_digits(options.data)
     began, losses = time.process_time(), []
-    settings = Restoring(steps=options.steps)
+    settings = Restoring(steps=options.steps, batch=options.batch)
     network, scheduler = train(options.data, settings, lambda step, loss: losses.append(loss))
     seconds = time.process_time() - began  # of one core: the machine may do other work as well
     print(f"{settings.steps} steps in {seconds:.0f} s of one core, loss {statistics.fmean(losses[-20:]):.4f}", file=sys.stderr)
-    clean, prompts = pictures(digits, 256, seed=10**6, split="test")
+    clean, prompts = pictures(digits, options.pictures, seed=10**6, split="test")
     y = settings.damage(clean, torch.Generator().manual_seed(1))
     results = {"cubic interpolation": y, "the clean pictures": clean}
     for steps in (1, 2, 4, 8, 15):
@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--times", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--data", default="sklearn", help="a folder of MNIST, or sklearn")
+    parser.add_argument("--batch", type=int, default=32, help="pictures in a step of the restorer's training")
+    parser.add_argument("--pictures", type=int, default=256, help="unseen pictures that are restored")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
