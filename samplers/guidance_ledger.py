@@ -24,7 +24,8 @@ class LedgerGuidance(Guidance):
     """Forecast d while the error that this is measured to make, s - 1 times that of d, stays within a budget.
 
     Own; the error control is that of `hasten.ledger.Ledger`, with which it shares one account where a recipe has both. The
-    solver receives c + (s - 1) d. At each step where u is known the forecast of d is compared with the truth, which costs one
+    solver receives c + (s - 1) d. d falls along a bend, so that its forecasts lag on one side: the errors of all gaps are taken
+    to point the same way and are added up themselves, not their squares. At each step where u is known the forecast of d is compared with the truth, which costs one
     sum over the latents; what a stand-in does to them counts until the next evaluation, because forecasts of whole steps
     in between are made from it.
 
@@ -48,8 +49,8 @@ class LedgerGuidance(Guidance):
 class LedgerGuidanceState:
     """What guidance has spent in one run.
 
-    scale: s, once the seam has measured it; channels: of d that the solver receives, None for all. spent, open, rho: as in
-    `LedgerState`. gap: (effect, distance) of each stand-in since d was known, at angle `node`.
+    scale: s, once the seam has measured it; channels: of d that the solver receives, None for all. spent: error (not squared)
+    of the closed gaps. open: of the one that is open. rho: as in `LedgerState`. gap: (effect, distance) of each stand-in since d was known, at angle `node`.
     """
 
     level = "guidance"
@@ -77,7 +78,7 @@ class LedgerGuidanceState:
 
     @property
     def square(self) -> float:
-        return self.spent + self.open**2
+        return (self.spent + self.open) ** 2
 
     def needs(self, step: Step) -> bool:
         if step.index != self._asked:
@@ -128,14 +129,15 @@ class LedgerGuidanceState:
             new = abs(self.scale - 1) * off / distance**self.policy.growth
             # As in `LedgerState`: rising errors are believed at once, falling ones by half.
             self.rho = new if self.rho is None else max(new, math.sqrt(new * self.rho))
-            self.spent += sum(walked * new * far**self.policy.growth for walked, far in gap) ** 2
+            self.spent += sum(walked * new * far**self.policy.growth for walked, far in gap)
 
     def _affordable(self, step: Step) -> bool:
         if self.rho is None or not self.forecast.ready or step.index < self.policy.after * step.total:
             return False
         planned = Ledger(tolerance=self.policy.tolerance).within(self.account.open_to(self))
         walk = max(effect(step, self.times), self._last_walk * sensitivity(step))
-        return self.open + self._error(step) * walk <= self.account.per_gap(self, self.spent, gaps_to_come(step, planned))
+        left = max(0.0, self.account.open_to(self) / math.sqrt(self.account.levels) - self.spent)
+        return self.open + self._error(step) * walk <= left / gaps_to_come(step, planned)
 
     def _error(self, step: Step) -> float:
         return self._at(self._distance(step))
