@@ -30,9 +30,12 @@ def tune(
     model: Annotated[str, typer.Option(metavar="MODEL", help="A bundled model, a folder with a model, or a hub id.")],
     prompts: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="One prompt a line, or JSON lines with prompt and seed. Every third is held out.", rich_help_panel=CHANGE),
+        typer.Option(
+            metavar="FILE", help="One prompt a line, or JSON lines with prompt and seed. Every third is held out; of texts, two in three.",
+            rich_help_panel=CHANGE,
+        ),
     ],
-    budget: Annotated[str, typer.Option(metavar="WHAT", help="psnr>=30, latent_error<=0.05 or ssim>=0.98, against the plain run.")] = "psnr>=30",
+    budget: Annotated[str, typer.Option(metavar="WHAT", help="psnr>=30, latent_error<=0.05 or ssim>=0.98, against the plain run; of texts exact_match>=0.99.")] = "psnr>=30",
     time: Annotated[str, typer.Option(metavar="LONG", help="For everything: 10m, 90s, 1h30m.")] = "10m",
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the recipe goes.")] = Path("recipe.yaml"),
     study: Annotated[
@@ -54,6 +57,7 @@ def tune(
     frames: Annotated[int | None, typer.Option(metavar="N", help="Of a video.", rich_help_panel=CHANGE)] = None,
     guidance: Annotated[float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=CHANGE)] = None,
     keep: Annotated[bool, typer.Option(help="Keep a copy where a Budget on this machine finds it (HASTEN_HOME).", rich_help_panel=SEARCHED)] = True,
+    batch: Annotated[int, typer.Option(metavar="N", help="Texts at once, of a language model.", min=1, rich_help_panel=CHANGE)] = 8,
     call: Call = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -70,18 +74,26 @@ def tune(
     with output.open():
         from hasten.cli.prompts import collect
         from hasten.pipelines.loading import check_name, open_pipeline
+        from hasten.pipelines.text_models.loading import writes_text
         from hasten.pipelines.tune.goal import Goal, seconds_of
         from hasten.pipelines.tune.run import tune as service
 
-        Goal.read(budget)  # before the model is opened
         seconds = seconds_of(time)
         unseeded = collect([], prompts, -1)  # -1: no seed of its own, so its number is taken
         pairs = [(item.text, item.index if item.seed == -1 else item.seed) for item in unseeded]
         if out.suffix not in (".yaml", ".yml"):
             raise UsageError(f"--out {out}: a recipe is a .yaml file, got {out.suffix or 'no suffix'!r}.")
-        check_name(model)
         folder = study if study is not None else out.with_suffix(".study")
         own = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance}
+        if writes_text(model, revision):
+            from hasten.cli.tune_text import TextTask
+
+            unfit = own | {"attention": attention, "adapter": adapter, "peers": peers, "lora": lora, "offload": offload != "none"}
+            told = assignments(call or [], "--call")
+            task = TextTask(model, budget, seconds, out, folder, told, batch, seed, device, dtype, revision, unfit)
+            raise typer.Exit(int(task.run([text for text, _ in pairs], output).recipe is None))
+        Goal.read(budget)  # before the model is opened
+        check_name(model)
         with writable(out.absolute().parent, folder.absolute()):
             pipe = open_pipeline(model, revision=revision, device=device, dtype=dtype, offload=offload, lora=lora, quiet=True)
             try:
