@@ -246,7 +246,7 @@ class Session:
     def _asked(self) -> dict[str, int]:
         """The number of steps that the caller asked for, where it can be told from the number that is walked."""
         sampler, stamp, walked = self.recipe.sampler, self.recipe.tuned, len(self.clock.run_times)
-        if sampler is None or stamp is None:
+        if sampler is None or stamp is None or stamp.steps is None:
             return {"steps": walked}
         if not isinstance(sampler, Solver) or isinstance(sampler, TimeTravel):
             return {}

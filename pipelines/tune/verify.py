@@ -88,7 +88,7 @@ def interactions(bench: Bench, recipe: Recipe, until: Callable[[], bool] = lambd
     parts = parts_alone(recipe)
     axes = list(parts)
     alone = {axis: _squared(bench.measure(f"{axis} alone", parts[axis])) for axis in axes} if len(axes) > 1 else {}
-    found = []
+    found: list[Interaction] = []
     for i, one in enumerate(axes):
         for other in axes[i + 1 :]:
             if until():
