@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hasten
 from hasten.caching.frames import FrameStore
+from hasten.distill.bench import table
 from hasten.distill.data.store import Store
 from hasten.distill.export.student import Student
 from hasten.distill.loop.draw import Draw
@@ -368,6 +369,13 @@ def test_clips_may_be_longer_than_those_of_training_and_what_does_not_fit_is_ref
         video(pipe)
     with pytest.raises(UsageError, match="what they would leave out"):
         hasten.accelerate(pipe, rolling | find_recipe("teacache"))
+
+
+def test_calls_of_a_chunk_are_no_calls_of_a_whole_clip() -> None:
+    """The contest's bars leave out who takes more evaluations than it says calls."""
+    teacher = {"who": "teacher", "name": "teacher", "calls": 50, "frechet": 10.0, "recall": 0.8, "accuracy": 0.9}
+    student = teacher | {"who": "student", "name": "a", "calls": 4}
+    assert table.near([teacher, student], 4, 1.1).met and table.near([teacher, student | {"chunks": [1, 8]}], 4, 1.1).met is None
 
 
 def test_facts_of_a_batch_are_rows() -> None:
