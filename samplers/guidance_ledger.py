@@ -38,7 +38,7 @@ class LedgerGuidance(Guidance):
     kind: ClassVar[str] = "ledger"
     optional: ClassVar[bool] = True
     tolerance: float = Field(0.05, gt=0, le=1)
-    after: float = Field(0.25, ge=0, le=1)
+    after: float = Field(0.5, ge=0, le=1)
     forecast: Forecast = Polynomial(order=1, damp=0.75)
     growth: float = Field(1.0, ge=0.5, le=4)
 

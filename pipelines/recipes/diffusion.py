@@ -14,6 +14,7 @@ from hasten.recipe import Adapter, Recipe
 from hasten.samplers.chunk_calls import ChunkCalls  # noqa: F401  # no recipe of a name has it; files name its kind
 from hasten.samplers.few_calls import FewCalls  # noqa: F401  # no recipe of a name has it; files name its kind
 from hasten.samplers.guidance import AdaptiveGuidance, AffineGuidance, GuidanceInterval, HeldGuidance
+from hasten.samplers.guidance_ledger import LedgerGuidance  # noqa: F401  # no recipe of a name has it; files name its kind
 from hasten.samplers.solver import Solver
 
 

@@ -13,7 +13,16 @@ import hasten
 from hasten.pipelines.recipes import recipe
 from hasten.recipe import Recipe
 from hasten.samplers.guidance_ledger import LedgerGuidance
-from tests.hosts import FLUX_CALL, PIXART_CALL, UNET_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
+from tests.hosts import (
+    FLUX_CALL,
+    PIXART_CALL,
+    UNET_CALL,
+    WAN_CALL,
+    small_flux,
+    small_pixart,
+    small_unet,
+    small_wan,
+)
 from tests.pipelines.attention_recipes import PART, STOOD_FOR
 from tests.pipelines.test_guidance_seam import loop
 
