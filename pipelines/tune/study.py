@@ -64,7 +64,7 @@ class Ways(Protocol):
     def described(self) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # with slots, `Trial(...)` below would fail in Python 3.11
 class Tried(Generic[M]):
     """One composition that was run. params: its numbers. measured: on the tuning samples."""
 
@@ -210,7 +210,7 @@ class Search(Generic[M]):
         return recipe, measured
 
     def _twin(self, params: Params) -> Any:
-        """The trial that ran the same; also one in which two processes ended, or that runs elsewhere. None where there is none."""
+        """The trial that ran the same; also one in which two processes ended. None where there is none."""
         key = _key(params)
         for trial in self._trials():
             ran = "outcomes" in trial.user_attrs and trial.state in (self._states.COMPLETE, self._states.PRUNED)
