@@ -228,7 +228,10 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
 def _explain(kind: type[BaseModel], item: Any) -> str:
     path = ".".join(str(p) for p in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"'{path}': {item['msg']}, got {item['input']!r}"
+        said, got = item["msg"].removeprefix("Value error, "), repr(item["input"])
+        told = isinstance(item["input"], Mapping) or got in said  # a whole section says nothing; a value is said once
+        where = f"'{path}': " if path and not said.startswith(path) else ""
+        return where + (said if told else f"{said.removesuffix('.')}, got {got}")
     model: Any = kind
     for part in (part for part in item["loc"][:-1] if isinstance(part, str)):  # the others are places in lists
         model = _section(model.model_fields[part].annotation)

@@ -61,6 +61,9 @@ def test_a_file_with_changes(tmp_path: Path) -> None:
         ({"model": "x", "report_to": "wandb"}, "'none', 'tensorboard' or 'trackio'"),
         ({"model": "x", "train.recall": 3}, "recall of fewer than 16 samples says nothing"),
         ({"model": "x", "prompts": "/no/such/file"}, "no prompts file"),
+        ({"model": "x", "method.calls": 0}, r"options: method: calls: .* greater than or equal to 1, got 0\.$"),
+        ({"model": "x", "composable": "a"}, r"options: pairs learns from data .* progressive, scm$"),
+        ({"model": "x", "student.attention": "teacache"}, r"options: student.attention = 'teacache' is no .* radial is one\.$"),
     ],
 )
 def test_what_is_wrong_is_said(given: dict[str, object], words: str) -> None:
