@@ -18,7 +18,7 @@ def bottleneck(
 
     scale: of height and width in between, which begins after the share `first` of the run and ends at `last`; from there the
     run goes `back` and ends at full size. steps: share of the steps asked for. Tian et al. claim 3x on images and 2.5x on
-    videos; it needs a model that knows the lower resolution. On tiny-image, which knows one, fewer steps are better by far:
+    videos; it needs a model that knows the lower resolution. Where they know one, fewer steps are better by far:
     docs/resolutions.md.
     """
     return Recipe(
