@@ -17,6 +17,7 @@ from pathlib import Path
 from doc_tables import (
     attention,
     caches,
+    compose,
     distill,
     dllm,
     kernels,
@@ -45,6 +46,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-sharpness": attention.sharpness,
     "attention-end-to-end": attention.end_to_end,
     "kernels": kernels.kernels,
+    "compose-bars": compose.bars,
+    "compose": compose.compose,
     "distill-bars": distill.bars,
     "distill": distill.distill,
     "distill-texts": distill.texts,

@@ -29,6 +29,12 @@ COLUMNS: Columns = {
     "peak_bytes": ("peak memory", lambda value: f"{value / 2**30:.2f} GiB"),
 }
 
+TEXT_COLUMNS: Columns = {
+    "evaluations": ("evaluations of an answer", lambda value: f"{value:.2f}"),
+    "tokens_per_evaluation": ("tokens of an evaluation", lambda value: f"{value:.2f}"),
+    "exact_match": ("exact match", lambda value: f"{value:.1%}"),
+}
+
 
 def bars() -> str:
     """One row per bar and model."""
@@ -45,6 +51,8 @@ def distill() -> str:
     parts = []
     for file, document in documents("distill"):
         rows: list[Row] = [row for row in document["rows"] if "frechet" in row]
+        if not rows:
+            continue  # of texts
         body = table(
             ["who", "calls", "what is trained", *(heading for heading, _ in COLUMNS.values())],
             [[*_label(row), *(known(row, key, COLUMNS) for key in COLUMNS)] for row in _chosen(rows)],
@@ -52,6 +60,23 @@ def distill() -> str:
         )
         where = hardware_and_versions(document, file)
         parts.append(f"### `{document['model']}`\n{document['count']} samples each; {where}\n\n{body}")
+    return below_each_other(parts)
+
+
+def texts() -> str:
+    """The rows of text models: evaluations and exact match, or tokens of a verified evaluation."""
+    parts = []
+    for file, document in documents("distill"):
+        rows: list[Row] = [row for row in document["rows"] if "frechet" not in row and row["who"] in ("teacher", "student")]
+        if len(rows) < len(document["rows"]):
+            continue
+        present = {key: column for key, column in TEXT_COLUMNS.items() if any(key in row for row in rows)}
+        body = table(
+            ["who", "recipe", *(heading for heading, _ in present.values())],
+            [[f"{row['who']} `{row['name']}`", row.get("recipe", ""), *(known(row, key, present) for key in present)] for row in rows],
+            left=2,
+        )
+        parts.append(f"### `{document['model']}`\n{document['count']} questions of each task; {hardware_and_versions(document, file)}\n\n{body}")
     return below_each_other(parts)
 
 
