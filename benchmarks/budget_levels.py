@@ -15,7 +15,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -94,7 +93,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-image")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.126])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     pipe = hasten.load(arguments.model)
