@@ -47,18 +47,20 @@ class _Apart(LedgerGuidanceState):
         super().share(Account(self.policy.tolerance), times)
 
 
-def ways(tolerance: float) -> dict[str, Recipe]:
-    """Name -> recipe."""
+def ways(tolerance: float, after: float = 0.5) -> dict[str, Recipe]:
+    """Name -> recipe. after: share of the run before which u is always known."""
     alone = recipe(f"auto:latent_error={tolerance}").model_copy(update={"guidance": None})
-    both = {"shared": LedgerGuidance(tolerance=tolerance), "apart": ApartGuidance(tolerance=tolerance)}
+    both = {"shared": LedgerGuidance(tolerance=tolerance, after=after), "apart": ApartGuidance(tolerance=tolerance, after=after)}
     return {"reuse": alone} | {name: alone.model_copy(update={"guidance": part}) for name, part in both.items()}
 
 
-def rows(pipe: Any, model: str, samples: Sequence[Sample], plain: Sequence[Tensor], tolerances: Sequence[float]) -> list[dict[str, Any]]:
+def rows(
+    pipe: Any, model: str, samples: Sequence[Sample], plain: Sequence[Tensor], tolerances: Sequence[float], after: float = 0.5
+) -> list[dict[str, Any]]:
     """One row per tolerance and way, printed as they come."""
     found = []
     for tolerance in tolerances:
-        for name, way in ways(tolerance).items():
+        for name, way in ways(tolerance, after).items():
             errors, computed, guessed, seconds = [], [], [], 0.0
             for sample, reference in zip(samples, plain, strict=True):
                 began = time.perf_counter()
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-image")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.126])
+    parser.add_argument("--after", type=float, default=0.5, help="share of the run before which both branches are evaluated")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -102,7 +105,7 @@ def main() -> None:
     samples = [(prompt, seed) for seed in range(1000, 1000 + arguments.samples) for prompt in prompts][: arguments.samples]
     output = Output("budget levels", arguments.json)
     with output.open():
-        found = rows(pipe, arguments.model, samples, latents(pipe, arguments.model, samples), arguments.tolerances)
+        found = rows(pipe, arguments.model, samples, latents(pipe, arguments.model, samples), arguments.tolerances, arguments.after)
         output.finish(found)
 
 
