@@ -108,19 +108,21 @@ def test_what_a_killed_process_left_running_is_asked_again_once(tmp_path: Path) 
     assert names[0] not in toy.ran or names[1] != names[0], "two processes ended in it: it is not asked a third time"
 
 
-def test_ctrl_c_is_no_fault_of_the_composition(tmp_path: Path) -> None:
+def test_ctrl_c_is_no_fault_of_the_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(number: int) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
+    guess = {"family": "ledger", "tolerance": 0.1, "both": 1.0}
+    monkeypatch.setattr("hasten.pipelines.tune.study.first_guesses", lambda space, tolerance: [guess])
     for _ in range(3):
         study, toy = Study(tmp_path, GOAL, IDENTITY), Toy(interrupt)
         with pytest.raises(KeyboardInterrupt):
             study.search(toy, SPACE, 60)  # type: ignore[arg-type]
         study.close()
+        assert toy.ran == [SPACE.name(guess)], "it is asked again, however often it was interrupted"
     calm = Toy()
-    searched(tmp_path, calm, 15)
-    assert toy.ran[1] in calm.ran, "it is still asked, however often it was interrupted"
+    searched(tmp_path, calm, 1)
+    assert calm.ran == [SPACE.name(guess)]
 
 
 def test_a_crash_is_a_reason_and_not_the_end(tmp_path: Path) -> None:
