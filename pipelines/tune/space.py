@@ -101,7 +101,8 @@ class Space:
         kept = {key: value for key, value in params.items() if key != "family" and value != ""}
         if params["family"] in ("preset", "student"):
             return str(kept[params["family"]])
-        parts = [f"{key} {round(value, 4) if isinstance(value, float) else value}" for key, value in kept.items()]
+        told = {key: round(value, 4) if isinstance(value, float) else value for key, value in kept.items()}
+        parts = [str(value) if key == params["family"] else f"{key} {value}" for key, value in told.items()]  # solver: unipc, ...
         return f"{params['family']}: {', '.join(parts)}"
 
     # --- families ---------------------------------------------------------------------------------
