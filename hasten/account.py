@@ -115,7 +115,7 @@ class LeftOut:
     An attention output that reads a share rho of the softmax mass and nothing else differs from the whole one by 1 - rho of
     the difference between what it read and what it did not; that is taken to be as large as the output itself, and the
     network's output to be off by the mean of this over its calls. It counts until the next evaluation, and adds up over the
-    run without any cancelling. What stands in for the rest makes the true error smaller: docs/budget.md has measured how much.
+    run without any cancelling. What stands in for the rest makes the true error smaller; by how much has not been measured.
     """
 
     def __init__(self, level: str) -> None:
