@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from doc_tables.results import VERDICT, Columns, Row, below_each_other, documents, hardware_and_versions, known, table
+from doc_tables.results import (
+    VERDICT,
+    Columns,
+    Row,
+    below_each_other,
+    documents,
+    hardware_and_versions,
+    known,
+    table,
+)
 
 COLUMNS: Columns = {
     "speedup": ("speed-up", lambda value: f"{value:.2f}x"),
