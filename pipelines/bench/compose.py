@@ -85,15 +85,14 @@ def bench_compose(
     found.tuned = Tuned(job.goal, trials, [], spent=tuning.used())
     samples = job.samples(held)[1][:held]
     bench = Bench(pipe, call, samples)
+    bench.retimed = NEIGHBOURS
     exact = _converged(bench, converged, tell)
     found.floor = _floor(bench)
     found.plain_converged = statistics.median(metrics.psnr(plain.frames, frames) for plain, frames in zip(bench.plain, exact, strict=False))
     for psnr in PSNRS:
         _tuned(found, bench, trials, psnr, exact, tell)
-    pace = 1.0
-    for number, (candidate, what) in enumerate(_others(pipe, call, space.steps, thin)):
-        pace = bench.slower() if number % NEIGHBOURS == 0 else pace
-        entry = measured(bench, candidate, what, exact, pace)
+    for candidate, what in _others(pipe, call, space.steps, thin):
+        entry = measured(bench, candidate, what, exact)
         tell(f"{what}: {candidate.recipe}: {entry.measured.why or f'{entry.measured.speedup:.2f}x'}")
         found.entries.append(entry)
     return found
@@ -103,8 +102,7 @@ def _tuned(found: Contest, bench: Bench, trials: Sequence[Trial], psnr: float, e
     """The fastest compositions that keep a PSNR on the tuning prompts, until one does on held-out ones."""
     for trial in finalists(trials, Goal("psnr", psnr))[:TRIED]:
         known = next((entry for entry in found.entries if entry.trial == trial.number), None)
-        pace = 1.0 if known else bench.slower()
-        entry = known or measured(bench, ours(trial.recipe.name, trial.recipe), "tuned", exact, pace, trial.recipe.to_yaml())
+        entry = known or measured(bench, ours(trial.recipe.name, trial.recipe), "tuned", exact, trial.recipe.to_yaml())
         if known is None:
             entry.trial = trial.number
             found.entries.append(entry)
@@ -121,14 +119,12 @@ def _others(pipe: Any, call: dict[str, Any], steps: int, thin: int) -> list[tupl
     return found + [(candidate, "peer") for candidate in sweep(pipe, call, thin)]
 
 
-def measured(
-    bench: Bench, candidate: Candidate, what: str, exact: Sequence[Any], pace: float = 1.0, recipe: str = ""
-) -> Entry:
-    """A candidate on the held-out samples, until it cannot keep the lowest PSNR any more. pace: `Bench.slower`."""
+def measured(bench: Bench, candidate: Candidate, what: str, exact: Sequence[Any], recipe: str = "") -> Entry:
+    """A candidate on the held-out samples, until it cannot keep the lowest PSNR any more."""
     goal = Goal("psnr", min(PSNRS))
     allowed = math.floor((1 - NEEDED) * len(bench.samples) + 1e-9)
     found = bench.measure(
-        candidate.recipe, candidate, slower=pace,
+        candidate.recipe, candidate,
         until=lambda outcomes: sum(not goal.met(outcome.value(goal)) for outcome in outcomes) > allowed,
     )  # fmt: skip
     entry = Entry(what, found, recipe)
