@@ -22,9 +22,10 @@ class TextTuned:
 
     trials: those that ran on every tuning prompt. given_up: (composition, reason) of the others. verdicts: on held-out prompts,
     in the order in which they were tried. control, single: the fastest that only writes the surest k slots per evaluation, and
-    the fastest that changes one axis of sequential decoding, where they keep the budget on held-out prompts. floor: share of
-    its own texts that sequential decoding repeats when they are batched otherwise. plain_seconds: of a text of it. spent:
-    seconds of all. why: what the reader must know, a sentence each.
+    the fastest that changes one axis of sequential decoding, where they keep the budget on held-out prompts. late: which of these
+    ("fewer_steps", "single") did not meet them, because the time was over. floor: share of its own texts that sequential
+    decoding repeats when they are batched otherwise. plain_seconds: of a text of it. spent: seconds of all. why: what the
+    reader must know, a sentence each.
     """
 
     goal: TextGoal
@@ -36,6 +37,7 @@ class TextTuned:
     control: TextVerdict | None = None
     single: TextVerdict | None = None
     interactions: list[Losses] = field(default_factory=list)
+    late: dict[str, str] = field(default_factory=dict)
     floor: float | None = None
     plain_seconds: float = 0.0
     spent: float = 0.0
@@ -79,7 +81,8 @@ class TextTuned:
         found = []
         if self.best is not None:
             found += [self._verdict(self.best), self._enough(self.best), *self._answers(self.best.measured)]
-            found += [self._beside("The surest k slots per evaluation", self.control), self._beside("The best single method", self.single)]
+            found.append(self._beside("The surest k slots per evaluation", self.control, "fewer_steps"))
+            found.append(self._beside("The best single method", self.single, "single"))
         if self.floor is not None:
             found.append(f"Sequential decoding itself repeats {self.floor:.1%} of its texts when they are batched otherwise: the noise floor.")
             if self.floor < self.goal.limit:
@@ -115,8 +118,10 @@ class TextTuned:
         known = measured.accuracy
         return [] if known is None else [f"Right answers: {known[0]:.1%}, sequential decoding {known[1]:.1%}."]
 
-    def _beside(self, what: str, other: TextVerdict | None) -> str:
+    def _beside(self, what: str, other: TextVerdict | None, role: str) -> str:
         assert self.best is not None
+        if role in self.late:
+            return f"{what} ({self.late[role]}): the time was over before it met the held-out prompts."
         if other is None:
             return f"{what}: none that was tried keeps {self.goal} and saves time."
         if other is self.best:

@@ -43,8 +43,9 @@ TUNING, HELD = 0.12, 0.2
 MOST, FEWEST = 96, 4
 """Tuning prompts at most, and prompts of each kind at least."""
 
-WANTED = 3
-"""Compositions that keep the budget on held-out prompts, of which the fastest is taken."""
+LOOKS, MORE = 3, 2
+"""Trials of a kind that meet the held-out prompts as a control, and further ones beside the first that keeps the budget: what was
+faster on the tuning prompts need not be."""
 
 CALL = ("max_new_tokens", "cfg_scale", "eos_penalty", "min_new_tokens")
 """Arguments of `generate` that say what is to be written; the others say how, which is what is searched."""
@@ -177,9 +178,12 @@ class TextTuning:
             return
         self.say(f"{len(ready)} compositions keep {goal} on the tuning prompts; the fastest meet {len(prompts)} others.")
         held = TextBench(self.pipe, prompts, job.call, job.batch, job.right)
-        found.verdicts = text_verified(held, ready, goal, self._over, WANTED, self._verdict)
-        found.control = self._control(found, held, [trial for trial in ready if is_fewer(trial.recipe)])
-        found.single = self._control(found, held, [trial for trial in ready if is_single(trial.recipe)])
+        found.verdicts = text_verified(held, ready, goal, self._over, 1, self._verdict)
+        found.control = self._control(found, held, "fewer_steps", [trial for trial in ready if is_fewer(trial.recipe)])
+        found.single = self._control(found, held, "single", [trial for trial in ready if is_single(trial.recipe)])
+        met = {verdict.trial.number for verdict in found.verdicts}
+        others = [trial for trial in ready if trial.number not in met][: 0 if self._over() else MORE]
+        found.verdicts += text_verified(held, others, goal, self._over, MORE, self._verdict, len(met))
         holding = [verdict for verdict in found.verdicts if verdict.holds(goal)]
         if not holding:
             found.why.append(f"No composition kept {goal} on {len(prompts)} held-out prompts in time. Allow more time, or a wider budget.")
@@ -190,12 +194,13 @@ class TextTuning:
         found.interactions = losses(tuning, found.best.trial.recipe, self._over)
         found.recipe = text_stamped(found.best, goal, self.known, job.model)
 
-    def _control(self, found: TextTuned, held: TextBench, trials: Sequence[TextTrial]) -> TextVerdict | None:
-        """The fastest of at most `WANTED` `trials` that keeps the budget; its verdict is one of `found.verdicts`."""
+    def _control(self, found: TextTuned, held: TextBench, role: str, trials: Sequence[TextTrial]) -> TextVerdict | None:
+        """The fastest of at most `LOOKS` `trials` that keeps the budget; its verdict is one of `found.verdicts`."""
         known = {verdict.trial.number: verdict for verdict in found.verdicts}
-        for trial in trials[:WANTED]:
+        for trial in trials[:LOOKS]:
             if trial.number not in known:
                 if self._over():
+                    found.late[role] = f"{trial.measured.name}, {trial.measured.speedup:.2f}x on the tuning prompts"
                     return None
                 found.verdicts += text_verified(held, [trial], found.goal, self._over, 1, self._verdict, len(found.verdicts))
                 known[trial.number] = found.verdicts[-1]
