@@ -36,7 +36,7 @@ FASTER = 1.3
 NEIGHBOURS = 4
 """Candidates after which the plain run is timed again."""
 
-TRIED = 4
+TRIED = 8
 """Tuned compositions that are measured on held-out samples for each PSNR."""
 
 Tell = Callable[[str], None]

@@ -20,6 +20,9 @@ from hasten.samplers.solver import Solver
 NEEDED = 0.95
 """Share of held-out samples that must keep the budget."""
 
+MANY = 6
+"""Tuning samples of which one may miss the budget."""
+
 ROUNDS = 1000
 
 THIN = 2
@@ -38,9 +41,17 @@ class Verdict:
 
 
 def finalists(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
-    """Those that keep the budget on every tuning sample, fastest first."""
-    kept = [trial for trial in trials if trial.measured.kept(goal) == 1]
+    """Those that keep the budget on every tuning sample, fastest first; of `MANY` samples or more, on all but one.
+
+    Some seeds stand on the edge between two pictures, and nearly every way of saving steps takes them over it. One such among
+    the tuning samples must not decide alone: held-out prompts do.
+    """
+    kept = [trial for trial in trials if _missed(trial, goal) <= (len(trial.measured.outcomes) >= MANY)]
     return sorted(kept, key=lambda trial: -trial.measured.speedup)
+
+
+def _missed(trial: Trial, goal: Goal) -> int:
+    return sum(not goal.met(each.value(goal)) for each in trial.measured.outcomes)
 
 
 def is_control(trial: Trial) -> bool:
