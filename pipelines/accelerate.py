@@ -18,31 +18,17 @@ from hasten.clock import Clock
 from hasten.errors import HastenError, LimitError, ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
-from hasten.pipelines.lora import Lora, find
-from hasten.pipelines.quantised import Quantised, is_quantised
 from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.pipelines.seams.adapter import put_on
-from hasten.pipelines.seams.bottleneck import sample_in_stages
-from hasten.pipelines.seams.chunk_calls import sample_in_chunks
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
 from hasten.pipelines.seams.draft import Drafted
-from hasten.pipelines.seams.few_calls import sample_in_few_calls
 from hasten.pipelines.seams.guidance import GuidanceSeam
-from hasten.pipelines.seams.quantised import put_on as put_weights_on
+from hasten.pipelines.seams.sampling import change_adapter, change_sampling
 from hasten.pipelines.seams.spending import Spending, tolerance_of
-from hasten.pipelines.seams.windows import sample_in_windows
-from hasten.pipelines.solver import swap_scheduler
 from hasten.pipelines.students import taught
-from hasten.pipelines.timed_lora import TimedLora, read_adapter
 from hasten.pipelines.tune.fingerprint import known_by
 from hasten.recipe import Recipe
-from hasten.samplers.bottleneck import Bottleneck
-from hasten.samplers.chunk_calls import ChunkCalls
-from hasten.samplers.draft import Draft
-from hasten.samplers.few_calls import FewCalls
 from hasten.samplers.solver import Solver
 from hasten.samplers.travel import TimeTravel
-from hasten.samplers.windows import Windows
 from hasten.session import Attachment
 from hasten.sparse_attn.policy import SparseAttention
 from hasten.step import Step
@@ -179,7 +165,7 @@ class Session:
         self.guidance: GuidanceSeam | None = None
         self.spending: Spending | None = None
         self.gates: list[DenoiserGate] = []
-        self._attachment = Attachment()
+        self.attachment = Attachment()
         self._bare_scheduler = scheduler
         self._closed = False
         self._warned: set[str] = set()
@@ -217,14 +203,8 @@ class Session:
 
     def _attach(self, models: dict[str, nn.Module]) -> None:
         self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
-        if isinstance(self.recipe.sampler, TimeTravel) and self.recipe.reuse is not None:
-            raise UsageError(
-                f"Recipe {self.recipe.name!r} sets reuse beside a sampler that goes back to more noise: what was computed on one"
-                " walk says nothing of the next. Take one of the two."
-            )
-        if isinstance(self.recipe.sampler, Solver):
-            swap_scheduler(self._attachment, self.host, self.recipe.sampler)
-        self._become_a_student(models)
+        change_adapter(self, models)
+        self._drafted = change_sampling(self)
         self.clock.on_run.append(self._run_begins)
         self.clock.on_tick.append(self._tick)
         self.clock.on_end.append(self._run_ends)
@@ -264,63 +244,11 @@ class Session:
                 " not hold here; run hasten tune."
             )
 
-    def _become_a_student(self, models: dict[str, nn.Module]) -> None:
-        """Put the recipe's adapter onto its network, and sample as it was trained to be sampled."""
-        adapter, sampler = self.recipe.adapter, self.recipe.sampler
-        if adapter is not None:
-            place = find(adapter)
-            made = Quantised.load(place) if is_quantised(place) else read_adapter(place)
-            network = self.host if isinstance(self.host, nn.Module) else models.get(made.site)
-            if network is None:
-                raise ModelError(
-                    f"The adapter {adapter.path!r} is for a pipeline's {made.site}, and {type(self.host).__name__} has"
-                    f" {', '.join(models)}. Load the model that it was trained for."
-                )
-            self.trace.facts["adapter"] = self._changed(network, made, adapter.scale)
-            if remark := made.remark(network):
-                self.note(remark)
-        if isinstance(sampler, ChunkCalls):
-            self._refuse_beside("makes chunks of frames", "guidance", "reuse", "attention")
-            self.trace.facts["student"] = sample_in_chunks(self._attachment, self.host, sampler, self._hold)
-        elif isinstance(sampler, Bottleneck):
-            self._refuse_beside("changes its resolution on the way", "reuse", "attention", "guidance")
-            self.trace.facts["stages"] = sample_in_stages(self._attachment, self.host, sampler, self.note)
-        elif isinstance(sampler, Windows):
-            if not isinstance(self.recipe.reuse, NetworkReuse | None):
-                self._refuse_beside("cuts clips into windows", "reuse")
-            self._refuse_beside("cuts clips into windows", "attention")
-            self.trace.facts["windows"] = sample_in_windows(self._attachment, self.host, sampler, self._step_index, self.note)
-        elif isinstance(sampler, Draft):
-            self._drafted = self._from_a_draft(sampler)
-            self.trace.facts["draft"] = self._drafted.put_on(self._attachment, self.host)
-        elif isinstance(sampler, FewCalls):
-            self.trace.facts["student"] = sample_in_few_calls(self._attachment, self.host, sampler)
+    def another(self, recipe: Recipe) -> Session:
+        """A session of its own on the same host, inside this one: what makes a draft."""
+        return Session(self.host, recipe, None, self.limits, self.group)
 
-    def _changed(self, network: nn.Module, made: Lora | Quantised, scale: float) -> str:
-        """Put an adapter or quantised weights onto `network`; what was done, in words."""
-        if isinstance(made, Lora):
-            name = put_on(self._attachment, network, made, scale)
-            timed = made.put_on(self._attachment, network, name) if isinstance(made, TimedLora) else ""
-            return f"{len(made.layers)} layers changed, scale {scale:g}{timed}"
-        if scale != 1:
-            raise UsageError(f"adapter.scale is for what a LoRA adds, got {scale:g}; quantised weights are whole. Leave it out.")
-        put_weights_on(self._attachment, network, made)
-        return made.told()
-
-    def _from_a_draft(self, part: Draft) -> Drafted:
-        """What makes drafts here, by a session of their own. Raises `UsageError` where their recipe is none for this host."""
-        draft = find_recipe(part.recipe) if part.recipe else None
-        if draft is not None and isinstance(draft.sampler, Draft):
-            raise UsageError(f"The recipe of a draft, {part.recipe!r}, starts from a draft itself. Name one that starts from noise.")
-        if draft is not None:
-            Session(self.host, draft, None, self.limits, self.group).close()  # what is refused is refused now
-        opened = None if draft is None else lambda: Session(self.host, draft, None, self.limits, self.group)
-        return Drafted(self.host, part, opened, self.follow_scheduler, lambda told: self.trace.facts.update(drafted=told))
-
-    def _step_index(self) -> int:
-        return self.clock.step.index if self.clock.step is not None else 0
-
-    def _hold(self, held: int) -> None:
+    def hold(self, held: int) -> None:
         """Count what a sampler holds, which cannot be dropped."""
         cap = self.limits.max_cache_bytes
         if cap is not None and held > cap:
@@ -328,15 +256,6 @@ class Session:
                 f"Keys and values of earlier frames take {held:,} bytes, above the cap of {cap:,}. Set sampler.window, or raise the cap."
             )
         self.trace.hold(held)
-
-    def _refuse_beside(self, does: str, *axes: str) -> None:
-        """Raises `UsageError` where the recipe sets one of `axes` beside a sampler that `does` something they do not know of."""
-        others = [axis for axis in axes if getattr(self.recipe, axis) is not None]
-        if others:
-            raise UsageError(
-                f"Recipe {self.recipe.name!r} sets {' and '.join(others)} beside a sampler that {does}: what they would leave out"
-                " is said of whole runs at one size. Take one of the two."
-            )
 
     # --- what users ask ---------------------------------------------------------------------------
 
@@ -377,7 +296,7 @@ class Session:
         for gate in reversed(self.gates):
             gate.release()
         self.clock.release()
-        self._attachment.restore()
+        self.attachment.restore()
         self.guidance = None
 
     def __enter__(self) -> Self:
