@@ -114,7 +114,8 @@ def check_asked(config: TrainConfig) -> None:
     """Raises `UsageError` where nobody says what the model is asked, which is known before it is loaded."""
     data = config.data
     asked = data.prompts or data.folder is not None or data.file is not None or config.model in tiny_models.names()
-    if not asked and config.method.data != "own":
+    a_model = "/" in config.model or Path(config.model).exists()  # another word is no model, which is said when it is opened
+    if not asked and a_model and config.method.data != "own":
         raise UsageError(NO_PROMPTS)
 
 

@@ -50,7 +50,7 @@ class BothSpaces:
     def batch(self, index: Tensor, draw: Draw) -> TwoSpaces:
         """The rows of these numbers."""
         found = self.store.batch(index, draw)
-        return TwoSpaces(found.condition, found.empty, found.x0, None, found.shape, found.z)
+        return TwoSpaces(found.condition, found.empty, found.x0, None, found.shape, old=found.z)
 
 
 def train_new_latents(

@@ -123,7 +123,7 @@ def test_tokens_that_can_agree_come_to_agree(deeper: Path) -> None:
     y = torch.randn(64, *new.shape, generator=g)
     mixed = torch.einsum("oc,bchw->bohw", torch.randn(4, 6, generator=g) / 6**0.5, y)
     x = mixed.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    batch = TwoSpaces(conditions.rows(torch.zeros(64, dtype=torch.int64)), conditions, y, None, new.shape, x)
+    batch = TwoSpaces(conditions.rows(torch.zeros(64, dtype=torch.int64)), conditions, y, None, new.shape, old=x)
     weights = [value for _, module in state.heads("student") for value in module.parameters()]
     adam, apart = torch.optim.Adam(weights, lr=2e-2), []
     for _ in range(120):

@@ -161,7 +161,7 @@ def test_an_optimiser_that_goes_too_far_is_told_from_one_that_does_not() -> None
 class _Told(Pairs):
     """Tangents as they are told: `way` for each step."""
 
-    kind = "told"
+    kind = "test-told"
 
     def start(self, facts: Any) -> Any:
         state: Any = super().start(facts)

@@ -57,7 +57,7 @@ def test_the_default_is_every_recipe_and_auto_over_tolerances_the_bars_can_read(
     caches = {name for name, one in found.items() if one.attention is None and one.adapter is None}
     assert {label.partition(" @ ")[0] for label in labels} == caches - {"plain"} | {"fast"}
     assert "fast @ student=false" in labels, "a student draws other pictures"
-    auto = [label for label in labels if label.startswith("auto")]
+    auto = [label for label in labels if label.startswith("auto @")]
     assert len(auto) > 5 and all(bars.named_tolerance(label) for label in auto)
 
 
