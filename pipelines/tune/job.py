@@ -31,7 +31,7 @@ class Job:
     peers: bool = False
     attention: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
-    presets: tuple[str, ...] = ("balanced", "auto", "easycache-forecast")
+    presets: tuple[str, ...] = ("balanced", "fast:student=false", "auto", "easycache-forecast")
     seed: int = 0
 
     def __post_init__(self) -> None:
