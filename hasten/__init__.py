@@ -29,10 +29,11 @@ if TYPE_CHECKING:
         UsageError,
     )
     from hasten.limits import Limits
-    from hasten.pipelines.accelerate import Session, accelerate
+    from hasten.pipelines.accelerate import accelerate
     from hasten.pipelines.compare import compare
     from hasten.pipelines.noise_search import search_noise
     from hasten.pipelines.recipes import recipe
+    from hasten.pipelines.session import Session
     from hasten.pipelines.text.diffusion import TextDiffusionPipeline
     from hasten.pipelines.text.gemma_pipeline import DiffusionGemmaPipeline
     from hasten.pipelines.tiny_models import load
@@ -58,7 +59,7 @@ _HOME = {
     "RefusedError": "hasten.errors",
     "Report": "hasten.report",
     "ResumeError": "hasten.errors",
-    "Session": "hasten.pipelines.accelerate",
+    "Session": "hasten.pipelines.session",
     "Step": "hasten.step",
     "TextDiffusionPipeline": "hasten.pipelines.text.diffusion",
     "Trace": "hasten.trace",

@@ -16,7 +16,7 @@ import torch
 from hasten.errors import ModelError, UsageError, nearest
 from hasten.limits import Limits
 from hasten.pipelines import sizes, tiny_models
-from hasten.pipelines.accelerate import Session
+from hasten.pipelines.session import Session
 from hasten.pipelines.seams.few_calls import overruled_by
 
 

@@ -6,7 +6,11 @@ reward models are not part of hasten: pass a function that asks them.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,3 +61,36 @@ def verifier_of(which: str | Verifier) -> Verifier:
             f"There is no verifier {which!r}; allowed: {', '.join(VERIFIERS)}, or a function of (frames, prompt).{nearest(which, VERIFIERS)}"
         )
     return VERIFIERS[which]
+
+
+def local_verifier(text: str) -> Verifier:
+    """The function that `module:function` or `file.py:function` names, imported here.
+
+    It runs code of this machine, so only a person at the command line may name one: no recipe, file of prompts or page does.
+    Raises `UsageError` where there is no such module, file or function.
+    """
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise UsageError(
+            f"There is no verifier {text!r}; allowed: {', '.join(VERIFIERS)}, or a function of (frames, prompt) of your own as"
+            f" module:function or file.py:function.{nearest(text, VERIFIERS)}"
+        )
+    try:
+        module = _of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UsageError(
+            f"Cannot import {where} for the verifier {text}: {error}. Name a module that Python finds, or a .py file."
+        ) from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UsageError(f"{where} has no function {name!r}. Define it there: {name}(frames, prompt) -> float, larger is better.")
+    made: Verifier = found
+    return made
+
+
+def _of_file(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None, "a name that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -18,7 +18,7 @@ from hasten.cli.values import assignments
 from hasten.errors import UsageError
 
 if TYPE_CHECKING:
-    from hasten.pipelines.accelerate import Session
+    from hasten.pipelines.session import Session
     from hasten.pipelines.generate import Request, Result
     from hasten.recipe import Recipe
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.pipelines.accelerate import Session, accelerate
+from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.quiet import quiet
+from hasten.pipelines.session import Session
 from hasten.pipelines.solver import other_scheduler
 from hasten.recipe import Recipe
 from hasten.session import Attachment

@@ -19,12 +19,13 @@ from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
 from hasten.errors import ModelError, RefusedError
 from hasten.forecast import Forecast, Hold, Polynomial
-from hasten.pipelines.accelerate import Session, accelerate
+from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.doctor.backends import Check, Inapplicable, check
 from hasten.pipelines.doctor.restore import Snapshot
 from hasten.pipelines.generate import Prompt, Request, plan
 from hasten.pipelines.host import Call, Layout, denoisers
 from hasten.pipelines.quiet import quiet
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 
 STEPS = 12

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RefusedError
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.doctor.backends import Check, Inapplicable
 from hasten.pipelines.doctor.model import ALTERNATE, Model, own, same, stood_in, without_hasten
 from hasten.pipelines.host import Call, Output
 from hasten.pipelines.seams.stack import SKIP_TOLERANCE, SKIP_TOLERANCE_HALF
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 
 INJECTIONS = (

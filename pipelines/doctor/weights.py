@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.doctor.backends import Check, Inapplicable
 from hasten.pipelines.doctor.model import ONCE, Model, stood_in, without_hasten
 from hasten.pipelines.doctor.network import ALONE, Loop, Ticks, near
 from hasten.pipelines.seams.structure import candidates
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 
 PROJECTIONS = ("to_q", "to_v", "to_qkv", "q_proj", "v_proj", "qkv", "query", "value")

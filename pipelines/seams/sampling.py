@@ -32,7 +32,7 @@ from hasten.samplers.travel import TimeTravel
 from hasten.samplers.windows import Windows
 
 if TYPE_CHECKING:
-    from hasten.pipelines.accelerate import Session
+    from hasten.pipelines.session import Session
 
 
 def change_adapter(session: Session, models: dict[str, nn.Module]) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from hasten.caching.network import NetworkReuse
-from hasten.pipelines.accelerate import Session, accelerate
+from hasten.pipelines.accelerate import accelerate
+from hasten.pipelines.session import Session
 from hasten.recipe import Guidance, Recipe
 from hasten.samplers.guidance import GuidanceState
 from hasten.step import Step

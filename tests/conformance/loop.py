@@ -22,7 +22,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
 from hasten.forecast import Hold
-from hasten.pipelines.accelerate import Session
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests.conformance.small import Inputs, Small, every
 

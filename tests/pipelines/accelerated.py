@@ -12,7 +12,7 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
 from hasten.forecast import Polynomial
-from hasten.pipelines.accelerate import Session
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests import hosts
 

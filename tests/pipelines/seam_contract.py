@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import hasten
-from hasten.pipelines.accelerate import Session
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests.contract import seeded
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.attention.seam import AttentionSeam
+from hasten.pipelines.session import Session
 from tests.conformance.loop import Loop, assert_same, solver, turn
 from tests.conformance.small import Inputs, Small, every
 from tests.hosts import FLUX_CALL, UNET_CALL, small_flux, small_unet

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import hasten
 from hasten.caching.stack import StackReuse
 from hasten.drift import Drift
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.recipes import blocks, catalogue
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests.contract import seeded
 from tests.hosts import (

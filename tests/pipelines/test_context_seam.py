@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import hasten
 from hasten.caching.context import ContextReuse, pooled
 from hasten.caching.rules import Every
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.recipes.modules import recap, token_change_cache
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests.contract import seeded
 from tests.hosts import WAN_CALL, small_wan

@@ -21,7 +21,6 @@ from hasten import clock
 from hasten.caching.network import BranchHistory, NetworkReuse, NetworkState
 from hasten.caching.stack import StackReuse
 from hasten.errors import ModelError
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.doctor import conformance as doctor
 from hasten.pipelines.doctor import network, promises, runs, weights
 from hasten.pipelines.doctor.backends import Check
@@ -29,6 +28,7 @@ from hasten.pipelines.doctor.model import REMEMBERING, STEPS, Model
 from hasten.pipelines.seams.denoiser_gate import SEAMS, DenoiserGate
 from hasten.pipelines.seams.network import NetworkSeam
 from hasten.pipelines.seams.stack_gate import Gate, GateList
+from hasten.pipelines.session import Session
 from tests.hosts import (
     FLUX_CALL,
     PIXART_CALL,

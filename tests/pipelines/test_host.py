@@ -15,8 +15,8 @@ from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
 from hasten.forecast import Hold
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.host import Call, Layout, Output
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe, ReusePolicy
 from hasten.samplers.guidance import GuidanceInterval
 from tests.conformance.small import every

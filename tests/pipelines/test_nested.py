@@ -15,8 +15,8 @@ from hasten.caching.deep import DeepReuse
 from hasten.caching.modules import ModuleReuse
 from hasten.caching.network import NetworkReuse
 from hasten.caching.rules import Every
-from hasten.pipelines.accelerate import Session
 from hasten.pipelines.recipes import recipe
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests.hosts import UNET_CALL, small_unet, small_wan
 from tests.pipelines.seam_contract import state_of

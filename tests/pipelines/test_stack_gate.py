@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hasten
 from hasten.caching.rules import Every
 from hasten.caching.stack import StackReuse
-from hasten.pipelines.accelerate import Session
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from hasten.samplers.guidance import GuidanceInterval
 from tests.contract import seeded

@@ -13,7 +13,7 @@ from hasten.caching.rules import Every
 from hasten.caching.spans import Chosen
 from hasten.caching.stack import StackReuse
 from hasten.caching.tokens import MovedTokens
-from hasten.pipelines.accelerate import Session
+from hasten.pipelines.session import Session
 from hasten.recipe import Recipe
 from tests.contract import seeded
 from tests.hosts import FLUX_CALL, WAN_CALL, small_flux, small_wan
