@@ -16,8 +16,10 @@ import torch
 from hasten.errors import ModelError, UsageError, nearest
 from hasten.limits import Limits
 from hasten.pipelines import sizes, tiny_models
-from hasten.pipelines.session import Session
+from hasten.pipelines.generate_searched import NoiseChoice
+from hasten.pipelines.noise_search import Searched
 from hasten.pipelines.seams.few_calls import overruled_by
+from hasten.pipelines.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,16 @@ class Request:
 class Result:
     """One finished prompt. frames: float32 in [0, 1], frame x height x width x channel; an image is one frame.
 
-    seconds: wall time of the pipeline's call. run: its index in the session's trace.
+    seconds: wall time of the pipeline's call. run: its index in the session's trace. searched: what the search over noises
+    that chose it came to, whose runs are `runs` of the trace and all count in `seconds`.
     """
 
     prompt: Prompt
     frames: numpy.ndarray[Any, Any]
     seconds: float
     run: int
+    searched: Searched | None = None
+    runs: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,20 +174,31 @@ def generate(
     *,
     limits: Limits | None = None,
     on_progress: OnProgress | None = None,
+    search: NoiseChoice | None = None,
 ) -> Iterator[Result]:
     """Generate every prompt of `request` with `pipe` inside the open `session`, in order, one at a time.
 
-    Noise is drawn on the CPU, so that a seed gives the same start on every device.
+    Noise is drawn on the CPU, so that a seed gives the same start on every device. search: try several noises for each prompt,
+    from its seed on, and give the best.
     """
     call = plan(pipe, request, limits)
     total = len(request.prompts)
     for done, prompt in enumerate(request.prompts):
-        generator = torch.Generator("cpu").manual_seed(prompt.seed)
-        started = time.perf_counter()
+        before, started = len(session.trace.runs), time.perf_counter()
         with _watched(session, done, total, on_progress):
-            output = pipe(prompt=prompt.text, generator=generator, **call)
+            if search is None:
+                output = pipe(prompt=prompt.text, generator=torch.Generator("cpu").manual_seed(prompt.seed), **call)
+                found = None
+            else:
+                found = search.best_of(pipe, prompt.text, prompt.seed, call)
         seconds = time.perf_counter() - started
-        yield Result(prompt, frames_of(output), seconds, len(session.trace.runs) - 1)
+        runs = range(before, len(session.trace.runs))
+        if found is None:
+            yield Result(prompt, frames_of(output), seconds, runs[-1] if runs else -1, runs=runs)
+        else:
+            whole = len(runs) == len(found.candidates)  # one run each, and none walked in parts
+            best = runs[found.best.number] if whole else len(session.trace.runs) - 1
+            yield Result(prompt, _finite(found.frames), seconds, best, found, runs)
 
 
 def frames_of(output: Any) -> numpy.ndarray[Any, Any]:
@@ -195,12 +211,18 @@ def frames_of(output: Any) -> numpy.ndarray[Any, Any]:
                 f"{type(output).__name__} holds neither images nor frames; hasten cannot write it."
             )
         batch = numpy.asarray(images)[:, None]
-    frames = numpy.asarray(batch[0], dtype=numpy.float32)
+    return _finite(batch[0])
+
+
+def _finite(frames: Any) -> numpy.ndarray[Any, Any]:
+    """As float32 in [0, 1]."""
+    frames = numpy.asarray(frames, dtype=numpy.float32)
     if not numpy.isfinite(frames).all():
         raise ModelError(
             "The result is not finite (NaN or Inf). Try --dtype float32 or bfloat16, or fewer changes."
         )
-    return frames.clip(0.0, 1.0)
+    clipped: numpy.ndarray[Any, Any] = frames.clip(0.0, 1.0)
+    return clipped
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,16 @@ def strategy(how: str | NoiseSearch, budget: int | None, n: int) -> NoiseSearch:
     return how
 
 
+def steps_of(pipe: Any, call: Mapping[str, Any]) -> int:
+    """Steps of a run of `pipe` called so: those of the call, or the pipeline's own. Raises `UsageError` where there are none."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    default = known["num_inference_steps"].default if "num_inference_steps" in known else None
+    steps = call.get("num_inference_steps", default)
+    if not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"A search needs num_inference_steps, at least 1, got {steps!r}.")
+    return steps
+
+
 @dataclass(slots=True)
 class _Loop:
     """One search: what has been tried, and how the pipeline is called. mu: the shift that the pipeline tells its scheduler."""
@@ -111,12 +121,7 @@ class _Loop:
 
     @property
     def steps(self) -> int:
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        default = known["num_inference_steps"].default if "num_inference_steps" in known else None
-        steps = self.call.get("num_inference_steps", default)
-        if not isinstance(steps, int) or steps < 1:
-            raise UsageError(f"A search needs num_inference_steps, at least 1, got {steps!r}.")
-        return steps
+        return steps_of(self.pipe, self.call)
 
     # --- whole runs -------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli.generate_masked import MaskedTask
+from hasten.cli.generate_search import check_recipe, default_recipe, noise_choice, say_search, searched_row
 from hasten.cli.generate_text import TextTask
 from hasten.cli.options import Call, Device, Dtype, Fps, Lora, ModelArgument, Offload, Revision
 from hasten.cli.output import JsonOption, Output, versions
@@ -18,11 +20,12 @@ from hasten.cli.values import assignments
 from hasten.errors import UsageError
 
 if TYPE_CHECKING:
-    from hasten.pipelines.session import Session
     from hasten.pipelines.generate import Request, Result
+    from hasten.pipelines.generate_searched import NoiseChoice
+    from hasten.pipelines.session import Session
     from hasten.recipe import Recipe
 
-CHANGE, FILES = "What to generate", "Files"
+CHANGE, SEARCH, FILES = "What to generate", "Search over noises", "Files"
 
 
 def generate(
@@ -55,6 +58,25 @@ def generate(
         float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=CHANGE)
     ] = None,
     call: Call = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW", help="Try several noises and keep the best: random, zero-order or paths.", rich_help_panel=SEARCH
+        ),
+    ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option(metavar="N", help="What the search may cost, in whole runs.", min=1, max=10_000, rich_help_panel=SEARCH),
+    ] = 8,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who chooses: digits (default for bundled models), sharpness, or your own module:function or file.py:function,"
+            " which is imported and run.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -111,6 +133,7 @@ def generate(
         if is_masked_image(model):
             none: dict[str, Any] = {"steps": steps, "negative-prompt": negative_prompt, "height": height, "width": width}
             none |= {"frames": frames, "lora": lora, "report": report, "offload": None if offload == "none" else offload}
+            none |= {"search": search, "verifier": verifier}
             places = Places.of(output or Path("hasten-output"), len(wanted))
             arguments = assignments(call or [], "--call") | ({} if guidance is None else {"guidance_scale": guidance})
             masked = MaskedTask(
@@ -120,6 +143,7 @@ def generate(
             return
         if writes_text(model, revision):
             unfit = {"negative-prompt": negative_prompt, "height": height, "width": width, "frames": frames, "lora": lora}
+            unfit |= {"search": search, "verifier": verifier}
             more = {"steps": steps, "cfg_scale": guidance}
             arguments = assignments(call or [], "--call") | {key: value for key, value in more.items() if value is not None}
             text = TextTask(
@@ -129,7 +153,9 @@ def generate(
             _generate_text(text, out)
             return
         places = Places.of(output or Path("hasten-output"), len(wanted))
-        chosen = find_recipe(recipe or "balanced").replace(assignments(set_ or [], "--set"))
+        choice = noise_choice(model, search, verifier, candidates)
+        chosen = find_recipe(recipe or default_recipe(choice)).replace(assignments(set_ or [], "--set"))
+        check_recipe(choice, chosen)
         check_name(model)
         ranks = Ranks.start(device)
         request = Request(
@@ -142,7 +168,7 @@ def generate(
             guidance=guidance,
             extra=assignments(call or [], "--call"),
         )
-        task = _Task(model, chosen, request, places, fps, report, metadata)
+        task = _Task(model, chosen, request, places, fps, report, metadata, choice)
         with writable(places.folder.absolute(), *report_folder(report)):
             pipe = open_pipeline(
                 model,
@@ -203,6 +229,7 @@ class _Task:
     fps: int
     report: Path | None
     metadata: bool
+    choice: NoiseChoice | None = None
 
     def run(self, pipe: Any, out: Output, *, quiet: bool) -> list[dict[str, Any]]:
         """Generate, write, and describe each result in a row."""
@@ -211,24 +238,30 @@ class _Task:
         from hasten.pipelines import generate as service
         from hasten.pipelines.accelerate import accelerate
 
-        service.plan(pipe, self.request)  # what it refuses is refused before anything is put onto the pipeline
+        planned = service.plan(pipe, self.request)  # what it refuses is refused before anything is put onto the pipeline
+        if self.choice is not None:
+            self.choice.check(pipe, [prompt.text for prompt in self.request.prompts], planned)
         self.places.check(service.makes_video(pipe))
-        rows = []
+        rows, shown = [], None
         with (
             accelerate(pipe, self.recipe) as session,
             bar(out, Path(self.model).name, shown=not quiet) as show,
         ):
             call = service.plan(pipe, self.request)  # a student has steps and guidance of its own
-            for result in service.generate(pipe, session, self.request, on_progress=show):
+            for result in service.generate(pipe, session, self.request, on_progress=show, search=self.choice):
                 row = self._write(result, session, call)
                 rows.append(row)
+                shown = result.run if result.searched else None
                 out.say(
                     f"{row['file']}: {row['seconds']:.1f} s, {100 * row['computed_fraction']:.0f} % of the work computed"
                 )
+                if "search" in row:
+                    say_search(out, row["search"], session)
         for note in session.trace.notes:
             out.warn(note)
         if self.report is not None and not quiet:
-            session.report().save(self.report)
+            report = session.report()
+            (report if shown is None else report.of(shown)).save(self.report)
         return rows
 
     def _write(self, result: Result, session: Session, call: dict[str, Any]) -> dict[str, Any]:
@@ -246,9 +279,15 @@ class _Task:
             "guidance_scale": call.get("guidance_scale"),
             "versions": versions(),
         }
+        more: dict[str, Any] = {}
+        if self.choice is not None and result.searched is not None:
+            more = {"search": searched_row(self.choice, result, session)}
+            facts |= {"seed": result.searched.best.seed} if self.choice.how == "random" else {}
+            facts["search"] = {key: value for key, value in more["search"].items() if key != "candidates"}
         written = media.save(result.frames, path, fps=self.fps, metadata=facts if self.metadata else None)
         frames, height, width, _ = result.frames.shape
-        account = session.report().of(result.run)
+        accounts = [session.report().of(run) for run in result.runs or [result.run]]
+        asked, nfe = sum(each.evaluations for each in accounts), math.fsum(each.nfe for each in accounts)
         return {
             "index": result.prompt.index,
             "model": self.model,
@@ -257,13 +296,13 @@ class _Task:
             "seed": result.prompt.seed,
             "file": str(written[0]),
             "seconds": result.seconds,
-            "computed_fraction": account.computed_fraction,
-            "nfe": account.nfe,
-            "bytes_held": account.bytes_held,
+            "computed_fraction": accounts[0].computed_fraction if len(accounts) == 1 else nfe / max(1, asked),
+            "nfe": nfe,
+            "bytes_held": accounts[0].bytes_held,
             "frames": frames,
             "height": height,
             "width": width,
-        }
+        } | more
 
 
 def report_folder(path: Path | None) -> list[Path]:
