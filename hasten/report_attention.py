@@ -123,7 +123,7 @@ def _picture(calls: Sequence[Attended], total: int, steps: int) -> str:
             f' y="{top + call.layer * row}" width="{width - 1}" height="{row - 1}"><title>{escape(about)}</title></rect>'
         )
     label = escape(f"Share of pairs read by attention of {_network(calls[0].site)}, layers against steps")
-    return f'<svg role="img" aria-label="{label}" width="{canvas(steps)}" height="{top + layers * row + 6}">{"".join(parts)}</svg>'
+    return f'<svg class="drawn" role="img" aria-label="{label}" width="{canvas(steps)}" height="{top + layers * row + 6}">{"".join(parts)}</svg>'
 
 
 def _marks(calls: Sequence[Attended], place: Callable[[Attended], int]) -> str:

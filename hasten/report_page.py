@@ -13,12 +13,16 @@ from html import escape
 from typing import Any
 
 from hasten.recipe import Recipe
-from hasten.report_style import PATTERNS, SCRIPT, STYLE
+from hasten.report_style import SCRIPT, STYLE
 
 
-def page(name: str, subtitle: str, warnings: Iterable[str], sections: Iterable[str]) -> str:
-    """The whole page as HTML text, UTF-8. name, subtitle, warnings: plain text. sections: HTML; empty ones are left out."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+def page(
+    name: str, subtitle: str, warnings: Iterable[str], sections: Iterable[str], *, style: str = "", script: str = ""
+) -> str:
+    """The whole page as HTML text, UTF-8. name, subtitle, warnings: plain text. sections: HTML; empty ones are left out.
+    style, script: what the sections need beside the page's own."""
+    script = SCRIPT + script
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; script-src 'sha256-{digest}'"
     body = [
         f"<h1>{escape(name)}</h1>",
@@ -30,9 +34,9 @@ def page(name: str, subtitle: str, warnings: Iterable[str], sections: Iterable[s
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} - hasten report</title><style>{STYLE}</style></head>\n<body>{PATTERNS}<main>\n"
+        f"<title>{escape(name)} - hasten report</title><style>{STYLE}{style}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
-        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+        + f"\n</main><script>{script}</script></body></html>\n"
     )
 
 

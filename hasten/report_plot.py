@@ -73,7 +73,7 @@ def _plot(run: Run, site: str, events: Sequence[Event], steps: int) -> str:
             f" {event.action}</title></circle>"
         )
     return (
-        f'<svg role="img" aria-label="Signal against limit of {escape(site)}"'
+        f'<svg class="drawn" role="img" aria-label="Signal against limit of {escape(site)}"'
         f' width="{canvas(steps)}" height="{HEIGHT}">{"".join(parts)}</svg>'
     )
 

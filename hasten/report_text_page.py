@@ -53,7 +53,7 @@ def _picture(phase: str, layers: list[Reading]) -> str:
     parts.append(f'<text class="end" x="{GUTTER - 6}" y="{HEIGHT + 33}">layer</text>')
     title = f"Share of the pairs that {PHASES[phase]} read, layer by layer"
     svg = (
-        f'<svg role="img" aria-label="{escape(title)}" width="{canvas(len(layers))}" height="{HEIGHT + 40}">'
+        f'<svg class="drawn" role="img" aria-label="{escape(title)}" width="{canvas(len(layers))}" height="{HEIGHT + 40}">'
         f'<text x="{GUTTER}" y="13">{escape(title)}</text>{"".join(parts)}</svg>'
     )
     return f'<section><div class="scroll" tabindex="0">{svg}</div></section>'
