@@ -23,7 +23,8 @@ from hasten.distill.method import Method
 from hasten.distill.methods import load_all
 from hasten.distill.pretrain.config import Strict, parse_as, read_config
 from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig, spelt
-from hasten.distill.training import prepare, train
+from hasten.distill.data.prepare import prepare
+from hasten.distill.training import train
 from hasten.errors import UsageError
 from hasten.part import parse
 from hasten.pipelines import loading
@@ -103,7 +104,7 @@ def train_chain(
         mine = claimed(out, config.model_dump(mode="json"), resume, ("stages",)) if processes.first() else nullcontext()
         with mine:
             with processes.first_alone():
-                _prepare(config, out, say, resume)
+                _prepare(config, out, say, resume, progress)
             for number in range(len(config.stages)):
                 stage, folder = config.stage(number, out), config.folder(number, out)
                 say(f"Stage {number + 1} of {len(config.stages)}: {stage.method.kind}.")
@@ -114,14 +115,14 @@ def train_chain(
     return done
 
 
-def _prepare(config: ChainConfig, out: Path, say: Callable[[str], None], resume: bool) -> None:
+def _prepare(config: ChainConfig, out: Path, say: Callable[[str], None], resume: bool, progress: bool) -> None:
     """The data of all stages, as the most demanding one wants them."""
     most = max((stage.method for stage in config.stages), key=lambda method: DEMANDS.index(method.data))
     pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True)
     first = TrainConfig(
         model=config.model, method=most, train=config.stages[0].train, student=config.student, data=config.data
     )
-    prepare(first, pipe, out, say, resume)
+    prepare(first, pipe, out, say, resume, progress)
 
 
 def _copy(source: Path, into: Path) -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from hasten.distill.data import store
-from hasten.distill.data.encode import encode, size_of
-from hasten.distill.data.own_files import OwnFiles, find
-from hasten.distill.data.store import Store
-from hasten.distill.data.teach import make_pairs
+from hasten.distill.data.prepare import NO_PROMPTS, prepare
 from hasten.distill.loop import cost, memory_plan, processes
 from hasten.distill.loop.ending import check_finished, ending
 from hasten.distill.loop.log import check_tracker
@@ -27,19 +20,17 @@ from hasten.distill.loop.settings import TrainSettings
 from hasten.distill.loop.state import claimed
 from hasten.distill.loop.trainer import Trainer
 from hasten.distill.network import styles
-from hasten.distill.network.host_call import Condition, HostCall, learn
+from hasten.distill.network.host_call import Condition, HostCall
 from hasten.distill.network.role_attention import read_less
 from hasten.distill.network.roles import Adapter, Roles, follow
 from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig
-from hasten.errors import RefusedError, ResumeError, UsageError
+from hasten.errors import RefusedError, UsageError
 from hasten.pipelines import loading, tiny_models
 
 MAY_CHANGE = (
     "train.steps", "train.accumulate", "train.shard", "train.report_to", "train.samples", "train.recall", "train.checkpoint_every",
 )  # fmt: skip
 """What a resumed training may have otherwise."""
-
-NO_PROMPTS = "There are no prompts. Pass --prompts FILE (one a line), or data.prompts in the configuration."
 
 Say = Callable[[str], None]
 
@@ -75,7 +66,7 @@ def train(
                 say(found.told())
             pipe = loading.open_pipeline(config.model, lora=config.student.base_lora, quiet=True, dtype=dtype_of(config))
             with processes.first_alone(), cost.metered(out, "data"):
-                host, rows = prepare(config, pipe, out, say, resume)
+                host, rows = prepare(config, pipe, out, say, resume, progress)
             with _seeded(config.train.seed):
                 roles = cast(config, pipe, host, rows.conditions)
                 if config.student.start is not None:
@@ -155,72 +146,6 @@ def begun(out: Path, say: Say) -> bool:
     return False
 
 
-def prepare(config: TrainConfig, pipe: Any, out: Path, say: Say, resume: bool = False) -> tuple[HostCall, Store]:
-    """How the pipeline calls its network, and the data: read from `out`, or made and written there.
-
-    Raises `UsageError` for data that the method cannot use, `ResumeError` where a resumed training would get others.
-    """
-    call = tiny_models.call_defaults(pipe) | config.data.call
-    if config.data.file is not None:
-        return _stored(config, Path(config.data.file).expanduser(), pipe, call)
-    own = _own(config)
-    prompts = _prompts(config.data, config.model) if own is None else tuple(dict.fromkeys(own.captions.values()))
-    facts: dict[str, object] = {
-        "model": config.model, "base_lora": config.student.base_lora, "call": call, "prompts": len(prompts),
-        "count": config.data.count, "seed": config.train.seed, "data": config.method.data,
-    }  # fmt: skip
-    if config.method.way_points:
-        facts["points"] = config.method.way_points
-    if own is not None:
-        facts |= {"own": own.digest(), "resize": config.data.resize}
-    host, conditions = learn(pipe, [*prompts, ""], **call)
-    file = out / "data.safetensors"
-    same = file.is_file() and store.facts(file) == json.loads(json.dumps(facts)) and store.prompts(file) == tuple(prompts)
-    if same:  # the file holds the prompts themselves: another text of equal length is seen, too
-        return host, replace(Store.load(file), drop=config.data.drop)
-    if file.is_file() and resume:
-        raise ResumeError(f"The data have changed since '{file}' was made. Restore them, or start in an empty folder.")
-    if own is not None:
-        say(f"Encoding {len(own.captions)} files of '{config.data.folder}'.")
-        made = encode(pipe, host, own, size_of(pipe, call, config.data.resize), prompts, conditions)
-        say(own.told())
-    elif config.method.data == "prompts":
-        made = _of_prompts(prompts, conditions, config.data.count, host.shape)
-    else:
-        say(f"The teacher makes {config.data.count} samples ({call.get('num_inference_steps', 'its usual')} steps each).")
-        made = make_pairs(pipe, prompts, config.data.count, seed=config.train.seed, points=config.method.way_points, **call)
-    made.save(file, facts)
-    return host, replace(made, drop=config.data.drop)
-
-
-def _stored(config: TrainConfig, file: Path, pipe: Any, call: dict[str, Any]) -> tuple[HostCall, Store]:
-    """The data of another training, of the same teacher called in the same way. Raises `UsageError` where it was not."""
-    if config.data.prompts or config.data.folder is not None:
-        raise UsageError("data.file has prompts of its own. Leave data.prompts and data.folder out.")
-    if not file.is_file():
-        raise UsageError(f"There is no data file '{file}'. It is the data.safetensors of another training's folder.")
-    found = store.facts(file)
-    wanted = {"model": config.model, "base_lora": config.student.base_lora, "call": json.loads(json.dumps(call))}
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise UsageError(
-                f"'{file}' was made with {name} = {found.get(name)!r}, and this training has {value!r}. Say the same, or"
-                " leave data.file out, so that new data are made."
-            )
-    made = Store.load(file, config.data.drop)
-    kind = config.method.data
-    lacks = (kind in ("latents", "pairs") and made.x0 is None) or (kind == "pairs" and made.z is None)
-    if lacks or (kind == "own" and "own" not in found):
-        raise UsageError(f"'{file}' has {found.get('data')}, and {config.method.kind} needs {kind}. Leave data.file out.")
-    if (points := config.method.way_points) and found.get("points") != points:
-        raise UsageError(
-            f"'{file}' has the teacher's points of {found.get('points', 'no')} calls, and this training needs those of {points}."
-            " Leave data.file out, so that new data are made."
-        )
-    host, _ = learn(pipe, [made.prompts[0]], **call)
-    return host, made
-
-
 def begin_with(folder: Path, roles: Roles) -> None:
     """Give the student the weights of a finished training's student: the average, where there is one.
 
@@ -241,20 +166,6 @@ def begin_with(folder: Path, roles: Roles) -> None:
     with torch.no_grad():
         for name, value in found.items():
             own[name].copy_(value)
-
-
-def _own(config: TrainConfig) -> OwnFiles | None:
-    """The files of `data.folder`. None without one."""
-    data, kind = config.data, config.method.kind
-    if data.folder is None:
-        if config.method.data == "own":
-            raise UsageError(f"{kind} learns from data of your own. Say --train_data_dir FOLDER, with pictures and captions.")
-        return None
-    if config.method.data not in ("own", "latents"):
-        raise UsageError(f"{kind} lets the teacher make its data, and reads no folder. Leave data.folder out.")
-    if data.prompts:
-        raise UsageError("data.prompts and data.folder contradict each other: a folder has captions of its own.")
-    return find(Path(data.folder).expanduser(), data.uncaptioned)
 
 
 def cast(config: TrainConfig, pipe: Any, host: HostCall, conditions: Condition) -> Roles:
@@ -283,24 +194,3 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _silent(text: str) -> None:
     """Says nothing: for all processes but the first."""
-
-
-def _prompts(data: DataConfig, model: str) -> tuple[str, ...]:
-    if isinstance(data.prompts, str):
-        lines = (line.strip() for line in Path(data.prompts).read_text(encoding="utf-8-sig").splitlines())
-        found = tuple(line for line in lines if line and not line.startswith("#"))
-    else:
-        found = data.prompts
-    if found:
-        return found
-    known = tiny_models.card(model)["prompts"] if model in tiny_models.names() else ()
-    if not known:
-        raise UsageError(NO_PROMPTS)
-    warnings.warn(f"hasten: no prompts were given; training on the {len(known)} of the model's card.", stacklevel=3)
-    return tuple(known)
-
-
-def _of_prompts(prompts: tuple[str, ...], conditions: Any, count: int, shape: tuple[int, ...]) -> Store:
-    kept = conditions.rows(torch.arange(len(prompts)))
-    empty = conditions.rows(torch.tensor([len(prompts)]))
-    return Store(prompts, kept, empty, torch.arange(max(count, len(prompts))) % len(prompts), None, None, shape)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.distill.data.parts import Parts
 from hasten.distill.data.store import Store
 from hasten.distill.network.few_steps import FewSteps
 from hasten.distill.network.host_call import HostCall, learn
@@ -23,13 +24,13 @@ from hasten.session import Attachment
 
 def make_pairs(
     pipe: Any, prompts: Sequence[str], count: int, *, seed: int = 0, batch: int = 16, points: int = 0,
-    told: Callable[[int], None] = lambda done: None, **call: Any,
+    parts: Parts | None = None, told: Callable[[int], None] = lambda done: None, **call: Any,
 ) -> Store:  # fmt: skip
     """`count` samples of the teacher, the prompts in turn, with the noise each was made of.
 
     The teacher is the pipeline as it is called: its solver, steps and guidance are those of `call`. points: where the
-    teacher was at the angles of so many even calls is kept, too, but for the first of them, which is the noise. told: is
-    given the number of finished rows. Raises `ModelError` where noise that is handed over is not what the loop starts
+    teacher was at the angles of so many even calls is kept, too, but for the first of them, which is the noise. parts:
+    keeps each finished batch, and has those of a run that was stopped. told: is given the number of finished rows. Raises `ModelError` where noise that is handed over is not what the loop starts
     from; `UsageError` where the teacher has fewer steps than points.
     """
     host, conditions = learn(pipe, [*prompts, ""], **call)
@@ -37,21 +38,32 @@ def make_pairs(
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(count, *host.shape, generator=generator)
     angles = FewSteps.even(points, host.path).angles[1:] if points > 1 else ()
-    made, ways = [], []
-    for start in range(0, count, batch):
-        part = slice(start, start + batch)
-        wanted = [prompts[row] for row in rows[part]]
-        with _watched(host, len(wanted)) as visited:
-            made.append(_finished(pipe, wanted, z[part].to(host.dtype), call))
-        if angles:
-            ways.append(_between(visited | {0.0: made[-1].float()}, angles))
+    made = []
+    for number, start in enumerate(range(0, count, batch)):
+        found = None if parts is None else parts.load(number)
+        if found is None:
+            part = slice(start, start + batch)
+            found = _taught(pipe, host, [prompts[row] for row in rows[part]], z[part], angles, call)
+            if parts is not None:
+                parts.save(number, found)
+        made.append(found)
         told(min(count, start + batch))
-    x0 = torch.cat(made)
+    x0 = torch.cat([found["x0"] for found in made])
     if x0.shape != z.shape:
         raise ModelError(f"{type(pipe).__name__} gives latents of shape {tuple(x0.shape[1:])}, its network reads {host.shape}.")
     empty = conditions.rows(torch.tensor([len(prompts)]))
     kept = conditions.rows(torch.arange(len(prompts)))
-    return Store(tuple(prompts), kept, empty, rows, x0.float(), z, host.shape, way=torch.cat(ways) if ways else None)
+    way = torch.cat([found["way"] for found in made]) if angles else None
+    return Store(tuple(prompts), kept, empty, rows, x0.float(), z, host.shape, way=way)
+
+
+def _taught(
+    pipe: Any, host: HostCall, wanted: list[str], z: Tensor, angles: Sequence[float], call: dict[str, Any]
+) -> dict[str, Tensor]:
+    """x0 of one batch of noise, and where the teacher was at these angles."""
+    with _watched(host, len(wanted)) as visited:
+        x0 = _finished(pipe, wanted, z.to(host.dtype), call)
+    return {"x0": x0} | ({"way": _between(visited | {0.0: x0.float()}, angles)} if angles else {})
 
 
 @contextmanager

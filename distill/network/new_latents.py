@@ -28,7 +28,8 @@ from hasten.distill.network.host_call import HostCall, learn
 from hasten.distill.network.roles import TARGETS, Adapter, Role, Roles, Stage
 from hasten.distill.pretrain.bundle import forget_paths
 from hasten.distill.train_config import TrainConfig
-from hasten.distill.training import MAY_CHANGE, begun, prepare
+from hasten.distill.data.prepare import prepare
+from hasten.distill.training import MAY_CHANGE, begun
 from hasten.errors import ModelError, StoppedError, UsageError
 from hasten.pipelines import loading, tiny_models
 
@@ -71,7 +72,7 @@ def train_new_latents(
             vae_folder = Path(method.autoencoder).expanduser().absolute()
             vae = open_autoencoder(vae_folder)
             with cost.metered(out, "data"):
-                host, old = prepare(config, base, out, say, resume)
+                host, old = prepare(config, base, out, say, resume, progress)
                 pipe = moved(base, host, vae, call, config.train.seed)
                 new, rows = in_both(base, host, pipe, old, call)
             say(f"{_tokens(host)} tokens become {_tokens(new)} in every evaluation.")
