@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli.output import JsonOption, Output
+from hasten.cli.output import JsonOption, Output, versions
 
 COLUMNS = {
     "who": "who",
@@ -53,6 +53,9 @@ def distill(
     count: Annotated[int, typer.Option(metavar="N", help="Samples of everybody.", min=8)] = 500,
     solvers: Annotated[bool, typer.Option(help="Training-free solvers by as many steps, too.")] = True,
     quick: Annotated[bool, typer.Option(help="Fewer rows on at most 100 samples: about a minute.")] = False,
+    onto: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What --json of an earlier run wrote: its rows stay, and only the others are measured.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Students against their teacher: Frechet distance, variety, prompt accuracy and time, by number of calls; of texts, the
@@ -64,15 +67,23 @@ def distill(
             return
         from hasten.distill.bench import table
         from hasten.distill.bench.contest import Contest
+        from hasten.distill.bench.earlier import earlier, without
         from hasten.pipelines.students import students_of
 
-        contest = Contest.of(model, min(count, 100) if quick else count)
+        many = min(count, 100) if quick else count
+        old = [] if onto is None else earlier(onto, model, many, versions())
+        had = {(row["who"], row["calls"]) for row in old}
+        contest = Contest.of(model, many)
         wanted = calls or ([1, 4] if quick else [1, 2, 4, 8])
-        rows: list[dict[str, Any]] = table.teacher(contest, teacher or (table.STEPS[:1] if quick else table.STEPS), output.note)
-        rows += table.solvers(contest, wanted, [True] if quick else [True, False], output.note) if solvers else []
+        steps = [k for k in teacher or (table.STEPS[:1] if quick else table.STEPS) if (table.TEACHER, k) not in had]
+        rows: list[dict[str, Any]] = table.teacher(contest, steps, output.note)
+        others = [k for k in wanted if (table.SOLVER, k) not in had] if solvers else []
+        rows += table.solvers(contest, others, [True] if quick else [True, False], output.note)
         rows += [table.as_recipe(contest, recipe, output.note) for recipe in students_of(model)]
         for folder in student or []:
             rows += table.student(contest, folder, wanted, output.note)
+        rows = without(old, rows) + rows
+        for folder in student or []:
             table.tell_card(rows, folder)
         verdicts = [bar.to_dict() | {"verdict": bar.verdict} for bar in table.bars(rows)]
         output.table(rows, COLUMNS)

@@ -85,7 +85,13 @@ def test_rows_of_students_in_chunks(in_chunks: Path) -> None:
     assert all(row["calls"] == 2 and row["chunks"] == ([1, 4] if magic else [1, 2, 2]) for row in own)
     assert own[0]["note"] == f"chunks of {'1 + 4' if magic else '1 + 2 + 2'} latent frames, calls of each"
     assert not magic or own[1]["note"].endswith("; the first is the teacher's of 2 steps")
-    assert all(bar.met is None for bar in bars(rows)), "their calls are no calls of a whole sample"
+    whole = [{**row, "calls": 4} for row in own]  # one of four calls would meet, or miss, the bar of four calls
+    fifty = [{**rows[0], "calls": table.FULL_STEPS}]
+    verdicts = [bar.met for bar in bars([*fifty, *whole]) if "4-call student" in bar.bar]
+    assert verdicts == [None], "their calls are no calls of a whole sample"
+    for row in whole:
+        del row["chunks"]
+    assert [bar.met for bar in bars([*fifty, *whole]) if "4-call student" in bar.bar] != [None]
     table.tell_card(rows, in_chunks)
     card = (in_chunks / "student" / "README.md").read_text()
     assert "teacher, 2 steps" in card and ("student, first frame given" in card) is magic
