@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from hasten.distill.data.prepare import prepare
 from hasten.distill.loop import processes
 from hasten.distill.loop.settings import TrainSettings
 from hasten.distill.loop.state import claimed, replace_folder
@@ -23,7 +24,6 @@ from hasten.distill.method import Method
 from hasten.distill.methods import load_all
 from hasten.distill.pretrain.config import Strict, parse_as, read_config
 from hasten.distill.train_config import DataConfig, StudentConfig, TrainConfig, spelt
-from hasten.distill.data.prepare import prepare
 from hasten.distill.training import train
 from hasten.errors import UsageError
 from hasten.part import parse

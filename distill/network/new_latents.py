@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from hasten.distill.data.encode import decode, latents
+from hasten.distill.data.prepare import prepare
 from hasten.distill.data.store import Store
 from hasten.distill.export.lora import lora_of
 from hasten.distill.loop import cost, memory_plan, processes
 from hasten.distill.loop.draw import Draw
-from hasten.distill.loop.ending import ending
+from hasten.distill.loop.ending import Ended, ending, never
 from hasten.distill.loop.state import claimed, replace_folder
 from hasten.distill.loop.trainer import Trainer
 from hasten.distill.methods.dcgen import EMBEDDERS, HEADS, DCGen, TwoSpaces, embedder, head, named
@@ -28,7 +29,6 @@ from hasten.distill.network.host_call import HostCall, learn
 from hasten.distill.network.roles import TARGETS, Adapter, Role, Roles, Stage
 from hasten.distill.pretrain.bundle import forget_paths
 from hasten.distill.train_config import TrainConfig
-from hasten.distill.data.prepare import prepare
 from hasten.distill.training import MAY_CHANGE, begun
 from hasten.errors import ModelError, StoppedError, UsageError
 from hasten.pipelines import loading, tiny_models
@@ -56,7 +56,7 @@ class BothSpaces:
 
 def train_new_latents(
     config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True,
-    say: Say = lambda text: None,
+    say: Say = lambda text: None, ended: Ended = never,
 ) -> Trainer:  # fmt: skip
     """Train below `out`: `data.safetensors` (old latents), `log.jsonl`, `latest/`, and at the end `student/`, a pipeline that
     plain diffusers opens. Raises as `training.train` does."""
@@ -81,7 +81,7 @@ def train_new_latents(
             trainer = Trainer(method, roles, rows, config.train, out, new.shape, progress)
             say(memory_plan.memory(roles))
             memory_plan.check_disk(trainer)
-            with cost.metered(out, "training"), ending() as trainer.ended:
+            with cost.metered(out, "training"), ending(ended) as trainer.ended:
                 done = trainer.fit(resume and begun(out, say), stop_after)
             if done < min(config.train.steps, stop_after or config.train.steps):
                 raise StoppedError(f"Stopped after step {done} of {config.train.steps}, with a checkpoint. Go on with --resume.")

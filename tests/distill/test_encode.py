@@ -16,9 +16,9 @@ from hasten.distill.data import encode as encoding
 from hasten.distill.data import store
 from hasten.distill.data.encode import autoencoder, decode, latents, size_of
 from hasten.distill.data.own_files import Size, Unusable, find, pixels
+from hasten.distill.data.prepare import prepare
 from hasten.distill.network.host_call import learn
 from hasten.distill.train_config import load_config
-from hasten.distill.data.prepare import prepare
 from hasten.distill.training import train
 from hasten.errors import HastenError, ModelError, ResumeError, UsageError
 from hasten.pipelines import loading, media, tiny_models
