@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hasten.distill.data.prepare import NO_PROMPTS, prepare
 from hasten.distill.loop import cost, memory_plan, processes
-from hasten.distill.loop.ending import check_finished, ending
+from hasten.distill.loop.ending import Ended, check_finished, ending, never
 from hasten.distill.loop.log import check_tracker
 from hasten.distill.loop.optimizers import check_optimizer
 from hasten.distill.loop.samples import Samples
@@ -37,24 +37,24 @@ Say = Callable[[str], None]
 
 def train(
     config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True,
-    say: Say = lambda text: None,
+    say: Say = lambda text: None, ended: Ended = never,
 ) -> Trainer:  # fmt: skip
     """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end. Returns the
-    trainer.
+    trainer. ended: asked after each step whether to write a checkpoint and stop there.
 
     Raises `UsageError` for what does not fit, before anything is loaded or trained; `ResumeError` as `Trainer.fit` does;
-    `StoppedError` when it was asked to end (SIGTERM), with a checkpoint written.
+    `StoppedError` when it was asked to end (SIGTERM, `ended`), with a checkpoint written.
     """
     check_packages(config)
     if config.method.data == "tokens":
         from hasten.distill.text.training import train_text
 
-        return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
+        return train_text(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say, ended=ended)
     check_asked(config)
     if config.method.kind == "dcgen":
         from hasten.distill.network.new_latents import train_new_latents
 
-        return train_new_latents(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say)
+        return train_new_latents(config, out, resume=resume, stop_after=stop_after, progress=progress, say=say, ended=ended)
     with processes.joined():
         say = say if processes.rank() == 0 else _silent
         wanted = config.model_dump(mode="json") | styles.digests(config.student.styles)
@@ -79,7 +79,7 @@ def train(
             if config.train.samples_every:
                 call = tiny_models.call_defaults(pipe) | config.data.call
                 trainer.watch = Samples(pipe, call, rows.prompts)
-            with cost.metered(out, "training"), ending() as trainer.ended:
+            with cost.metered(out, "training"), ending(ended) as trainer.ended:
                 done = trainer.fit(resume and begun(out, say), stop_after)
             check_finished(done, config.train.steps, stop_after)
             if done == config.train.steps and processes.rank() == 0 and not config.train.shard:

@@ -1,4 +1,5 @@
-"""A training that is told to end (SIGTERM: a cluster's time is up, a container stops) ends behind a step, with a checkpoint."""
+"""A training that is told to end (SIGTERM: a cluster's time is up, a container stops; or by its caller) ends behind a step, with a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -9,18 +10,26 @@ from contextlib import contextmanager
 
 from hasten.errors import StoppedError
 
+Ended = Callable[[], bool]
+"""Asked after each step, in every process: is the training to end here?"""
+
+
+def never() -> bool:
+    """Nobody else says when to end."""
+    return False
+
 
 @contextmanager
-def ending() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM does not kill; the function that is given says whether it came. Signals belong to the main
-    thread: in others they stay as they are, and it never says so."""
+def ending(also: Ended = never) -> Iterator[Ended]:
+    """While open, SIGTERM does not kill; the function that is given says whether it came, or `also` says so. Signals belong to the
+    main thread: in others they stay as they are."""
     told: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield also
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     try:
-        yield lambda: bool(told)
+        yield lambda: bool(told) or also()
     finally:
         signal.signal(signal.SIGTERM, before)
 

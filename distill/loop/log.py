@@ -41,7 +41,7 @@ class Log:
         check_tracker(tracker)
         truncate_log(file, start)
         self.earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        self._lines = file.open("a")
+        self._lines = file.open("a", buffering=1)  # who looks at it while it runs sees whole lines, and all of them
         self._tracker = {"none": _Nobody, "tensorboard": _Board, "trackio": _Trackio}[tracker](file.parent, about or {})
 
     def write(self, step: int, row: Row) -> None:

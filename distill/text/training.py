@@ -16,7 +16,7 @@ import torch
 from hasten.distill.data import store
 from hasten.distill.data.store import Store
 from hasten.distill.loop import processes
-from hasten.distill.loop.ending import check_finished, ending
+from hasten.distill.loop.ending import Ended, check_finished, ending, never
 from hasten.distill.loop.memory_plan import memory
 from hasten.distill.loop.state import claimed
 from hasten.distill.loop.trainer import Trainer
@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 
 def train_text(
     config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True,
-    say: Say = lambda text: None,
+    say: Say = lambda text: None, ended: Ended = never,
 ) -> Trainer:  # fmt: skip
     """Train below `out`: `data.safetensors` (made once), `log.jsonl`, `latest/`, and `student/` at the end (`TextState.write`).
     Returns the trainer.
@@ -65,7 +65,7 @@ def train_text(
         trainer = Trainer(method, roles, rows, config.train, out, shape, progress)
         assert isinstance(trainer.state, TextState)
         trainer.state.rows = rows
-        with ending() as trainer.ended:
+        with ending(ended) as trainer.ended:
             done = trainer.fit(resume and begun(out, say), stop_after)
         check_finished(done, config.train.steps, stop_after)
         if done == config.train.steps:
