@@ -14,7 +14,8 @@ class Stamp(Part):
     """Written by `hasten tune`, read when the recipe is put onto a host: elsewhere its numbers mean nothing, and it says so.
 
     model: the name it was opened by. weights: fingerprint of the network's weights. scheduler: class of the host's. steps: of
-    the plain run. shape: of one row of the network's input. tokenizer: fingerprint of the one for texts. length: tokens that
+    the plain run. shape: of one row of the network's input. asked: what the plain run's call asked for, steps and size by the
+    names of its arguments, as far as it is known. tokenizer: fingerprint of the one for texts. length: tokens that
     were generated, at most. hardware, versions: as in reports. budget: what was asked for. prompts: held-out prompts it was
     checked on. kept: share of them that kept the budget (for texts: that are those of sequential decoding). speedup, worst,
     median: measured there; the last two of the budget's own measure (for texts, worst is the low end of the share's interval).
@@ -26,6 +27,7 @@ class Stamp(Part):
     scheduler: str = ""
     steps: int | None = Field(None, ge=1)
     shape: tuple[int, ...] = ()
+    asked: tuple[tuple[str, int], ...] = ()
     tokenizer: str = ""
     length: int | None = Field(None, ge=1)
     hardware: str = ""

@@ -57,8 +57,8 @@ def accelerate(
 
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
     `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
-    YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it, else
-    the online controller `auto`; on a causal language model it has no axis but `attention`, on text diffusion those of
+    YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it and
+    was tuned for what a call asks, else the online controller `auto`; on a causal language model it has no axis but `attention`, on text diffusion those of
     `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
@@ -100,10 +100,11 @@ def accelerate(
 def _within(budget: Budget, host: Any, online: Recipe, scheduler: Any, limits: Limits, group: Any) -> Session:
     """A session with a tuned recipe that is kept for this host and budget, else with the online controller."""
     from hasten.pipelines.tune.kept import Found, fitting
+    from hasten.pipelines.tune.matching import Matching
 
     models = denoisers(host)
     if group is not None or any(group_of(model) is not None for model in models.values()):
-        kept = Found(None, "several ranks compute one sample, and each may have kept others, so the online controller is at work")
+        kept = Found((), "several ranks compute one sample, and each may have kept others, so the online controller is at work")
     else:
         kept = fitting(models, getattr(host, "scheduler", None) if scheduler is None else scheduler, budget)
     refused = ""
@@ -118,6 +119,8 @@ def _within(budget: Budget, host: Any, online: Recipe, scheduler: Any, limits: L
     for sentence in (refused, kept.skipped):
         if sentence:
             session.note(sentence)
+    if kept.ready and not refused:
+        Matching(session, kept.ready, online)
     return session
 
 

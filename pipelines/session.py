@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +13,7 @@ from torch import nn
 from hasten.agree import is_sharded
 from hasten.caching.network import NetworkReuse
 from hasten.clock import Clock
-from hasten.errors import LimitError, ModelError, UsageError
+from hasten.errors import HastenError, LimitError, ModelError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers, hardware, is_running
 from hasten.pipelines.seams.denoiser_gate import DenoiserGate
@@ -56,7 +56,15 @@ class Session:
         self._drafted: Drafted | None = None
         self._began = 0.0
         self.shape: tuple[int, ...] | None = None
-        models = denoisers(host)
+        self.on_close: list[Callable[[], None]] = []
+        self.clock.on_run.append(self._run_begins)
+        self.clock.on_tick.append(self._tick)
+        self.clock.on_end.append(self._run_ends)
+        self._put_on(recipe)
+
+    def _put_on(self, recipe: Recipe) -> None:
+        """Check that the recipe is one for this host, and put it on."""
+        host, models = self.host, denoisers(self.host)
         if recipe.adapter is not None and recipe.adapter.calls is not None:
             recipe = taught(recipe, {} if isinstance(host, nn.Module) else models)
             if recipe.adapter is None:
@@ -77,21 +85,38 @@ class Session:
             )
         if isinstance(host, nn.Module) and recipe.sampler is not None:
             raise UsageError(f"Recipe {recipe.name!r} swaps the solver, and a bare denoiser has none; swap it in your loop.")
-        if isinstance(host, nn.Module) and scheduler is None:
+        if isinstance(host, nn.Module) and self._bare_scheduler is None:
             raise ModelError("A bare denoiser has no loop to follow: pass scheduler=, the one whose step() you call.")
         try:
             self._attach(models)
         except BaseException:
-            self.close()
+            self._take_off()
             raise
+
+    def change(self, recipe: Recipe) -> None:
+        """Work with `recipe` from the next run on, as if the session had been opened with it; what has been recorded stays.
+
+        For use between runs. Raises as opening it would, and then goes on with the old one.
+        """
+        before = self.recipe
+        self._take_off()
+        self.gates = []
+        self.trace.facts.clear()
+        try:
+            self._put_on(recipe)
+        except HastenError:
+            self._put_on(before)
+            raise
+
+    @property
+    def drafting(self) -> bool:
+        """Does the recipe call the host again for a draft? Then what is called need not be the caller's."""
+        return self._drafted is not None
 
     def _attach(self, models: dict[str, nn.Module]) -> None:
         self._compare({"scheduler": type(self._scheduler()).__name__} | known_by(models) if self.recipe.tuned else {})
         change_adapter(self, models)
         self._drafted = change_sampling(self)
-        self.clock.on_run.append(self._run_begins)
-        self.clock.on_tick.append(self._tick)
-        self.clock.on_end.append(self._run_ends)
         self.clock.follow(self._scheduler(), begun=isinstance(self.host, nn.Module))
         for site, model in models.items():
             self.trace.structure[site] = 1
@@ -177,6 +202,12 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        for call in self.on_close:
+            call()
+        self._take_off()
+
+    def _take_off(self) -> None:
+        """Everything that the recipe put onto the host."""
         for gate in reversed(self.gates):
             gate.release()
         self.clock.release()

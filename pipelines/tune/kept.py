@@ -32,18 +32,23 @@ NAMED = 3
 """Files that a sentence about what was left alone names."""
 
 SAME = ("weights", "scheduler", "hardware")
-"""What of a stamp must be as it is here. Steps and size are known when a run begins, and differences are told then."""
+"""What of a stamp must be as it is here. Steps and size are known when a call begins: `matching` asks for them then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """recipe: the one to use, None where none fits. told: which, and what it was measured at; or that there is none.
+    """ready: the recipes that fit, fastest first. told: which is the first, and what it was measured at; or that there is none.
 
     skipped: one sentence about files that are no tuned recipes, "" where there are none."""
 
-    recipe: Recipe | None
+    ready: tuple[Recipe, ...]
     told: str
     skipped: str = ""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The fastest; None where none fits."""
+        return self.ready[0] if self.ready else None
 
 
 def folder() -> Path:
@@ -71,23 +76,23 @@ def keep(recipe: Recipe) -> Path:
 
 
 def fitting(models: dict[str, nn.Module], scheduler: Any, budget: Budget) -> Found:
-    """The fastest kept recipe that was measured on these networks, scheduler and hardware, within a budget of the same measure
+    """The kept recipes that were measured on these networks, scheduler and hardware, within a budget of the same measure
     that is at least as strict. Reads the weights only where anything is kept."""
     try:
         files = sorted(folder().glob("*.yaml"))
     except (OSError, OutputError):
         files = []
     if not files:
-        return Found(None, "no tuned recipe is kept here, so the online controller is at work (hasten tune makes one)")
+        return Found((), "no tuned recipe is kept here, so the online controller is at work (hasten tune makes one)")
     here = known_by(models) | {"scheduler": type(scheduler).__name__}
     reading = _read(files, here["weights"])
     goal = Goal.read(budget)
     ready = [recipe for recipe in reading.recipes if recipe.tuned is not None and _fits(recipe.tuned, here, goal)]
     if not ready:
         told = f"none of the tuned recipes kept here is for this host and {goal}, so the online controller is at work"
-        return Found(None, told, reading.skipped)
-    best = max(ready, key=lambda recipe: (recipe.tuned.speedup or 0.0) if recipe.tuned else 0.0)
-    return Found(best, _told(best), reading.skipped)
+        return Found((), told, reading.skipped)
+    ready.sort(key=lambda recipe: (recipe.tuned.speedup or 0.0) if recipe.tuned else 0.0, reverse=True)
+    return Found(tuple(ready), told_of(ready[0]), reading.skipped)
 
 
 @dataclass(slots=True)
@@ -135,7 +140,8 @@ def _fits(stamp: Stamp, here: dict[str, Any], wanted: Goal) -> bool:
     return measured.measure == wanted.measure and measured.better(measured.limit) >= wanted.better(wanted.limit)
 
 
-def _told(recipe: Recipe) -> str:
+def told_of(recipe: Recipe) -> str:
+    """What a kept recipe is and what it was measured at, in words."""
     stamp = recipe.tuned
     assert stamp is not None
     worst = "" if stamp.worst is None else f"worst {Goal.read(stamp.budget).told(stamp.worst)} on "

@@ -14,6 +14,7 @@ from hasten.atomic import atomic_write
 from hasten.budget import Budget
 from hasten.errors import OutputError, UsageError
 from hasten.pipelines import tiny_models
+from hasten.pipelines.asked import hearing
 from hasten.pipelines.bench.peers import sweep
 from hasten.pipelines.bench.shots import Sample, shoot
 from hasten.pipelines.host import denoisers
@@ -31,6 +32,7 @@ from hasten.pipelines.tune.verify import (
     Verdict,
     against,
     finalists,
+    in_turn,
     interactions,
     is_control,
     noise_floor,
@@ -144,6 +146,7 @@ class Tuning:
         if self.study.others:
             say(f"{self.study.others} other process{'es are' if self.study.others > 1 else ' is'} at work on this study; its trials are shared.")
         self.recorders: list[Recorder] = []
+        self.asked: dict[str, int] = {}
         self.held: list[Sample] = []
 
     def run(self) -> Tuned:
@@ -199,7 +202,7 @@ class Tuning:
             yield
             return
         guided = not self.recorders or self.recorders[0].guided
-        with recording(self.pipe, guided) as recorder:
+        with recording(self.pipe, guided) as recorder, hearing(self.pipe) as self.asked:
             yield
         self.recorders.append(recorder)
 
@@ -299,7 +302,7 @@ class Tuning:
 
     def _against_peers(self, found: Tuned, held: Bench) -> None:
         """The caches of diffusers and cache-dit on the held-out samples, while there is time."""
-        found.peers, unmeasured = against(held, sweep(self.pipe, self.job.call, THIN), found.goal, self._over, self.say)
+        found.peers, unmeasured = against(held, in_turn(sweep(self.pipe, self.job.call, THIN)), found.goal, self._over, self.say)
         assert found.best is not None
         kept = [peer for peer in found.peers if peer.whole and peer.kept(found.goal) >= NEEDED]
         best = max(kept, key=lambda peer: peer.speedup, default=None)
@@ -319,4 +322,5 @@ class Tuning:
         first = self.recorders[0]
         return fingerprint.known_by(denoisers(self.pipe)) | {
             "scheduler": type(self.pipe.scheduler).__name__, "steps": first.steps, "shape": first.shape,
+            "asked": tuple(self.asked.items()),
         }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hasten import metrics
+from hasten.pipelines.bench.bars import SETTING
 from hasten.pipelines.bench.candidates import Candidate
 from hasten.pipelines.bench.shots import Sample, shoot
 from hasten.pipelines.tune.goal import Goal
@@ -130,6 +132,15 @@ def against(
         found.append(bench.measure(peer.recipe, peer, goal, again=True))
         say(f"Peer: {peer.recipe}: {found[-1].why or f'{found[-1].speedup:.2f}x, {found[-1].kept(goal):.0%} keep {goal}'}")
     return found, 0
+
+
+def in_turn(peers: Sequence[Candidate]) -> list[Candidate]:
+    """The first setting of every family, then the second of every family, and so on: where the time ends, each was heard."""
+    families: dict[str, list[Candidate]] = {}
+    for peer in peers:
+        families.setdefault(peer.recipe.partition(SETTING)[0], []).append(peer)
+    rounds = itertools.zip_longest(*families.values())
+    return [peer for settings in rounds for peer in settings if peer is not None]
 
 
 def noise_floor(bench: Bench, sample: Sample) -> float | None:

@@ -55,6 +55,27 @@ def test_a_recipe_is_found_and_written(hasten: Callable[..., Ran], wan: Path, pr
     assert shown.code == 0 and "elsewhere" not in shown.err, shown.err
 
 
+def test_peers_are_measured_on_the_held_out_prompts(
+    hasten: Callable[..., Ran], wan: Path, prompts: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """End to end: both libraries are put on and taken off, and what they came to is shown and written."""
+    monkeypatch.setattr(module.Tuning, "_over", lambda self: False)
+    monkeypatch.setattr(module.Tuning, "_affordable", lambda self: 1)
+    ran = hasten("tune", "--model", wan, "--prompts", prompts, "--budget", "psnr>=13", "--time", "30m", "--peers", "--out", "r.yaml", "--json", "r.json")
+    assert ran.code == 0, ran.err
+    document = json.loads(Path("r.json").read_text())
+    peers = [row for row in document["rows"] if (row.get("control") or "").startswith("peer:")]
+    assert {row["control"] for row in peers} == {"peer:diffusers", "peer:cache-dit"} and all(row["where"] == "held out" for row in peers)
+    families = {row["recipe"].partition(" @ ")[0] for row in peers}
+    assert {"diffusers FirstBlockCache", "diffusers MagCache", "cache-dit DBCache F1B0"} <= families
+    ran_whole = [row for row in peers if row["n"] and not row["note"]]
+    assert {row["control"] for row in ran_whole} == {"peer:diffusers", "peer:cache-dit"}, [row["note"] for row in peers]
+    assert "Peer: cache-dit DBCache F1B0" in ran.err and "settings of peers were not measured" not in ran.out
+    ours = next(row for row in document["rows"] if row["recipe"] == document["best"] and row["where"] == "held out")
+    faster = [row for row in ran_whole if row["kept"] >= 0.95 and row["speedup"] > ours["speedup"]]
+    assert ("is faster than the tuned recipe" in ran.out) == bool(faster)
+
+
 def test_nothing_that_keeps_the_budget_is_exit_1(hasten: Callable[..., Ran], wan: Path, prompts: Path, quick: None) -> None:
     ran = hasten("tune", "--model", wan, "--prompts", prompts, "--budget", "psnr>=90", "--out", "r.yaml", "--json", "-")
     assert ran.code == 1 and not Path("r.yaml").exists()

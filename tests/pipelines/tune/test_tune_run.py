@@ -25,7 +25,7 @@ from hasten.pipelines.tune.run import tune
 from hasten.pipelines.tune.space import first_guesses
 from hasten.pipelines.tune.study import Study
 from hasten.pipelines.tune.trials import Bench
-from hasten.pipelines.tune.verify import against
+from hasten.pipelines.tune.verify import against, in_turn
 from hasten.session import Attachment
 from tests.hosts import FLUX_CALL, PIXART_CALL, UNET_CALL, small_flux, small_pixart, small_unet
 
@@ -153,6 +153,12 @@ def test_broken_results_are_told(tmp_path: Path) -> None:
         pipe.vae.decoder.conv_out.bias.fill_(math.nan)
     with pytest.raises(RefusedError, match="plain run of 'a seven' gives NaN"):
         Bench(pipe, UNET_CALL, [Sample("a seven", 0)])
+
+
+def test_every_family_of_peers_has_its_turn() -> None:
+    names = ["diffusers A @ 1", "diffusers A @ 2", "diffusers A @ 3", "cache-dit B @ 1", "cache-dit B @ 2", "diffusers C"]
+    turns = [peer.recipe for peer in in_turn([unavailable(name, "peer:x", "no") for name in names])]
+    assert turns == ["diffusers A @ 1", "cache-dit B @ 1", "diffusers C", "diffusers A @ 2", "cache-dit B @ 2", "diffusers A @ 3"]
 
 
 def test_peers_are_measured_while_there_is_time(tmp_path: Path) -> None:
