@@ -141,6 +141,8 @@ class TextDiffusionReport(Forms):
             "cache": kind + (f"; {readable_bytes(self.bytes_held)} held at most" if self.bytes_held else ""),
             "time": f"{math.fsum(one.seconds for one in self.generations):.2f} s",
         }
+        if "budget" in self.extras:
+            said["budget"] = str(self.extras["budget"])
         guide = sum(one.guide for one in self.generations)
         return said | ({"guide": f"{guide:,} tokens computed by the guiding model, not counted above"} if guide else {})
 

@@ -58,7 +58,7 @@ def accelerate(
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
     `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
     YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it and
-    was tuned for what a call asks, else the online controller `auto`; on a causal language model it has no axis but `attention`, on text diffusion those of
+    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding); on a causal language model it has no axis but `attention`, on text diffusion those of
     `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
@@ -68,6 +68,8 @@ def accelerate(
     Raises `RecipeError` for an unknown recipe, `ModelError` when there is nothing in the host that hasten knows,
     `UsageError` when an axis of the recipe has no seam on this host, `RefusedError` when a method cannot be right on it.
     """
+    if isinstance(recipe, Budget) and (_is_named(host, "TextPipeline") or recipe.exact_match is not None):
+        return _of_texts(recipe, host, limits)
     found = find_recipe(recipe)
     if _is_named(host, "TextPipeline"):
         from hasten.pipelines.text.session import TextDiffusionSession
@@ -95,6 +97,18 @@ def accelerate(
     if isinstance(recipe, Budget):
         return _within(recipe, host, found, scheduler, limits or Limits(), group)
     return Session(host, found, scheduler, limits or Limits(), group)
+
+
+def _of_texts(budget: Budget, host: Any, limits: Limits | None) -> TextDiffusionSession:
+    """A session with a tuned recipe that is kept for this text model, else with what the budget is measured against."""
+    if not _is_named(host, "TextPipeline"):
+        raise UsageError(
+            f"Budget(exact_match={budget.exact_match:g}) is about a TextDiffusionPipeline, and this is a {type(host).__name__}. Pictures"
+            " and clips have psnr=, latent_error= or quality=; a masked language model goes into hasten.TextDiffusionPipeline."
+        )
+    from hasten.pipelines.tune.text_matching import TextBudgetSession
+
+    return TextBudgetSession(host, budget, limits)
 
 
 def _within(budget: Budget, host: Any, online: Recipe, scheduler: Any, limits: Limits, group: Any) -> Session:

@@ -90,7 +90,7 @@ def tune(
 
             unfit = own | {"attention": attention, "adapter": adapter, "peers": peers, "lora": lora, "offload": offload != "none"}
             told = assignments(call or [], "--call")
-            task = TextTask(model, budget, seconds, out, folder, told, batch, seed, device, dtype, revision, unfit)
+            task = TextTask(model, budget, seconds, out, folder, told, batch, seed, device, dtype, revision, unfit, keep)
             raise typer.Exit(int(task.run([text for text, _ in pairs], output).recipe is None))
         Goal.read(budget)  # before the model is opened
         check_name(model)

@@ -40,6 +40,7 @@ class TextTask:
     dtype: str | None
     revision: str | None
     unfit: Mapping[str, Any]
+    keep: bool = True
 
     def run(self, prompts: Sequence[str], output: Output) -> TextTuned:
         """Check, open the model, search, and show what was found."""
@@ -61,7 +62,7 @@ class TextTask:
             try:
                 found = tune_text(
                     pipe, prompts, self.budget, seconds=self.seconds, study=self.study, out=self.out, model=self.model,  # type: ignore[arg-type]
-                    call=dict(self.call), batch=self.batch, seed=self.seed, say=output.note,
+                    call=dict(self.call), batch=self.batch, seed=self.seed, keep=self.keep, say=output.note,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 output.warn(f"Interrupted. The study is kept in {self.study}; this continues it:\n  hasten {shlex.join(sys.argv[1:])}")

@@ -165,7 +165,7 @@ class TextDiffusionPipeline(TextPipeline):
         usual = [max(1, min(NEW_TOKENS, facts.context - length)) for length in prompts.lengths]
         new = _lengths(given.get("max_new_tokens", usual), len(prompts.ids), limits)
         check(prompts, new, facts, limits)
-        chosen = self.chosen(given.get("recipe"))
+        chosen = self.chosen(given.get("recipe"), max(new))
         recipe = numbers.applied(chosen, facts)
         if self.guide is not None:
             self.guide.check(max(map(sum, zip(prompts.lengths, new, strict=True))))

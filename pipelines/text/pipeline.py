@@ -83,11 +83,11 @@ class TextPipeline(ABC):
 
     # --- what a call asks ---------------------------------------------------------------------------
 
-    def chosen(self, named: Any) -> Recipe:
-        """The recipe of the call, else that of the innermost session, else the pipeline's own."""
+    def chosen(self, named: Any, length: int | None = None) -> Recipe:
+        """The recipe of the call, else that of the innermost session, else the pipeline's own. length: new tokens of the longest text."""
         if named is not None:
             return self.fitted(find_recipe(named))
-        return self.sessions[-1].recipe if self.sessions else self.recipe
+        return self.sessions[-1].asked(length) if self.sessions else self.recipe
 
     @property
     def allowed(self) -> Limits:

@@ -30,6 +30,10 @@ class TextDiffusionSession:
         """Share of the work of one token per evaluation, without a cache, that was left out so far, 0 to 1."""
         return max(0.0, 1.0 - self.report().of_sequential)
 
+    def asked(self, length: int | None) -> Recipe:
+        """The recipe for a call whose longest text may have `length` new tokens; None where that is not known."""
+        return self.recipe
+
     def report(self) -> TextDiffusionReport:
         """What the generations so far cost, ready to print, to save as JSON or as a page."""
         return together(self.reports) if self.reports else self.host.nothing(self.recipe)

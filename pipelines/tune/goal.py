@@ -57,7 +57,7 @@ class Goal:
 
         Raises `UsageError` for anything else.
         """
-        if isinstance(given, Budget):
+        if isinstance(given, Budget):  # of texts: `tolerance` raises
             return cls("psnr", given.psnr) if given.psnr is not None else cls("latent_error", given.tolerance)
         found = _WRITTEN.fullmatch(given)
         if found is None:

@@ -75,17 +75,23 @@ def keep(recipe: Recipe) -> Path:
     return atomic_write(place / _name(recipe.tuned), _found_anywhere(recipe).to_yaml())
 
 
+def keep_for_budgets(recipe: Recipe) -> str:
+    """`keep` it, and say what became of that. A folder that cannot be written must not cost the result of a search."""
+    try:
+        keep(recipe)
+        return "It is kept, so that hasten.Budget finds it on this host."
+    except OutputError as error:
+        return f"It is not kept for budgets: {error}"
+
+
 def fitting(models: dict[str, nn.Module], scheduler: Any, budget: Budget) -> Found:
     """The kept recipes that were measured on these networks, scheduler and hardware, within a budget of the same measure
     that is at least as strict. Reads the weights only where anything is kept."""
-    try:
-        files = sorted(folder().glob("*.yaml"))
-    except (OSError, OutputError):
-        files = []
+    files = files_kept()
     if not files:
         return Found((), "no tuned recipe is kept here, so the online controller is at work (hasten tune makes one)")
     here = known_by(models) | {"scheduler": type(scheduler).__name__}
-    reading = _read(files, here["weights"])
+    reading = read_kept(files, here["weights"])
     goal = Goal.read(budget)
     ready = [recipe for recipe in reading.recipes if recipe.tuned is not None and _fits(recipe.tuned, here, goal)]
     if not ready:
@@ -95,8 +101,16 @@ def fitting(models: dict[str, nn.Module], scheduler: Any, budget: Budget) -> Fou
     return Found(tuple(ready), told_of(ready[0]), reading.skipped)
 
 
+def files_kept() -> list[Path]:
+    """All that is kept; nothing where there is no folder."""
+    try:
+        return sorted(folder().glob("*.yaml"))
+    except (OSError, OutputError):
+        return []
+
+
 @dataclass(slots=True)
-class _Reading:
+class Reading:
     """recipes: those of the wanted weights. others: file name -> why it is no tuned recipe."""
 
     recipes: list[Recipe] = field(default_factory=list)
@@ -111,9 +125,9 @@ class _Reading:
         return f"Of the tuned recipes in {folder()}, {len(self.others)} cannot be used ({named}{more}). Remove them."
 
 
-def _read(files: list[Path], weights: str) -> _Reading:
-    """Files of other weights are told by their names and not opened."""
-    found = _Reading()
+def read_kept(files: list[Path], weights: str) -> Reading:
+    """Recipes of these weights. Files of other weights are told by their names and not opened."""
+    found = Reading()
     for file in files:
         head, dash, _ = file.stem.partition("-")
         if dash and len(head) == len(weights) and set(head) <= set("0123456789abcdef") and head != weights:
@@ -144,11 +158,19 @@ def told_of(recipe: Recipe) -> str:
     """What a kept recipe is and what it was measured at, in words."""
     stamp = recipe.tuned
     assert stamp is not None
-    worst = "" if stamp.worst is None else f"worst {Goal.read(stamp.budget).told(stamp.worst)} on "
+    worst = "" if stamp.worst is None else f"{_worst(stamp)} on "
     return (
         f"a tuned recipe, {', '.join(recipe.axes) or 'nothing changed'}; tuned for {stamp.budget} on {stamp.date or 'an unknown day'},"
         f" {stamp.speedup:.3g}x, {worst}{stamp.prompts} held-out prompts"
     )
+
+
+def _worst(stamp: Stamp) -> str:
+    """For texts the low end of the interval in which the share lies."""
+    assert stamp.worst is not None
+    if stamp.budget.startswith("exact_match"):
+        return f"{stamp.kept or 0.0:.1%} of the texts kept ({stamp.worst:.1%} at least)"
+    return f"worst {Goal.read(stamp.budget).told(stamp.worst)}"
 
 
 def _home() -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from hasten.atomic import atomic_write
 from hasten.budget import Budget
-from hasten.errors import OutputError, UsageError
+from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.asked import hearing
 from hasten.pipelines.bench.peers import sweep
@@ -38,7 +38,6 @@ from hasten.pipelines.tune.verify import (
     noise_floor,
     verified,
 )
-from hasten.recipe import Recipe
 
 if TYPE_CHECKING:
     from hasten.pipelines.text.pipeline import TextPipeline
@@ -66,7 +65,7 @@ Say = Callable[[str], None]
 def tune(
     pipe: TextPipeline, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
     study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
-    seed: int = 0, say: Say = lambda text: None,
+    seed: int = 0, keep: bool = True, say: Say = lambda text: None,
 ) -> TextTuned: ...  # fmt: skip
 @overload
 def tune(
@@ -106,7 +105,7 @@ def tune(
 
         if peers or attention or adapters:
             raise UsageError("peers, attention and adapters are for pictures and clips, and this model writes texts. Leave them out.")
-        return tune_text(pipe, prompts, budget, seconds=seconds, study=study, out=out, model=model, call=call, seed=seed, say=say)
+        return tune_text(pipe, prompts, budget, seconds=seconds, study=study, out=out, model=model, call=call, seed=seed, keep=keep, say=say)
     pairs = tuple(pair if isinstance(pair, tuple) else (pair, number) for number, pair in enumerate(prompts))
     job = Job(
         Goal.read(budget), pairs, tiny_models.call_defaults(pipe) | (call or {}), seconds, model, peers, tuple(attention),
@@ -117,17 +116,8 @@ def tune(
         atomic_write(Path(out), found.recipe.to_yaml().encode())
         say(f"The recipe is in {out}.")
     if keep and found.recipe is not None:
-        say(_kept(found.recipe))
+        say(kept.keep_for_budgets(found.recipe))
     return found
-
-
-def _kept(recipe: Recipe) -> str:
-    """Keep it for budgets; what became of that. A folder that cannot be written must not cost the result of a search."""
-    try:
-        kept.keep(recipe)
-        return "It is kept, so that hasten.Budget finds it on this host."
-    except OutputError as error:
-        return f"It is not kept for budgets: {error}"
 
 
 class Tuning:

@@ -36,9 +36,11 @@ class TextGoal:
 
     @classmethod
     def read(cls, given: str | Budget) -> TextGoal:
-        """From `"exact_match>=0.99"`, `"exact_match>=99%"` or `"99%"`. Raises `UsageError` for anything else."""
+        """From `"exact_match>=0.99"`, `"exact_match>=99%"`, `"99%"` or `Budget(exact_match=0.99)`. Raises `UsageError` for anything else."""
         if isinstance(given, Budget):
-            raise UsageError("A Budget is about pictures, and this model writes texts. Pass budget='exact_match>=0.99'.")
+            if given.exact_match is None:
+                raise UsageError("This Budget is about pictures, and this model writes texts. Pass Budget(exact_match=0.99).")
+            return cls(given.exact_match)
         found = _WRITTEN.fullmatch(given)
         if found is None:
             raise UsageError(f"The budget {given!r} is none for texts. Write exact_match>=0.99, or 99%.")

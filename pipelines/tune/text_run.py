@@ -16,7 +16,7 @@ from hasten.pipelines import list_tasks, tiny_models
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.text.arguments import ALIASES, whole
 from hasten.pipelines.text.diffusion import TextDiffusionPipeline
-from hasten.pipelines.tune import fingerprint
+from hasten.pipelines.tune import fingerprint, kept
 from hasten.pipelines.tune.text_goal import TextGoal
 from hasten.pipelines.tune.text_result import TextTuned, text_stamped
 from hasten.pipelines.tune.text_space import TextSpace
@@ -73,7 +73,7 @@ class TextJob:
 def tune_text(
     pipe: TextDiffusionPipeline, prompts: Sequence[str | tuple[str, int]], budget: str | Budget, *, seconds: float = 600.0,
     study: str | Path = "hasten-study", out: str | Path | None = None, model: str = "", call: dict[str, Any] | None = None,
-    batch: int = 8, right: Right | None = None, seed: int = 0, say: Any = lambda text: None,
+    batch: int = 8, right: Right | None = None, seed: int = 0, keep: bool = True, say: Any = lambda text: None,
 ) -> TextTuned:  # fmt: skip
     """Search the fastest composition of commit rule, blocks, end, cache, reviser and drafts that keeps `budget` on `prompts`.
 
@@ -100,6 +100,8 @@ def tune_text(
     if out is not None and found.recipe is not None:
         atomic_write(Path(out), found.recipe.to_yaml().encode())
         say(f"The recipe is in {out}.")
+    if keep and found.recipe is not None:
+        say(kept.keep_for_budgets(found.recipe))
     return found
 
 
