@@ -19,10 +19,12 @@ from hasten.cli import (
     demo,
     doctor,
     generate,
+    jobs,
     profile,
     recipes,
     train,
     tune,
+    ui,
 )
 from hasten.errors import HastenError
 
@@ -43,12 +45,14 @@ app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
 app.command("tune")(tune.tune)
+app.command("ui")(ui.ui)
 bench.app.command("attention")(bench_attention.attention)
 bench.app.command("compose")(bench_compose.compose)
 bench.app.command("distill")(bench_distill.distill)
 bench.app.command("dllm")(bench_dllm.dllm)
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
+app.add_typer(jobs.app, name="jobs")
 
 
 def _version(wanted: bool) -> None:

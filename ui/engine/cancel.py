@@ -60,7 +60,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     found = {id(network): network}
     for module in network.modules():
         if isinstance(module, nn.ModuleList):
-            found |= {id(entry): entry for entry in module}
+            found |= {id(entry): entry for entry in module if isinstance(entry, nn.Module)}  # some lists hold None
     return [block for block in found.values() if not _compiled(block) and not isinstance(block, nn.ModuleList | nn.ModuleDict)]
 
 
