@@ -176,7 +176,8 @@ def _bundled() -> Iterator[Card]:
     for name in tiny_models.names():
         found, folder = tiny_models.card(name), tiny_models.path(name)
         size = _size(folder)
-        kind: Kind = found["kind"] if found["kind"] != "text" or "dllm" in name or "lists" in name else "language"
+        causal = _json(folder / "config.json").get("hasten_diffusion", {}).get("kind") == "causal"
+        kind: Kind = "language" if causal else found["kind"]
         call, prompts = dict(found.get("call", {})), tuple(found.get("prompts", ()))
         yield Card(name, kind, "bundled", size, size, found["licence"], True, True, "It runs anywhere.", "Comes with hasten.", call, prompts)
 

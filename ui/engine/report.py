@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ class Report:
         self._tell, self.stopped = tell, stopped
         self._began = self._phase_began = time.monotonic()
         self._stepped = 0.0
+        self._one = threading.Lock()  # a study's clock tells, too
         self._first = 0
         self.now = Snapshot(job, state="running", phase="Starting")
 
@@ -58,15 +60,17 @@ class Report:
 
     def data(self, **values: Any) -> None:
         """What only this kind of job has (see `Snapshot`)."""
-        self._put(data={**self.now.data, **values})
+        self._put(values)
 
     def preview(self, name: str) -> None:
         """Another picture of the latents."""
         self._put(preview=name)
 
-    def _put(self, **changes: Any) -> None:
-        self.now = self.now.but(seconds=time.monotonic() - self._began, memory=memory(), **changes)
-        self._tell(self.now)
+    def _put(self, data: dict[str, Any] | None = None, **changes: Any) -> None:
+        with self._one:
+            both = self.now.data if data is None else {**self.now.data, **data}
+            self.now = self.now.but(seconds=time.monotonic() - self._began, memory=memory(), data=both, **changes)
+            self._tell(self.now)
 
 
 def memory() -> int:
