@@ -13,6 +13,7 @@ from typing import Any
 from hasten.errors import RefusedError, UsageError
 from hasten.pipelines.quiet import quiet
 from hasten.pipelines.solver_levels import pinned, told
+from hasten.pipelines.solver_mix import mixing
 from hasten.pipelines.travel import travelling
 from hasten.samplers.solver import Solver
 from hasten.samplers.travel import TimeTravel
@@ -60,7 +61,7 @@ def scheduler_for(scheduler: Any, solver: Solver) -> Any:
     made = _made(scheduler, solver)
     if solver.own_levels:
         made.set_timesteps = pinned(made, scheduler, solver)
-        return made
+        return made if solver.weights is None else mixing(made, solver.weights)
     known = inspect.signature(made.set_timesteps).parameters
     if "mu" in known and not made.config.get("use_dynamic_shifting"):
         made.set_timesteps = _without_mu(made)

@@ -15,6 +15,10 @@ ORDERED = ("dpm++", "unipc")
 """Solvers whose order can be chosen; the others have one of their own."""
 
 
+FIRST_ORDER = ("euler", "ddim")
+"""Solvers that `weights` may be given to."""
+
+
 class Solver(Sampler):
     """Replace the host's scheduler by diffusers' `name`, keeping the host's noise schedule and prediction type.
 
@@ -29,6 +33,10 @@ class Solver(Sampler):
     shift: flow matching only, sigma = shift u / (1 + (shift - 1) u) in place of the host's (SD3, arXiv 2403.03206, eq. 23).
     times: the levels themselves, falling from 1 and above 0, whatever number of steps is asked for: sigma in flow
     matching; else shares of the training time, (t + 1) / T (AutoDiffusion, arXiv 2309.10438, searches such lists).
+
+    weights: a row for each of `times`: what the outputs of this evaluation and of those before it, newest first, weigh in
+    what a first-order solver (euler, ddim) is given. A multistep solver of one's own, as in Bespoke Non-Stationary Solvers
+    (arXiv 2403.01329); `hasten tune` fits it to plain runs of one model. Differs: outputs are mixed, inputs are not.
     """
 
     kind: ClassVar[str] = "solver"
@@ -38,6 +46,7 @@ class Solver(Sampler):
     spacing: Literal["keep"] | Spacing = "keep"
     shift: float | None = Field(None, gt=0)
     times: tuple[float, ...] | None = None
+    weights: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def own_levels(self) -> bool:
@@ -54,7 +63,19 @@ class Solver(Sampler):
             )
         if self.times is not None:
             self._list_stands_alone(self.times)
+        if self.weights is not None:
+            self._rows_fit(self.weights)
         return self
+
+    def _rows_fit(self, weights: tuple[tuple[float, ...], ...]) -> None:
+        if self.name not in FIRST_ORDER:
+            raise RecipeError(f"sampler.weights make a multistep solver of a first-order one ({', '.join(FIRST_ORDER)}), got {self.name}")
+        if len(weights) != len(self.times or ()):
+            raise RecipeError(f"sampler.weights need a row for each of sampler.times, got {len(weights)} for {len(self.times or ())}")
+        if wrong := [k for k, row in enumerate(weights) if not 1 <= len(row) <= k + 1]:
+            raise RecipeError(
+                f"sampler.weights row {wrong[0]} weighs {len(weights[wrong[0]])} outputs; by then there are 1 to {wrong[0] + 1}"
+            )
 
     def _list_stands_alone(self, times: tuple[float, ...]) -> None:
         others = {"steps": self.steps != 1, "spacing": self.spacing != "keep", "shift": self.shift is not None}
