@@ -127,14 +127,13 @@ class Guard:
         if self.address.auth is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "basic":
-            try:
-                given = base64.b64decode(given, validate=True).decode("utf-8", "replace")
-            except binascii.Error:
-                return False
-        elif scheme.lower() != "bearer":
+        if scheme.lower() not in ("basic", "bearer"):
             return False
-        return hmac.compare_digest(given.encode(), self.address.auth.encode())
+        try:
+            said = base64.b64decode(given, validate=True) if scheme.lower() == "basic" else given.encode("latin-1")
+        except (binascii.Error, ValueError):
+            return False
+        return hmac.compare_digest(said, self.address.auth.encode())
 
     def _room(self, scope: Scope) -> int:
         return self.limits.max_upload + UPLOAD_ROOM if _is_upload(scope) else 4 * self.limits.max_request
@@ -241,6 +240,8 @@ class _Answer:
         headers = MutableHeaders(scope=start)
         for name, value in HEADERS.items():
             headers[name] = value
+        if start["status"] == 413:  # or the rest would still be read
+            headers["Connection"] = "close"
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if "/file=" in self._path and kind in ("text/html", "image/svg+xml", "application/xhtml+xml", "text/xml", "application/xml"):
             headers["Content-Type"] = "application/octet-stream"

@@ -92,7 +92,7 @@ class Api:
         about = {"seed": job.asked["seed"], "recipe": job.result["row"]["recipe"], "hasten": {"job": job.id, "row": job.result["row"]}}
         if form == "b64_json":
             return {"b64_json": base64.b64encode(self._path(output).read_bytes()).decode(), **about}
-        return {"url": f"{str(request.base_url).rstrip('/')}/images/{output}/content", **about}
+        return {"url": str(request.url_for("image", output=output)), **about}
 
     # --- clips ------------------------------------------------------------------------------------
 
