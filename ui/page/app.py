@@ -1,0 +1,95 @@
+"""All tabs on one page, and how it is launched."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from hasten.ui.engine import Engine
+from hasten.ui.page import api, first
+from hasten.ui.page.sentences import heading
+from hasten.ui.page.status import Status
+from hasten.ui.page.tabs.compare import CompareTab
+from hasten.ui.page.tabs.export import ExportTab
+from hasten.ui.page.tabs.generate import GenerateTab
+from hasten.ui.page.tabs.history import HistoryTab
+from hasten.ui.page.tabs.text import TextTab
+from hasten.ui.page.tabs.train import TrainTab
+from hasten.ui.page.tabs.tune import TuneTab
+from hasten.ui.page.watch import HIDDEN, Watch
+from hasten.ui.page.ways import connect
+from hasten.ui.views.component import launch_options as views_options
+from hasten.ui.views.component import shown
+
+TABS = {"compare": "Compare", "generate": "Generate", "text": "Text", "tune": "Tune", "train": "Train", "history": "History", "export": "Export"}
+
+
+def build(engine: Engine) -> gr.Blocks:
+    """The page of an engine that is started. A home without any comparison gets its first one at once."""
+    first.begin(engine)
+    with gr.Blocks(title="hasten", analytics_enabled=False, delete_cache=(300, 3600)) as page:
+        kept = gr.BrowserState({}, storage_key="hasten-jobs", secret=_secret(engine.place.folder / "page.secret"))
+        shown(heading())
+        status = Status(engine)
+        with gr.Tabs(selected="compare", elem_id="tabs") as tabs:
+            with gr.Tab(TABS["compare"], id="compare"):
+                compare = CompareTab(engine, kept)
+            with gr.Tab(TABS["generate"], id="generate"):
+                generate = GenerateTab(engine, kept)
+            with gr.Tab(TABS["text"], id="text"):
+                text = TextTab(engine, kept)
+            with gr.Tab(TABS["tune"], id="tune"):
+                tune = TuneTab(engine, kept)
+            with gr.Tab(TABS["train"], id="train"):
+                train = TrainTab(engine, kept)
+            with gr.Tab(TABS["history"], id="history") as opened:
+                history = HistoryTab(engine)
+            with gr.Tab(TABS["export"], id="export") as exporting:
+                export = ExportTab(engine)
+        opened.select(history.look, None, history.looks, queue=False, **HIDDEN)
+        exporting.select(export.look, [export.which], export.outputs, queue=False, **HIDDEN)
+        connect(tabs, compare, generate, text, tune, train, history, export)
+        _found_again(page, kept, [compare.watch, generate.watch, text.watch, tune.watch, train.watch])
+        status.begin(page)
+        api.publish(engine)
+    return page
+
+
+def launch_options(engine: Engine | None = None) -> dict[str, Any]:
+    """Arguments of `launch()` without which the page is neither itself nor safe. engine: whose results it may serve."""
+    look = views_options()
+    assets = files("hasten.ui.page") / "assets"
+    style, script = (assets / "page.css").read_text(encoding="utf-8"), (assets / "page.js").read_text(encoding="utf-8")
+    return {
+        "theme": look["theme"], "css": look["css"] + style, "head": look["head"] + f"<script>{script}</script>",
+        "ssr_mode": False, "footer_links": ["api"], "run_history": False, "enable_monitoring": False, "state_session_capacity": 64,
+        "show_error": True, "share": False, "mcp_server": False, "max_file_size": engine.limits.max_upload if engine is not None else "64mb",
+        "allowed_paths": [str(engine.place.outputs)] if engine is not None else [],
+    }  # fmt: skip
+
+
+def _found_again(page: gr.Blocks, kept: gr.BrowserState, watches: list[Watch]) -> None:
+    """A page that is opened looks at its jobs again, whoever runs them."""
+
+    def found(known: dict[str, str] | None) -> list[str]:
+        return [watch.found_again(known) for watch in watches]
+
+    loaded = page.load(found, [kept], [watch.job for watch in watches], queue=False, **HIDDEN)
+    for watch in watches:
+        watch.follows(loaded.then)
+
+
+def _secret(file: Path) -> str:
+    """Of this home, the same at each start, so that browsers keep their memory of jobs."""
+    try:
+        return file.read_text(encoding="ascii")
+    except OSError:
+        made = secrets.token_hex(16)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+            stream.write(made)
+        return made

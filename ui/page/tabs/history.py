@@ -1,0 +1,110 @@
+"""History: what was made here, the queue, and settings back from a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from hasten.errors import UsageError
+from hasten.ui.engine import Engine, RequestError
+from hasten.ui.engine.request import to_json
+from hasten.ui.page.results import Shelf, recipe_words, title
+from hasten.ui.page.sentences import said
+from hasten.ui.page.watch import HIDDEN, in_words
+from hasten.ui.views.component import shown
+from hasten.ui.views.gallery import gallery
+from hasten.ui.views.progress import queue
+
+LISTED = 30
+"""Jobs in the list."""
+
+
+class HistoryTab:
+    """Nothing here follows a job: the lists are read anew whenever the tab is opened, and after each button."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.shelf = engine, Shelf(engine)
+        self.output, self.job, self.asked = gr.State(""), gr.State(""), gr.State({})
+        with gr.Row(equal_height=False, elem_classes="sides"):
+            with gr.Column(scale=8, min_width=320):
+                self.gallery = shown(gallery({}), elem_id="history-gallery")
+                with gr.Row(visible=False, elem_classes="buttons chosen") as self.actions:
+                    self.words = shown()
+                    self.open = gr.Button("Open", variant="primary", size="sm", min_width=90)
+                    self.restore = gr.Button("Restore its settings", size="sm", min_width=140)
+                    self.export = gr.Button("Export", size="sm", min_width=90)
+                    self.remove = gr.Button("Delete", variant="stop", size="sm", min_width=90)
+            with gr.Column(scale=4, min_width=280):
+                self.file = gr.File(
+                    label="Restore settings from a file", file_types=[".png", ".mp4", ".gif", ".json", ".yaml", ".yml"],
+                    type="binary", height=170, elem_id="history-file",
+                )  # fmt: skip
+                self.queue = shown(queue({}), elem_id="history-queue")
+                with gr.Row(visible=False, elem_classes="buttons chosen") as self.job_actions:
+                    self.job_words = shown()
+                    self.cancel = gr.Button("Stop it", size="sm", min_width=80)
+                    self.again = gr.Button("Try again", size="sm", min_width=80)
+                    self.forget = gr.Button("Remove", size="sm", min_width=80)
+                self.refresh = gr.Button("Look again", size="sm")
+        self._events()
+
+    def _events(self) -> None:
+        self.gallery.select(in_words(self.choose), None, [self.output, self.actions, self.words], queue=False, **HIDDEN)
+        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words], queue=False, **HIDDEN)
+        self.refresh.click(self.look, None, self.looks, queue=False, **HIDDEN)
+        self.remove.click(in_words(self.removed), [self.output], self.looks, queue=False, **HIDDEN)
+        for button, act in ((self.cancel, self.engine.cancel), (self.again, self.engine.retry), (self.forget, self.engine.remove)):
+            button.click(in_words(self._acting(act)), [self.job], self.looks, queue=False, **HIDDEN)
+
+    @property
+    def looks(self) -> list[Component]:
+        """All that `look` updates."""
+        return [self.gallery, self.queue, self.actions, self.job_actions]
+
+    # --- handlers ---------------------------------------------------------------------------------
+
+    def look(self) -> tuple[Any, ...]:
+        """Both lists as they are now; nothing is chosen."""
+        jobs = sorted(self.engine.jobs.list(LISTED), key=lambda job: (job.state not in ("running", "queued"), -job.made))
+        listed = [{"id": job.id, "title": title(job.asked), "state": job.state} for job in jobs]
+        return gallery(self.shelf.gallery()), queue({"jobs": listed}), gr.update(visible=False), gr.update(visible=False)
+
+    def choose(self, event: gr.EventData) -> tuple[str, Any, str]:
+        """A card of the gallery."""
+        found = self.shelf.result(str(event.id))
+        return found["output"], gr.update(visible=True), said(title(found["request"]))
+
+    def choose_job(self, event: gr.EventData) -> tuple[str, Any, str]:
+        """A row of the queue."""
+        job = self.engine.job(str(event.id))
+        return job.id, gr.update(visible=True), said(str(job.error.get("sentence") or f"{title(job.asked)} ({recipe_words(job.asked) or job.kind})"))
+
+    def chosen(self, output: str) -> dict[str, Any]:
+        """The result that is chosen, with its request. Raises `UsageError` where none is."""
+        if not output:
+            raise UsageError("Choose a result first.")
+        return self.shelf.result(output)
+
+    def removed(self, output: str) -> tuple[Any, ...]:
+        self.engine.outputs.remove(self.chosen(output)["output"])
+        return self.look()
+
+    def from_file(self, data: bytes | None) -> dict[str, Any]:
+        """The request that a dropped file was made by."""
+        import json
+
+        if not data:
+            raise RequestError("file", "nothing", "a PNG, MP4 or GIF that hasten made, a JSON file or a YAML recipe")
+        asked: dict[str, Any] = json.loads(to_json(self.engine.restore(data)))
+        return asked
+
+    def _acting(self, act: Any) -> Any:
+        def done(job: str) -> tuple[Any, ...]:
+            if not job:
+                raise UsageError("Choose a job of the list first.")
+            act(job)
+            return self.look()
+
+        return done
