@@ -83,6 +83,12 @@ class Account:
         budget = self.tolerance**2
         return math.sqrt(max(budget - spent - self.others(member), LEAST * budget) / gaps / self.levels)
 
+    def until_end(self, member: Spender) -> float:
+        """Error (not squared) that `member` may have caused at the end of the run: what it has, and its part of what is left."""
+        budget = self.tolerance**2
+        left = max(budget - member.square - self.others(member), LEAST * budget)
+        return math.sqrt(member.square + left / self.levels)
+
     def open_to(self, member: Spender) -> float:
         """The tolerance that the other levels have left to `member`."""
         return self.tolerance * math.sqrt(max(1 - self.others(member) / self.tolerance**2, LEAST))
@@ -115,7 +121,7 @@ class LeftOut:
     An attention output that reads a share rho of the softmax mass and nothing else differs from the whole one by 1 - rho of
     the difference between what it read and what it did not; that is taken to be as large as the output itself, and the
     network's output to be off by the mean of this over its calls. It counts until the next evaluation, and adds up over the
-    run without any cancelling. What stands in for the rest makes the true error smaller; by how much has not been measured.
+    run without any cancelling. What stands in for the rest makes the true error smaller: docs/budget.md has by how much.
     """
 
     def __init__(self, level: str) -> None:
@@ -131,6 +137,12 @@ class LeftOut:
         if evaluated:  # what was before it is settled; what it left out is told with the next reading
             self.total, self._since = self.total + self.share * self._since, 0.0
         self._since += effect(step, times)
+
+    def affordable(self, account: Account, step: Step, times: Sequence[float]) -> float:
+        """Share (0 to 1) that every evaluation behind `step` may leave out, so that this level stays within its part of `account`."""
+        after = times[step.index + 1] if step.index + 1 < len(times) else 0.0
+        ahead = abs(angle(step, after) - angle(step, 0.0)) * sensitivity(step)
+        return min(1.0, (account.until_end(self) - math.sqrt(self.square)) / ahead) if ahead > 0 else 1.0
 
     def told(self, share: float) -> None:
         """The latest evaluation left out `share` (0 to 1). NaN counts as all."""

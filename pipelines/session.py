@@ -270,6 +270,8 @@ class Session:
         self.guidance = GuidanceSeam(self.recipe.guidance.start(), reused) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
         if self.spending is not None:
             self._share(self.spending)
+        elif isinstance(self.recipe.attention, SparseAttention) and self.recipe.attention.follows:
+            self.trace.facts["ledger"] = "attention reads what its recipe says: no part of this recipe keeps an account (auto does)"
         if isinstance(self.recipe.reuse, NetworkReuse):
             for sentence in self.recipe.reuse.remarks(times, self.clock.weights, self.clock.levels):
                 self.note(f"{type(self.clock.scheduler).__name__}: {sentence}")
@@ -284,7 +286,8 @@ class Session:
             if gate.attention is not None:
                 spending.charge(gate.attention)
                 told = "charged by what it says it leaves out" if gate.attention.policy.tells_recall else "not charged: what it leaves out is not known"
-                self.trace.facts["ledger"] = f"attention is {told}; it reads what its recipe says, whatever is left"
+                reads = "as much as the account can afford" if gate.attention.policy.follows else "what its recipe says, whatever is left"
+                self.trace.facts["ledger"] = f"attention is {told}; it reads {reads}"
 
     def _tick(self, combined: Any) -> None:
         for gate in self.gates:

@@ -75,6 +75,11 @@ class SparseAttention(Attention):
         selector goes by it; elsewhere nobody knows."""
         return self.compensate is not None or any(pattern.select.probes for pattern in self.patterns)
 
+    @property
+    def follows(self) -> bool:
+        """Does it read as much as an account of errors can afford, where a run keeps one?"""
+        return any(pattern.select.follows for pattern in self.patterns)
+
     def is_dense(self, step: Step, layer: int) -> bool:
         """Does this step stay dense at this layer, whatever the tensors are? layer: number of the attention site."""
         first, last = round(self.warm * step.total), step.total - round(self.tail * step.total)
@@ -176,6 +181,11 @@ class SparseState:
             kept = (arranged(k, order.perm), arranged(v, order.perm))
             tables = self.policy.compensate.tables(*kept, order, self._selection.approximate, squares)
         return planned_attention(q, k, v, self._plan, scale, compensation=tables)[0]
+
+    def aim(self, recall: float) -> None:
+        """The share of the mass that is to be read from the next choice on."""
+        for pattern in self._patterns:
+            pattern.select.aim(recall)
 
     def num_bytes(self) -> int:
         """Bytes held for later steps."""

@@ -54,6 +54,7 @@ class AttentionSeam:
         self.refused: dict[str, str] = {}
         self.doubts: set[str] = set()
         self.run = -1
+        self.aimed: float | None = None
         self.off = False
         if not self.sites.all:
             self.off = True
@@ -72,7 +73,7 @@ class AttentionSeam:
     def begin_run(self) -> None:
         """Start clean; what an earlier run has left is written down first."""
         self.flush()
-        self.states, self.paddings = {}, {}
+        self.states, self.paddings, self.aimed = {}, {}, None
         self.run = self.gate.session.clock.run
         self.off = not self.sites.all
 
@@ -90,6 +91,12 @@ class AttentionSeam:
         if not sparse:
             return torch.zeros(())
         return (1 - torch.stack([rho.detach().float().reshape(()) for rho in sparse])).clamp_min(0).sum() / len(facts)
+
+    def aim(self, recall: float) -> None:
+        """The account of the run can afford that this share of the mass is read, at every site alike."""
+        self.aimed = recall
+        for held in self.states.values():
+            held.state.aim(recall)
 
     def forget(self) -> None:
         """Drop all tensors, and stay dense for the rest of this run."""
@@ -260,6 +267,8 @@ class Following:
         place = (branch, site.number, visit, q.shape, k.shape)
         if place not in self.seam.states:
             state = self.seam.policy.start(about.layer)
+            if self.seam.aimed is not None:
+                state.aim(self.seam.aimed)
             self.seam.states[place] = Held(f"{self.seam.gate.site}.{site.name}", q.shape[2], state)
         return self.seam.states[place].state
 

@@ -40,15 +40,16 @@ def semantic(
     k_size: float = 76,
     refresh: int = 1,
     min_tokens: int | None = None,
+    lowest: float | None = None,
 ) -> Recipe:
     """Clusters of similar tokens; as many are read as keep `recall` of each head's mass; the others by their mean. Ours.
 
     The clusters of SVG2 with the compensation of SVG-EAR, of second order, in one softmax; budgets follow rho, the share
-    of the mass that was read exactly, head by head. refresh: steps for which a selection is used.
+    of the mass that was read exactly, head by head. refresh: steps for which a selection is used. lowest: beside an error
+    budget (`semantic:lowest=0.7+auto:psnr=35`) the recall is what its account can afford, at least so much.
     """
-    pattern = Pattern(
-        layout=KMeans(q_size=q_size, k_size=k_size), score=Centroid(variance=True), select=TargetRecall(target=recall)
-    )
+    select = TargetRecall(target=recall, lowest=lowest)
+    pattern = Pattern(layout=KMeans(q_size=q_size, k_size=k_size), score=Centroid(variance=True), select=select)
     return Recipe(
         attention=SparseAttention(
             min_tokens=min_tokens, patterns=(pattern,), compensate=Compensate(order=2), warm=warm, refresh=refresh

@@ -58,3 +58,5 @@ class Spending:
             member.passed(step, self.times, evaluated=share is not None)
             if share is not None:
                 self.account.ask(share, member.told)
+            if attention.policy.follows and attention.policy.tells_recall:
+                attention.aim(1 - member.affordable(self.account, step, self.times))

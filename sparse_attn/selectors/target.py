@@ -16,6 +16,9 @@ from hasten.sparse_attn.blocks import Blocks
 from hasten.sparse_attn.selectors.selector import Selector, SelectorState
 from hasten.sparse_attn.selectors.top import within_tokens
 
+HIGHEST = 0.999
+"""Largest target that an account gives: beyond it a share is hardly to be told from all."""
+
 
 class TargetRecall(Selector):
     """Reads so many tokens that `target` of each head's softmax mass is read exactly.
@@ -28,6 +31,9 @@ class TargetRecall(Selector):
 
     A plane with rho below `floor` is read densely for the next `rest` calls, then tried with 1.5 to 8 times the share:
     what was chosen for it meant nothing. first: share at the start. Ours; no paper.
+
+    lowest: in a run that keeps an account of its errors the target is what that account can afford, between `lowest` and
+    `HIGHEST`, and `target` only until it says so; None: `target` throughout.
     """
 
     kind = "target-recall"
@@ -38,15 +44,21 @@ class TargetRecall(Selector):
     gain: float = Field(default=0.7, gt=0, le=1)
     rest: int = Field(default=4, ge=1)
     samples: int = Field(default=64, ge=1)
+    lowest: float | None = Field(default=None, gt=0, lt=1)
 
     @property
     def probes(self) -> int:
         return self.samples
 
+    @property
+    def follows(self) -> bool:
+        return self.lowest is not None
+
     @model_validator(mode="after")
     def _floor_below_target(self) -> TargetRecall:
-        if self.floor >= self.target:
-            raise RecipeError(f"target-recall: a floor of {self.floor} has to be below the target of {self.target}.")
+        least = self.target if self.lowest is None else min(self.target, self.lowest)
+        if self.floor >= least:
+            raise RecipeError(f"target-recall: a floor of {self.floor} has to be below the target of {least}.")
         return self
 
     def start(self) -> SelectorState:
@@ -54,10 +66,10 @@ class TargetRecall(Selector):
 
 
 class TargetRecallState(SelectorState):
-    """share: float32 [P], of the tokens that each plane reads. resting: int32 [P], dense calls to come."""
+    """share: float32 [P], of the tokens that each plane reads. resting: int32 [P], dense calls to come. target: of now."""
 
     def __init__(self, part: TargetRecall) -> None:
-        self.part = part
+        self.part, self.target = part, part.target
         self.share = torch.full((1,), part.first)
         self.resting = torch.zeros(1, dtype=torch.int32)
         self._chosen = False
@@ -78,7 +90,7 @@ class TargetRecallState(SelectorState):
         self._chosen = False
         self._match(rho.numel(), rho.device)
         part = self.part
-        rho = rho.float().reshape(-1).nan_to_num(part.target)
+        rho = rho.float().reshape(-1).nan_to_num(self.target)
         dense = self.resting > 0
         lost = ~dense & (rho < part.floor)
         step = (self._wanted(rho) / self.share).pow(part.gain)
@@ -86,10 +98,15 @@ class TargetRecallState(SelectorState):
         self.share = (self.share * step).clamp(part.least, 1.0)
         self.resting = torch.where(lost, part.rest, (self.resting - 1).clamp(min=0)).int()
 
+    def aim(self, recall: float) -> None:
+        """Move the target. Where the share was measured for another one, what is left out is taken to follow the same power."""
+        if self.part.lowest is not None:
+            self.target = min(max(recall, self.part.lowest), HIGHEST)
+
     def _wanted(self, rho: Tensor) -> Tensor:
         """The share that would reach the target if what is left out were (1 - share) ^ p, with the p of this call."""
         left_out = torch.log1p(-rho.clamp(1e-4, 1 - 1e-6))
-        return 1 - torch.exp(math.log(1 - self.part.target) * torch.log1p(-self.share.clamp(max=0.995)) / left_out)
+        return 1 - torch.exp(math.log(1 - self.target) * torch.log1p(-self.share.clamp(max=0.995)) / left_out)
 
     def _match(self, planes: int, device: torch.device) -> None:
         """As many planes as the call has; another number of them (another batch) starts anew."""

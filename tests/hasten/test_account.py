@@ -110,3 +110,43 @@ def test_a_share_that_is_no_number_counts_as_all(broken: Any) -> None:
     member.passed(step, [step.time], evaluated=True)
     member.told(broken)
     assert member.square == pytest.approx(effect(step, [step.time]) ** 2) and member.square > 0
+
+
+@given(tolerance=st.floats(0.01, 0.3), mine=st.floats(0, 0.3), other=st.floats(0, 0.3))
+def test_what_a_level_may_have_at_the_end_is_within_the_tolerance(tolerance: float, mine: float, other: float) -> None:
+    """Its part of what is left; where everything is spent hardly more than it has."""
+    account, members = Account(tolerance), [Fixed("attention", mine**2), Fixed("reuse", other**2)]
+    for member in members:
+        account.join(member)
+    most = account.until_end(members[0])
+    assert most >= mine
+    left = max(tolerance**2 - mine**2 - other**2, LEAST * tolerance**2)
+    assert most**2 - mine**2 == pytest.approx(left / 2, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("spent", [0.0, 0.06])
+def test_what_is_affordable_at_every_step_ends_at_the_tolerance(spent: float) -> None:
+    """A level that leaves out all it may ends where the account lets it, however many steps were dense before."""
+    steps, tolerance = flow(20), 0.1
+    times = [step.time for step in steps]
+    account, member = Account(tolerance), LeftOut("attention")
+    account.join(member)
+    if spent:
+        account.join(Fixed("attention", spent**2))
+    share = 0.0
+    for step in steps:
+        member.passed(step, times, evaluated=True)
+        member.told(share if step.index > 4 else 0.0)
+        share = member.affordable(account, step, times)
+        assert 0 < share <= 1
+    assert account.estimate == pytest.approx(tolerance, rel=0.05)
+
+
+def test_a_level_that_shares_is_offered_less() -> None:
+    steps = flow(10)
+    times = [step.time for step in steps]
+    alone, shared, member = Account(0.1), Account(0.1), LeftOut("attention")
+    alone.join(member)
+    shared.join(member)
+    shared.join(Fixed("reuse", 0.0))
+    assert member.affordable(shared, steps[0], times) == pytest.approx(member.affordable(alone, steps[0], times) / math.sqrt(2))

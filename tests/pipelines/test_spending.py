@@ -15,6 +15,12 @@ from hasten.pipelines.recipes import recipe
 from hasten.pipelines.tiny_models import call_defaults
 from hasten.recipe import Recipe
 from hasten.samplers.guidance_ledger import LedgerGuidance
+from hasten.sparse_attn.layouts.layout import Identity
+from hasten.sparse_attn.pattern import Pattern
+from hasten.sparse_attn.policy import SparseAttention
+from hasten.sparse_attn.scorers.pooled import Centroid
+from hasten.sparse_attn.selectors.target import TargetRecall
+from hasten.sparse_attn.stand_ins.compensate import Compensate
 from tests.hosts import (
     FLUX_CALL,
     UNET_CALL,
@@ -23,7 +29,7 @@ from tests.hosts import (
     small_unet,
     small_wan,
 )
-from tests.pipelines.attention_recipes import PART, STOOD_FOR
+from tests.pipelines.attention_recipes import PART, SMALL, STOOD_FOR
 from tests.pipelines.test_guidance_seam import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:hasten")
@@ -91,6 +97,40 @@ def test_attention_is_charged_by_what_it_leaves_out() -> None:
     mass = [1 - call.recall for call in run.trace.attention if call.recall is not None]
     assert set(spent) == {"reuse", "attention"} and min(mass) / 4 < spent["attention"] < 2 * max(mass)
     assert "charged by what it says it leaves out" in str(run.report())
+
+
+def following(tolerance: float, lowest: float | None = 0.55) -> Recipe:
+    """Clusters of four tokens whose recall follows the account of a ledger of `tolerance`."""
+    select = TargetRecall(target=0.9, lowest=lowest, first=0.5, samples=16)
+    pattern = Pattern(layout=Identity(block=4), score=Centroid(), select=select)
+    sparse = Recipe(name="following", attention=SparseAttention(patterns=(pattern,), compensate=Compensate(), **SMALL))
+    return sparse | recipe(f"auto:latent_error={tolerance}").model_copy(update={"guidance": None})
+
+
+def test_attention_draws_on_the_account() -> None:
+    """It reads more of the mass where the tolerance is tight, less where it is wide, and stays within it by its own estimate."""
+    pipe, read, spent = small_wan(layers=2), {}, {}
+    call = {**WAN_CALL, "height": 64, "width": 64}
+    for tolerance in (0.02, 0.2, 0.9):
+        _, run = generate(pipe, call, following(tolerance), steps=24)
+        calls = [each.recall for each in run.trace.attention if each.step > 12 and each.recall is not None]
+        read[tolerance], spent[tolerance] = sum(calls) / len(calls), run.trace.runs[0].error_by_level["attention"]
+        assert "it reads as much as the account can afford" in str(run.report())
+    assert read[0.02] > read[0.2] + 0.02 > read[0.9] + 0.04, read
+    assert spent[0.9] < 0.9 and spent[0.2] < 0.25, spent
+
+
+def test_attention_that_does_not_follow_reads_its_target_whatever_is_left() -> None:
+    pipe, call = small_wan(layers=2), {**WAN_CALL, "height": 64, "width": 64}
+    tight, wide = (generate(pipe, call, following(tolerance, None), steps=14)[1] for tolerance in (0.0001, 0.0002))
+    recalls = [[each.recall for each in run.trace.attention] for run in (tight, wide)]
+    assert recalls[0] == recalls[1] and "it reads what its recipe says, whatever is left" in str(tight.report())
+
+
+def test_without_an_account_there_is_nothing_to_follow_and_that_is_said() -> None:
+    alone = following(0.1).model_copy(update={"reuse": None})
+    _, run = generate(small_wan(layers=2), WAN_CALL, alone)
+    assert "no part of this recipe keeps an account" in str(run.report())
 
 
 def test_attention_of_which_nobody_knows_is_told() -> None:

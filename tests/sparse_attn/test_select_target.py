@@ -138,3 +138,33 @@ def test_the_closed_loop_settles_on_heads_of_every_kind() -> None:
         far.append((rho - 0.95).abs())
     assert torch.stack(far[-4:]).max() < 0.03
     assert far[0].max() > 0.2
+
+
+def test_an_account_moves_the_target_of_those_that_follow_one() -> None:
+    fixed, following = TargetRecall(target=0.9).start(), TargetRecall(target=0.9, lowest=0.7).start()
+    assert isinstance(fixed, TargetRecallState) and isinstance(following, TargetRecallState)
+    for state in (fixed, following):
+        state.aim(0.8)
+    assert (fixed.target, following.target) == (0.9, 0.8)
+    following.aim(0.1)
+    assert following.target == 0.7
+    following.aim(2.0)
+    assert following.target == 0.999 and TargetRecall(lowest=0.7).follows and not TargetRecall().follows
+
+
+def test_shares_follow_the_target_that_is_aimed_at() -> None:
+    """Where a share x reads the mass 1 - (1 - x)^3, they settle where that is the new target."""
+    state = TargetRecall(target=0.95, lowest=0.6).start()
+    assert isinstance(state, TargetRecallState)
+    scores, blocks = torch.randn(1, 4, 400, generator=generator(1)), Blocks(long(4), long(400))
+    for target in (0.95, 0.7, 0.98):
+        state.aim(target)
+        for _ in range(30):
+            read = state.keep(scores, blocks).float().mean((1, 2))
+            state.observe(1 - (1 - read) ** 3)
+        assert 1 - (1 - float(read)) ** 3 == pytest.approx(target, abs=0.015)
+
+
+def test_the_lowest_target_lies_above_the_floor() -> None:
+    with pytest.raises(ValueError, match=r"has to be below the target of 0\.4"):
+        TargetRecall(lowest=0.4)
