@@ -20,9 +20,10 @@ MAX_MEDIA_BYTES = 24 * 1024 * 1024
 _MEDIA = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 
 
-def render(report: Report) -> str:
-    """The page of `report` as HTML text, UTF-8."""
+def render(report: Report, first: Sequence[str] = (), *, style: str = "", script: str = "") -> str:
+    """The page of `report` as HTML text, UTF-8. first: HTML that stands above it all, with the style and script it needs."""
     sections = [
+        *first,
         _tiles(report),
         _shares(report),
         *_runs(report),
@@ -33,7 +34,7 @@ def render(report: Report) -> str:
         facts("Hardware", report.hardware),
         facts("Versions", report.versions),
     ]
-    return page(report.name, _subtitle(report), report.warnings, sections)
+    return page(report.name, _subtitle(report), report.warnings, sections, style=style, script=script)
 
 
 def _subtitle(report: Report) -> str:

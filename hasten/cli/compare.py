@@ -113,7 +113,7 @@ class Comparison:
         from hasten.cli.sheet import write_report, write_together
 
         together = write_together(self.first, self.folder, fps=self.fps)
-        pages = write_report(self.first, self.paths, rows, self.folder, self.model)
+        pages = write_report(self.first, self.paths, rows, self.folder, self.model, fps=self.fps)
         for sentence in dict.fromkeys(note for sample in self.first for note in sample.report.warnings):
             self.output.warn(sentence)
         self.output.say(f"\nSide by side: {together}\nReport:       {', '.join(map(str, pages))}")

@@ -51,24 +51,49 @@ def write_together(samples: Sequence[Sample], folder: Path, *, fps: float) -> Pa
 
 
 def write_report(
-    samples: Sequence[Sample], paths: Sequence[Path], rows: Sequence[dict[str, Any]], folder: Path, model: str
+    samples: Sequence[Sample], paths: Sequence[Path], rows: Sequence[dict[str, Any]], folder: Path, model: str, *, fps: float
 ) -> list[Path]:
-    """A page per recipe, with the videos and the numbers of all; the first is `report.html`."""
+    """A page per recipe, with all runs to be compared in it and the numbers of all; the first is `report.html`."""
     from dataclasses import replace
 
-    from hasten.cli.output import cell, shown
+    from hasten.atomic import atomic_write
+    from hasten.cli.output import cell, shown, strict
+    from hasten.ui.views import page
+    from hasten.ui.views.metrics import metrics
 
-    media = [{"label": s.recipe, "path": str(path)} for s, path in zip(samples, paths, strict=True)]
     numbers = [{title: cell(key, row) for key, title in shown(rows).items()} for row in rows]
+    views = [_player(samples, paths, fps), metrics({"rows": strict(list(rows)), "by_frame": _by_frame(samples)})]
     written = []
     for number, sample in enumerate(samples[1:]):
-        extras = {
-            "media": media,
-            "metrics": numbers,
-            "prompt": sample.prompt.text,
-            "seed": sample.prompt.seed,
-        }
-        page = replace(sample.report, extras={"model": model, **extras})
+        extras = {"model": model, "metrics": numbers, "prompt": sample.prompt.text, "seed": sample.prompt.seed}
         name = "report.html" if number == 0 else f"report-{file_name(sample.recipe)}.html"
-        written.append(page.save(folder / name))
+        text = page.of_report(replace(sample.report, extras=extras), views)
+        written.append(atomic_write(folder / name, text))
     return written
+
+
+def _player(samples: Sequence[Sample], paths: Sequence[Path], fps: float) -> str:
+    """All runs of a prompt in one player, or a sentence where their files are too large for a page."""
+    from hasten.errors import UsageError
+    from hasten.ui.views.markup import empty
+    from hasten.ui.views.page import embedded
+    from hasten.ui.views.player import player
+
+    frames, height, width = samples[0].frames.shape[:3]
+    try:
+        runs = [{"label": sample.recipe, "url": embedded(path)} for sample, path in zip(samples, paths, strict=True)]
+    except UsageError as error:
+        return empty("player", "Comparison", str(error))
+    return player(
+        {"runs": runs, "kind": "video" if frames > 1 else "image", "width": width, "height": height, "frames": frames, "fps": fps}
+    )
+
+
+def _by_frame(samples: Sequence[Sample]) -> dict[str, list[float | None]]:
+    """PSNR in dB of each frame of each recipe to the plain run; None where a frame is identical."""
+    import math
+
+    from hasten.metrics import psnr_by_frame
+
+    found = {sample.recipe: psnr_by_frame(sample.frames, samples[0].frames) for sample in samples[1:]}
+    return {name: [value if math.isfinite(value) else None for value in values] for name, values in found.items()}

@@ -13,6 +13,8 @@ from hasten.errors import UsageError
 
 _LOCAL = re.compile(r"(/(?!/)|blob:|data:(image/(png|jpeg|gif|webp)|video/(mp4|webm))[;,]|https?://(127\.0\.0\.1|localhost)(:\d+)?/)")
 """What a source of a picture or clip may begin with: this server, or the data itself."""
+_MENDED = re.compile(r"[\x00-\x20\\]")
+"""Browsers drop or turn these before they read a URL, so that /\\host or a line break after the first slash names a host."""
 
 
 def text(value: Any) -> str:
@@ -27,7 +29,7 @@ def data(value: Any) -> str:
 
 def source(url: Any) -> str:
     """A checked URL for `src`. Raises `UsageError` for what would ask another host."""
-    if not isinstance(url, str) or not _LOCAL.match(url):
+    if not isinstance(url, str) or not _LOCAL.match(url) or _MENDED.search(url):
         raise UsageError(
             f"Cannot show {str(url)[:80]!r}: a view shows files of this server (/...) and data: URLs of pictures and clips"
             " only. Give the URL under which this server offers the file."

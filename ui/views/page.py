@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hasten.errors import UsageError
+from hasten.report import Report
+from hasten.report_html import render
 from hasten.report_page import page
 from hasten.ui.views import theme
 
@@ -22,7 +24,13 @@ def alone(name: str, subtitle: str, views: Iterable[str], warnings: Iterable[str
     return page(name, subtitle, warnings, sections, style=theme.style() + MARGIN, script=started())
 
 
-MARGIN = ".hv-page{margin-top:40px}.hv-page .hv-page{margin:0}\n"
+def of_report(report: Report, views: Iterable[str]) -> str:
+    """The page of a report, UTF-8, with views above its numbers."""
+    first = [f'<div class="hv-page">{one}</div>' for one in views]
+    return render(report, first, style=theme.style() + MARGIN, script=started())
+
+
+MARGIN = ".hv-page{margin:24px 0 40px}\n"
 
 
 def started() -> str:

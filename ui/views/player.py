@@ -42,7 +42,7 @@ def player(about: Mapping[str, Any]) -> str:
             _stage(kind, runs, mode, width, height, bool(pixelated)),
             _time(frames) if moving else "",
             f'<div class="hv-row">{_modes(mode)}{_gain()}</div>',
-            f'<div class="hv-row">{_choice("a", "Left", runs, 0)}{_SWAP}{_choice("b", "Right", runs, 1)}</div>',
+            f'<div class="hv-row hv-ends">{_choice("a", "Left", runs, 0)}{_SWAP}{_choice("b", "Right", runs, 1)}</div>',
             f'<p class="hv-hint">{hint}</p>',
         )
     )

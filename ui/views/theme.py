@@ -31,7 +31,7 @@ def style_in_gradio() -> str:
     """The same for a Gradio page, whose class `dark` says which colours."""
     light = f".gradio-container .hv{{{PALETTE};--bg:var(--block-background-fill,#fff)}}"
     dark = f".dark .gradio-container .hv,.gradio-container.dark .hv{{{PALETTE_DARK};--bg:var(--block-background-fill,#14171a)}}"
-    return f"{light}\n{dark}\n{DRAWN}{style()}"
+    return f"{light}\n{dark}\n.dark{{--color-accent:#4ea8de}}\n{DRAWN}{style()}"
 
 
 def _joined(names: tuple[str, ...], suffix: str) -> str:

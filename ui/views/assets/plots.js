@@ -29,13 +29,22 @@
     const points = [...root.querySelectorAll("button.hv-point")], said = root.querySelector(".hv-said");
     const tell = (point) => (said.textContent = point ? point.getAttribute("aria-label") : chosen() ?? said.dataset.said);
     const chosen = () => root.querySelector('.hv-point[aria-pressed="true"]')?.getAttribute("aria-label");
+    // Points overlap: the one whose middle is nearest to the pointer is meant.
+    const nearest = (event) => {
+      const away = (point) => {
+        const box = point.getBoundingClientRect();
+        return Math.hypot(box.x + box.width / 2 - event.clientX, box.y + box.height / 2 - event.clientY);
+      };
+      return points.reduce((best, point) => (away(point) < away(best) ? point : best));
+    };
     points.forEach((point, at) => {
       point.addEventListener("pointerenter", () => tell(point));
       point.addEventListener("pointerleave", () => tell(null));
-      point.addEventListener("click", () => {
-        for (const each of points) each.setAttribute("aria-pressed", each === point);
-        tell(point);
-        emit("select", { number: Number(point.dataset.number), recipe: point.dataset.recipe });
+      point.addEventListener("click", (event) => {
+        const one = event.detail ? nearest(event) : point;
+        for (const each of points) each.setAttribute("aria-pressed", each === one);
+        tell(one);
+        emit("select", { number: Number(one.dataset.number), recipe: one.dataset.recipe });
       });
       point.addEventListener("keydown", (event) => {
         const to = { ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, Home: 0, End: points.length - 1 }[event.key];
