@@ -130,14 +130,15 @@ class Engine:
 
     def follow(self, job: str) -> Iterator[Snapshot]:
         """Where the job stands, the newest each time, until it is over; the last has its final state. A slow reader misses
-        some, and holds up nobody. Raises `UsageError` where there is no such job."""
+        some, and holds up nobody. Ends when the engine is stopped, too. Raises `UsageError` where there is no such job."""
         seen: tuple[int, str] = (-1, "")
         while True:
             found = self._board.newer(job, seen[0], LOOKED)
             if found is None:
+                stopped = self._ended.is_set() and self._running is None  # nobody here will say more
                 row = self.jobs.get(job)
                 found = self._of_row(row)
-                if row.over:
+                if row.over or stopped:
                     yield found
                     return
             if (found.number, found.state) != seen and found.number >= seen[0]:

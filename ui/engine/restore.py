@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.errors import UsageError
+from hasten.errors import RecipeError, UsageError
 from hasten.ui.engine.limits import Limits, RequestError
 from hasten.ui.engine.request import Request, read
 
@@ -94,4 +94,17 @@ def _of_text(data: bytes, limits: Limits) -> Request:
         return _of_facts(found, limits) if "kind" not in found or "request" in found else read(found, limits)
     if line := LINE.search(text):
         return read(line[1], limits)
-    return read({"kind": "generate", "model": "tiny-video", "prompt": "a seven moving left, slowly", "recipe": text}, limits)
+    return _of_recipe(text, limits)
+
+
+def _of_recipe(text: str, limits: Limits) -> Request:
+    """A recipe says nothing of a prompt: it is tried on a bundled model with one of its own."""
+    from hasten.pipelines import tiny_models
+    from hasten.pipelines.recipes import acts_on
+    from hasten.ui.engine.recipes import recipe_of
+
+    try:
+        kind, model = ("text", "tiny-dllm") if acts_on(recipe_of(text)) == "text diffusion" else ("generate", "tiny-video")
+    except RecipeError as error:
+        raise RequestError("file", text, ACCEPTED, str(error)) from None
+    return read({"kind": kind, "model": model, "prompt": tiny_models.card(model)["prompts"][0], "recipe": text}, limits)

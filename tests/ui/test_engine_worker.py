@@ -1,0 +1,84 @@
+"""Work in a process of its own: models from a folder, cancelling, a crash, and the next job after it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hasten.ui.engine import Engine
+from tests.ui.engines import done, models_folder, until
+
+CLIP = {"kind": "generate", "model": "folder:wan", "prompt": "a seven", "recipe": "balanced"}
+LONG = CLIP | {"steps": 200, "recipe": "plain"}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    models = models_folder(tmp_path_factory.mktemp("models"))
+    with Engine(tmp_path_factory.mktemp("home"), models=models, offline=True) as found:
+        yield found
+
+
+def test_a_model_of_a_folder_gets_a_process_that_stays(engine: Engine) -> None:
+    first = done(engine, CLIP)
+    pid = engine._worker.pid
+    assert pid is not None and pid != os.getpid()
+    again = done(engine, CLIP)
+    assert engine._worker.pid == pid
+    frames = [engine.outputs.file(job.result["output"], "result.mp4").read_bytes() for job in (first, again)]
+    assert len(frames[0]) == len(frames[1]) and first.result["row"]["nfe"] == again.result["row"]["nfe"]
+    other = done(engine, {"kind": "generate", "model": "folder:sets/pixart", "prompt": "a cat", "recipe": "plain"})
+    assert other.result["media"] == "result.png" and engine._worker.pid == pid
+
+
+def test_it_stops_when_told_and_does_the_next_job(engine: Engine) -> None:
+    job = engine.submit(LONG)
+    seen = until(engine.follow(job.id), "Denoising", 1)
+    assert seen.steps == 200
+    pid = engine._worker.pid
+    engine.cancel(job.id)
+    assert engine.wait(job.id, 60).state == "cancelled"
+    assert done(engine, CLIP).result["row"]["frames"] == 5 and engine._worker.pid == pid  # no new process was needed
+
+
+def test_a_crashed_process_is_said_and_replaced(engine: Engine) -> None:
+    job = engine.submit(LONG)
+    until(engine.follow(job.id), "Denoising", 1)
+    pid = engine._worker.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    failed = engine.wait(job.id, 60)
+    assert failed.state == "failed" and failed.error["kind"] == "crash" and "SIGKILL" in failed.error["sentence"]
+    assert failed.error["remedies"][0]["request"] == failed.asked
+    assert done(engine, CLIP).state == "done" and engine._worker.pid not in (None, pid)
+
+
+def test_failures_come_back_in_words_with_the_queue_going_on(engine: Engine) -> None:
+    job = engine.wait(engine.submit(CLIP | {"width": 40}).id, 120)
+    assert job.state == "failed" and job.error["kind"] == "refused" and "divisible" in job.error["sentence"]
+    assert done(engine, CLIP).state == "done"
+
+
+def test_unloading_ends_the_process(engine: Engine) -> None:
+    done(engine, CLIP)
+    assert engine._worker.pid is not None
+    engine.unload()
+    assert engine._worker.pid is None
+
+
+def test_the_process_ends_with_the_engine(tmp_path: Path) -> None:
+    models = models_folder(tmp_path / "models")
+    with Engine(tmp_path / "home", models=models) as engine:
+        job = engine.submit(LONG)
+        until(engine.follow(job.id), "Denoising", 1)
+        pid = engine._worker.pid
+    assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    looking = Engine(tmp_path / "home")
+    assert looking.job(job.id).state == "interrupted"
+    looking.close()
