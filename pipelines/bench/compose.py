@@ -28,7 +28,7 @@ from hasten.pipelines.tune.result import Tuned
 from hasten.pipelines.tune.run import Tuning
 from hasten.pipelines.tune.study import Trial
 from hasten.pipelines.tune.trials import Bench, Measured
-from hasten.pipelines.tune.verify import NEEDED, finalists
+from hasten.pipelines.tune.verify import NEEDED, finalists, promising
 
 FASTER = 1.3
 """What a tuned composition should be faster by than the best of the others."""
@@ -81,7 +81,7 @@ def bench_compose(
     job = Job(Goal("psnr", min(PSNRS)), tuple((text, 100 + k) for k, text in enumerate(prompts)), call, seconds, model)
     tuning = Tuning(pipe, job, folder, tell)
     found = Contest()
-    trials, space, _ = tuning.searched([Goal("psnr", psnr).tolerance for psnr in PSNRS], share=1.0)
+    trials, space, _ = tuning.searched([Goal("psnr", psnr) for psnr in PSNRS], share=1.0)
     found.tuned = Tuned(job.goal, trials, [], spent=tuning.used())
     samples = job.samples(held)[1][:held]
     bench = Bench(pipe, call, samples)
@@ -100,7 +100,12 @@ def bench_compose(
 
 def _tuned(found: Contest, bench: Bench, trials: Sequence[Trial], psnr: float, exact: Sequence[Any], tell: Tell) -> None:
     """The fastest compositions that keep a PSNR on the tuning prompts, until one does on held-out ones."""
-    for trial in finalists(trials, Goal("psnr", psnr))[:TRIED]:
+    goal, failed = Goal("psnr", psnr), list[Trial]()
+    for trial in finalists(trials, goal):
+        if len(failed) >= TRIED:
+            return
+        if not promising(trial, failed, goal):
+            continue
         known = next((entry for entry in found.entries if entry.trial == trial.number), None)
         entry = known or measured(bench, ours(trial.recipe.name, trial.recipe), "tuned", exact, trial.recipe.to_yaml())
         if known is None:
@@ -110,6 +115,7 @@ def _tuned(found: Contest, bench: Bench, trials: Sequence[Trial], psnr: float, e
         if entry.keeps(psnr):
             found.chosen[psnr] = trial.recipe.name
             return
+        failed.append(trial)
 
 
 def _others(pipe: Any, call: dict[str, Any], steps: int, thin: int) -> list[tuple[Candidate, str]]:

@@ -31,7 +31,10 @@ class Job:
     peers: bool = False
     attention: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
-    presets: tuple[str, ...] = ("balanced", "fast:student=false", "auto", "easycache-forecast")
+    presets: tuple[str, ...] = (
+        "balanced", "fast:student=false", "auto:psnr=15", "auto:psnr=20", "auto:psnr=25", "auto:psnr=30", "auto", "autodiffusion",
+        "easycache-forecast",
+    )  # fmt: skip
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from hasten.pipelines.bench.peers import sweep
 from hasten.pipelines.bench.shots import Sample, shoot
 from hasten.pipelines.host import denoisers
 from hasten.pipelines.tune import fingerprint, kept
+from hasten.pipelines.tune.fitted import Fitting
 from hasten.pipelines.tune.goal import Goal
 from hasten.pipelines.tune.job import Job
 from hasten.pipelines.tune.result import Tuned, stamped
@@ -51,6 +52,12 @@ WITH_PEERS = 0.5
 
 VERIFYING = 0.93
 """Share of the time after which nothing new begins."""
+
+MOST = 12
+"""Samples that are tuned on, at most."""
+
+THINKING = 0.02
+"""Share of the time that the search of one plan may take."""
 
 FEW = 3
 """Held-out samples below which the verdict has no interval, and is told to be weak."""
@@ -150,18 +157,18 @@ class Tuning:
         found.spent = self.used()
         return found
 
-    def searched(self, tolerances: Sequence[float] = (), share: float = SEARCHING) -> tuple[list[Trial], Space, Bench]:
-        """The trials, what was searched, and the tuning samples' bench, after `share` of the time. tolerances: latent errors to
-        begin with, instead of the goal's."""
+    def searched(self, goals: Sequence[Goal] = (), share: float = SEARCHING) -> tuple[list[Trial], Space, Bench]:
+        """The trials, what was searched, and the tuning samples' bench, after `share` of the time. goals: searched for in one
+        study, instead of the job's own."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a trial has to say is in its outcome
             tuning, self.held = self.job.samples(self.study.settled("samples", self._affordable()))
             self.say(f"Plain runs of {len(tuning)} tuning prompts; {len(self.held)} others are held out.")
             bench = Bench(self.pipe, self.job.call, tuning, self._recorded)
-            space = self._space()
+            space = self._space(Fitting.on(bench, lambda: share * self.job.seconds - self.used()))
             self._measurable(bench)
             try:
-                self.study.search(bench, space, share * self.job.seconds - self.used(), self._told, tolerances)
+                self.study.search(bench, space, share * self.job.seconds - self.used(), self._told, goals)
             finally:
                 self.study.close()
             return self.study.trials(), space, bench
@@ -176,7 +183,7 @@ class Tuning:
             raise UsageError(
                 f"{self.job.seconds:.0f} s are too short: the plain runs alone take about {least:.0f} s. Allow {max(10, 5 * least):.0f} s or more."
             )
-        return int(min(8, max(2, self.job.seconds / 6 / (3 * seconds))))
+        return int(min(MOST, max(2, self.job.seconds / 6 / (3 * seconds))))
 
     def _measurable(self, bench: Bench) -> None:
         """Raises `UsageError` where the goal's measure cannot be had of this pipeline."""
@@ -196,13 +203,17 @@ class Tuning:
             yield
         self.recorders.append(recorder)
 
-    def _space(self) -> Space:
+    def _space(self, fitting: Fitting | None) -> Space:
         signals: list[Signals] = [recorder.found for recorder in self.recorders if recorder.found is not None]
         alike = bool(signals) and all(each.times == signals[0].times and each.scale is not None for each in signals)
         alike = alike or (bool(signals) and all(each.times == signals[0].times and each.scale is None for each in signals))
         steps = self.recorders[0].steps if self.recorders else self.job.call["num_inference_steps"]
         presets = self.job.presets
-        return Space(steps, self.recorders[0].guided, signals if alike else (), self.job.attention, self.job.adapters, presets)
+        fit = None if fitting is None else fitting.fit
+        return Space(
+            steps, self.recorders[0].guided, signals if alike else (), self.job.attention, self.job.adapters, presets, fit,
+            THINKING * self.job.seconds,
+        )  # fmt: skip
 
     def _remarks(self, space: Space) -> list[str]:
         found = []

@@ -6,7 +6,9 @@ so that its sampler learns which matter; a family asks for its own only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +27,17 @@ from hasten.samplers.solver import Solver
 
 SOLVERS = ("unipc", "dpm++")
 
-ALL = (1, 1)
-"""`lead` and `every` of a run in which each evaluated step has both branches."""
+FEW = ("solver", "fitted")
+"""Families of few long steps, of which some may be without the second branch."""
+
+FEWEST, MOST = 3, 10
+"""Evaluations of a fitted solver."""
+
+UNGUIDED = 4
+"""At most so many steps of a few are without the second branch."""
+
+Fit = Callable[[int, Guidance | None], Solver]
+"""A solver of so many evaluations, fitted to the plain runs beside this guidance."""
 
 Params = Mapping[str, Any]
 
@@ -35,7 +46,8 @@ Params = Mapping[str, Any]
 class Space:
     """What can be searched on one host. steps: of the plain run. guided: whether a second branch is evaluated. signals: of
     plain runs, empty where their solver is not first-order: then no plan can be judged beforehand. attention, adapters:
-    recipes (names or files) that each may be added."""
+    recipes (names or files) that each may be added. fit: makes fitted solvers, None where the host allows none. thinking: seconds that the search
+    of one plan may take."""
 
     steps: int
     guided: bool
@@ -43,11 +55,13 @@ class Space:
     attention: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
+    fit: Fit | None = None
+    thinking: float = math.inf
     _plans: dict[tuple[int, int | None, int], Plan] = field(default_factory=dict)
 
     @property
     def families(self) -> list[str]:
-        found = (["plan"] if self.signals else []) + ["solver", "drift", "ledger"]
+        found = (["fitted"] if self.fit is not None else []) + (["plan"] if self.signals else []) + ["solver", "drift", "ledger"]
         return found + (["preset"] if self.presets else []) + (["student"] if self.adapters else [])
 
     def described(self) -> dict[str, Any]:
@@ -72,14 +86,15 @@ class Space:
             params["solver"] = trial.suggest_categorical("solver", list(SOLVERS))
             params["steps"] = trial.suggest_int("steps", 3, max(4, self.steps * 2 // 3))
             params["order"] = trial.suggest_categorical("order", [2, 3])
-            if self.guided:
-                params["lead"] = trial.suggest_int("lead", 1, 6)
-                params["every"] = trial.suggest_int("every", 1, 4)
+        if family == "fitted":
+            params["steps"] = trial.suggest_int("steps", FEWEST, max(FEWEST, min(MOST, self.steps // 2)))
+        if family in FEW and self.guided:
+            params["unguided"] = trial.suggest_int("unguided", 0, UNGUIDED)
         if family == "drift":
             params["limit"] = trial.suggest_float("limit", 0.005, 0.5, log=True)
         if family == "ledger":
             params["tolerance"] = trial.suggest_float("tolerance", 0.003, 0.5, log=True)
-        if self.guided and family != "solver":
+        if self.guided and family not in FEW:
             params["both"] = trial.suggest_float("both", 0.2, 1.0, step=0.1)
         if self.attention:
             params["attention"] = trial.suggest_categorical("attention", ["", *self.attention])
@@ -88,7 +103,7 @@ class Space:
     def recipe(self, params: Params) -> Recipe:
         """The composition that `params` say. Raises `RecipeError` where its parts do not go together."""
         families = {
-            "plan": self._plan, "solver": self._solver, "drift": self._drift, "ledger": self._ledger, "preset": self._preset,
+            "fitted": self._fitted, "plan": self._plan, "solver": self._solver, "drift": self._drift, "ledger": self._ledger, "preset": self._preset,
             "student": self._student,
         }  # fmt: skip
         made = families[params["family"]](params)
@@ -112,7 +127,8 @@ class Space:
         guided = max(2, round(both * computed)) if self.signals[0].scale is not None else None
         key = (computed, guided if guided is None else min(guided, computed), forecast)
         if key not in self._plans:
-            self._plans[key] = best_plan(self.signals, computed, key[1], *FORECASTS[forecast])
+            end = time.monotonic() + self.thinking
+            self._plans[key] = best_plan(self.signals, computed, key[1], *FORECASTS[forecast], until=lambda: time.monotonic() > end)
         return self._plans[key]
 
     def _plan(self, params: Params) -> Recipe:
@@ -124,15 +140,21 @@ class Space:
     def _solver(self, params: Params) -> Recipe:
         num = params["steps"]
         sampler = Solver(name=params["solver"], steps=num / self.steps, order=params["order"])
-        return Recipe(sampler=sampler, guidance=self._led(num, params.get("lead", 1), params.get("every", 1)))
+        return Recipe(sampler=sampler, guidance=self._thinned(num, params.get("unguided", 0)))
 
-    def _led(self, num: int, lead: int, every: int) -> Guidance | None:
-        """Both branches at the first `lead` of `num` steps, then at every so many; the last difference is held in between. Few
-        long steps are too far apart to extrapolate over: of 8 steps, holding was 7 dB better (tiny-flux)."""
-        known = {*range(min(lead, num)), *range(lead - 1 + every, num, every)}
-        if not self.guided or len(known) == num:
+    def _fitted(self, params: Params) -> Recipe:
+        assert self.fit is not None
+        guidance = self._thinned(params["steps"], params.get("unguided", 0))
+        return Recipe(sampler=self.fit(params["steps"], guidance), guidance=guidance)
+
+    def _thinned(self, num: int, unguided: int) -> Guidance | None:
+        """Both branches at all of `num` steps but so many: the last and every second before it, where the difference counts
+        least. It is held there: few long steps are too far apart to extrapolate over (of 8 steps, holding was 7 dB better on
+        tiny-flux)."""
+        without = set(range(num - 1, 0, -2)[:unguided])
+        if not self.guided or not without:
             return None
-        return ListedGuidance(at=tuple(round(k / (num - 1), 4) for k in sorted(known)), order=0)
+        return ListedGuidance(at=tuple(round(k / (num - 1), 4) for k in range(num) if k not in without), order=0)
 
     def _drift(self, params: Params) -> Recipe:
         rule = Drift(limit=params["limit"], accumulate=True, warmup=0.1)
@@ -168,30 +190,68 @@ class Space:
 
 
 def first_guesses(space: Space, tolerance: float) -> list[dict[str, Any]]:
-    """Compositions to begin with: the controls and presets, then plans whose number of evaluations the tolerance asks for.
+    """Compositions to begin with: the controls, fitted solvers and presets, then plans whose number of evaluations the tolerance
+    asks for.
 
     tolerance: latent error that may be reached. The number is the ledger's own rule of thumb (`Ledger.nodes`).
     """
     need = max(4.0, Ledger(tolerance=min(1.0, tolerance)).planned)
-    guesses: list[dict[str, Any]] = []
-    for share in (0.6, 0.5, 0.7, 0.85):  # a second-order solver needs about 0.6 of what a cache of first order does
-        steps = {"family": "solver", "solver": SOLVERS[0], "steps": _between(3, round(need * share), space.steps // 2), "order": 2}
-        guesses += [steps | {"lead": lead, "every": every} for lead, every in (ALL, (3, 2), (2, 2))]
-    for share, both in ((0.8, 0.6), (1.0, 0.6), (0.65, 0.6), (0.8, 1.0), (1.0, 1.0), (1.0, 0.4), (1.25, 0.5)):
-        if space.signals:
-            count = _between(3, round(need * share), space.steps // 2)
-            guesses.append({"family": "plan", "computed": count, "forecast": len(guesses) % 2, "both": both})
-    steps = {"family": "solver", "solver": SOLVERS[1], "steps": _between(3, round(need * 0.6), space.steps // 2), "order": 2}
-    guesses.append(steps | {"lead": ALL[0], "every": ALL[1]})
+    guesses = [*_few(space, need), *_plans(space, need)]
+    guesses += [{"family": "preset", "preset": name} for name in space.presets]
     guesses.append({"family": "ledger", "tolerance": min(0.5, max(0.003, tolerance)), "both": 1.0})
     guesses.append({"family": "drift", "limit": 0.05, "both": 1.0})
     guesses += [{"family": "student", "student": name} for name in space.adapters]
-    guesses += [{"family": "preset", "preset": name} for name in space.presets]
     if not space.guided:
-        guesses = [{key: value for key, value in guess.items() if key not in ("both", "lead", "every")} for guess in guesses]
+        guesses = [{key: value for key, value in guess.items() if key not in ("both", "unguided")} for guess in guesses]
     if space.attention:
         guesses = [guess | {"attention": ""} for guess in guesses]
     return [dict(each) for each in dict.fromkeys(tuple(guess.items()) for guess in guesses)]
+
+
+def _few(space: Space, need: float) -> list[dict[str, Any]]:
+    """Few steps. A second-order solver needs about 0.6 of what a cache of first order does, a fitted one 0.4."""
+    found: list[dict[str, Any]] = []
+    for share in (0.6, 0.5, 0.7, 0.85):
+        for solver in SOLVERS if share == 0.6 else SOLVERS[:1]:
+            steps = _between(3, round(need * share), space.steps // 2)
+            found.append({"family": "solver", "solver": solver, "steps": steps, "order": 2, "unguided": 0})
+    if space.fit is not None:
+        most = max(FEWEST, min(MOST, space.steps // 2))
+        found += [{"family": "fitted", "steps": _between(FEWEST, round(need * share), most), "unguided": 0} for share in (0.4, 0.5)]
+    return found
+
+
+def _plans(space: Space, need: float) -> list[dict[str, Any]]:
+    if not space.signals:
+        return []
+    shares = ((0.8, 0.6), (1.0, 0.6), (0.65, 0.6), (0.8, 1.0), (1.0, 1.0), (1.0, 0.4), (1.25, 0.5))
+    return [
+        {"family": "plan", "computed": _between(3, round(need * share), space.steps // 2), "forecast": number % 2, "both": both}
+        for number, (share, both) in enumerate(shares)
+    ]
+
+
+def neighbours(space: Space, params: Params) -> list[dict[str, Any]]:
+    """What is a little cheaper than a composition: a step less, one second branch less, or one step more for three of them.
+
+    Of the families whose cost is known beforehand; no others have any.
+    """
+    family, found = params["family"], []
+    if family in FEW:
+        less = params.get("unguided", 0) + 1
+        found = [{"steps": params["steps"] - 1}, {"unguided": less}, {"steps": params["steps"] + 1, "unguided": less + 2}]
+    if family == "plan":
+        found = [{"computed": params["computed"] - 1}, {"both": round(params.get("both", 1.0) - 0.1, 1)}]
+    guided = [change for change in found if space.guided or not {"unguided", "both"} & set(change)]
+    return [{**params, **change} for change in guided if _allowed(space, {**params, **change})]
+
+
+def _allowed(space: Space, params: Params) -> bool:
+    if params["family"] == "plan":
+        return bool(params["computed"] >= FEWEST and params.get("both", 1.0) >= 0.2)
+    most = MOST if params["family"] == "fitted" else space.steps * 2 // 3
+    thin = params.get("unguided", 0)
+    return bool(FEWEST <= params["steps"] <= min(most, space.steps // 2) and thin <= min(UNGUIDED, params["steps"] // 2))
 
 
 def _between(low: int, value: int, high: int) -> int:

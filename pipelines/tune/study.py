@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from hasten.errors import OutputError, ResumeError, UsageError
 from hasten.pipelines.bench.foreign import because
 from hasten.pipelines.tune.goal import Goal
-from hasten.pipelines.tune.space import Params, Space, first_guesses
+from hasten.pipelines.tune.space import Params, Space, first_guesses, neighbours
 from hasten.pipelines.tune.trials import Bench, Measured, Outcome
 from hasten.pipelines.tune.workers import ALONE, FileLock, Worker, alone, mended
 from hasten.recipe import Recipe, from_yaml
@@ -169,10 +169,24 @@ class Search(Generic[M]):
                 self.study.enqueue_trial(dict(guess), skip_if_exists=True)
         began, before, stale = time.monotonic(), self.spent, 0
         while before + time.monotonic() - began < seconds and stale < STALE:
+            self._descend(space)
             trial = self._one(bench, space)
             stale = stale + 1 if trial is None else 0
             if trial is not None:
                 told(trial)
+
+    def _descend(self, space: Ways) -> None:
+        """Have asked what is to be asked next, once nothing is waiting; else the sampler chooses."""
+        with alone(self.folder):
+            if self._trials(self._states.WAITING):
+                return
+            for params in self._next(space):
+                if self._twin(params) is None:
+                    self.study.enqueue_trial(dict(params), skip_if_exists=True)
+
+    def _next(self, space: Ways) -> Sequence[Params]:
+        """Compositions that are worth asking after all that was found; none leaves it to the sampler."""
+        return ()
 
     def _one(self, bench: Measures[M], space: Ways) -> Tried[M] | None:
         """Run what is asked next; None where that has been run before."""
@@ -246,16 +260,33 @@ Trial = Tried[Measured]
 
 
 class Study(Search[Measured]):
-    """The search of pictures and clips."""
+    """The search of pictures and clips: the guesses, then downhill from what keeps a goal with the fewest evaluations, then
+    optuna's sampler. Evaluations, and not seconds, for they have no noise."""
+
+    goals: Sequence[Goal] = ()
 
     def search(
-        self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None,
-        tolerances: Sequence[float] = (),
+        self, bench: Bench, space: Space, seconds: float, told: Callable[[Trial], None] = lambda _: None, goals: Sequence[Goal] = (),
     ) -> None:  # fmt: skip
-        """Run trials until `seconds` are spent, the first guesses for the goal's own tolerance, or for each of `tolerances`,
-        first."""
-        guesses = [guess for tolerance in tolerances or (self.goal.tolerance,) for guess in first_guesses(space, tolerance)]
+        """Run trials until `seconds` are spent. goals: of which each gets a composition; the study's own alone where none are
+        named."""
+        self.goals = tuple(goals) or (self.goal,)
+        guesses = [guess for goal in self.goals for guess in first_guesses(space, goal.tolerance)]
         self.run(bench, space, seconds, guesses, told)
+
+    def _next(self, space: Ways) -> Sequence[Params]:
+        """Neighbours of the cheapest of each family that keeps a goal."""
+        if not isinstance(space, Space):
+            return ()
+        found: list[Params] = []
+        for goal in self.goals:
+            best: dict[str, Trial] = {}
+            for trial in self.trials():
+                family = trial.params["family"]
+                if trial.measured.nearly(goal) and (family not in best or trial.measured.nfe < best[family].measured.nfe):
+                    best[family] = trial
+            found += [params for trial in best.values() for params in neighbours(space, trial.params)]
+        return found
 
     def _values(self, measured: Measured) -> list[float] | None:
         if not measured.whole:

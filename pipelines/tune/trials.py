@@ -22,6 +22,9 @@ from hasten.pipelines.bench.shots import Sample, Shot, shoot
 from hasten.pipelines.tune.goal import Goal
 from hasten.recipe import Recipe
 
+MANY = 6
+"""Samples of which one may miss the budget while tuning."""
+
 FAR = 4.0
 """How many times the tolerated latent error a first sample may be off before the others are spared."""
 
@@ -63,6 +66,27 @@ class Measured:
     @property
     def speedup(self) -> float:
         return statistics.median(each.speedup for each in self.outcomes)
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations, the median; infinite where they were not counted."""
+        known = [each.nfe for each in self.outcomes if each.nfe is not None]
+        return statistics.median(known) if known else math.inf
+
+    def nearly(self, goal: Goal) -> bool:
+        """Whether it keeps the goal on every sample, or of `MANY` or more on all but one.
+
+        Some seeds stand on the edge between two pictures, and nearly every way of saving steps takes them over it. One such
+        must not decide alone.
+        """
+        return self.whole and goal.met(self.counted(goal))
+
+    def counted(self, goal: Goal) -> float:
+        """The worst value that counts for that: of `MANY` samples or more the second worst."""
+        bad = math.inf if goal.measure == "latent_error" else -math.inf
+        values = [each.value(goal) for each in self.outcomes]
+        ordered = sorted((bad if value is None else value for value in values), key=goal.better)
+        return ordered[len(ordered) >= MANY]
 
     def worst(self, goal: Goal) -> float:
         """The worst value over the samples; minus infinity (or infinity, of an error) where one cannot be measured."""

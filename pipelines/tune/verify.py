@@ -22,9 +22,6 @@ from hasten.samplers.solver import Solver
 NEEDED = 0.95
 """Share of held-out samples that must keep the budget."""
 
-MANY = 6
-"""Tuning samples of which one may miss the budget."""
-
 ROUNDS = 1000
 
 THIN = 2
@@ -43,30 +40,33 @@ class Verdict:
 
 
 def finalists(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
-    """Those that keep the budget on every tuning sample, fastest first; of `MANY` samples or more, on all but one.
-
-    Some seeds stand on the edge between two pictures, and nearly every way of saving steps takes them over it. One such among
-    the tuning samples must not decide alone: held-out prompts do.
-    """
-    kept = [trial for trial in trials if _missed(trial, goal) <= (len(trial.measured.outcomes) >= MANY)]
-    return sorted(kept, key=lambda trial: -trial.measured.speedup)
+    """Those that keep the budget on every tuning sample, fastest first; of `trials.MANY` samples or more, on all but one: there,
+    held-out prompts decide."""
+    return sorted((trial for trial in trials if trial.measured.nearly(goal)), key=lambda trial: -trial.measured.speedup)
 
 
-def _missed(trial: Trial, goal: Goal) -> int:
-    return sum(not goal.met(each.value(goal)) for each in trial.measured.outcomes)
+def promising(trial: Trial, failed: Sequence[Trial], goal: Goal) -> bool:
+    """Whether a finalist was better on the tuning samples than those that failed on held-out ones. What was faster and no
+    worse has failed already."""
+    level = goal.better(trial.measured.counted(goal))
+    return all(level > goal.better(other.measured.counted(goal)) for other in failed)
 
 
 def is_control(trial: Trial) -> bool:
     """Is it nothing but fewer steps of a solver? Then it is the control that a composition must beat."""
-    return set(trial.recipe.axes) == {"sampler"} and isinstance(trial.recipe.sampler, Solver)
+    sampler = trial.recipe.sampler
+    return set(trial.recipe.axes) == {"sampler"} and isinstance(sampler, Solver) and sampler.weights is None
 
 
 def verified(
     bench: Bench, candidates: Sequence[Trial], goal: Goal, until: Callable[[], bool], told: Callable[[Verdict], None] = lambda _: None
 ) -> list[Verdict]:
-    """The candidates on held-out samples, in order, until one keeps the budget there, or `until` says that time is over."""
+    """The candidates on held-out samples, in order, until one keeps the budget there, or `until` says that time is over. Left
+    out is what is not `promising`."""
     found: list[Verdict] = []
     for trial in candidates:
+        if not promising(trial, [verdict.trial for verdict in found], goal):
+            continue
         found.append(Verdict(trial, bench.measure(trial.recipe.name, trial.recipe, again=True)))
         told(found[-1])
         if found[-1].holds(goal) or until():

@@ -37,7 +37,7 @@ def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of seven trials, however slow the machine is."""
     search = Study.search
 
-    def limited(self: Study, bench: Any, space: Any, seconds: float, told: Any = lambda _: None, tolerances: Any = ()) -> None:
+    def limited(self: Study, bench: Any, space: Any, seconds: float, told: Any = lambda _: None, goals: Any = ()) -> None:
         class Enough(Exception):
             pass
 
@@ -51,7 +51,7 @@ def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise Enough
 
         try:
-            search(self, bench, space, math.inf, tell, tolerances)
+            search(self, bench, space, math.inf, tell, goals)
         except Enough:
             return
 

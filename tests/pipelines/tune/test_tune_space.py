@@ -126,8 +126,8 @@ def test_the_interval_is_that_of_the_median() -> None:
 
 def test_only_steps_of_a_solver_are_the_control() -> None:
     space = Space(12, True)
-    assert is_control(run(1, 1, recipe=space.recipe({"family": "solver", "solver": "unipc", "steps": 6, "order": 2, "lead": 1, "every": 1})))
-    assert not is_control(run(1, 1, recipe=space.recipe({"family": "solver", "solver": "unipc", "steps": 6, "order": 2, "lead": 2, "every": 2})))
+    assert is_control(run(1, 1, recipe=space.recipe({"family": "solver", "solver": "unipc", "steps": 6, "order": 2, "unguided": 0})))
+    assert not is_control(run(1, 1, recipe=space.recipe({"family": "solver", "solver": "unipc", "steps": 6, "order": 2, "unguided": 2})))
     assert not is_control(run(1, 1, recipe=find_recipe("balanced")))
 
 
@@ -138,7 +138,7 @@ def test_interactions_are_told_by_their_ratio() -> None:
 
 
 def test_a_composition_is_taken_apart_by_axis() -> None:
-    made = Space(12, True).recipe({"family": "solver", "solver": "unipc", "steps": 6, "order": 2, "lead": 2, "every": 2})
+    made = Space(12, True).recipe({"family": "solver", "solver": "unipc", "steps": 6, "order": 2, "unguided": 2})
     parts = parts_alone(made)
     assert {axis: part.axes for axis, part in parts.items()} == {axis: {axis: part} for axis, part in made.axes.items()}
     with pytest.raises(RecipeError, match="no axes"):

@@ -1,0 +1,174 @@
+"""Solvers fitted to plain runs: where to evaluate, and what the latest outputs weigh, so that few steps end where many did.
+
+A first-order solver is given a mix of its latest outputs (`Solver.weights`). Levels and weights, some fifteen numbers, are
+moved until the final latents are those of the plain runs: Gauss-Newton with Levenberg's damping, the derivatives by running
+the pipeline once for each number. Bespoke Non-Stationary Solvers (arXiv 2403.01329) train such numbers by gradients on
+hundreds of trajectories; here a few runs are enough, for each says as much as its latents have elements.
+
+Shapes: P numbers; r [M] the residual, the latents of all samples in one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.pipelines.bench.candidates import ours
+from hasten.pipelines.bench.shots import shoot
+from hasten.pipelines.tune.trials import Bench
+from hasten.recipe import Guidance, Recipe
+from hasten.samplers.solver import Solver
+from hasten.scheduler import is_flow
+
+MEMORY = 3
+"""Outputs that are mixed."""
+
+ROUNDS = 3
+"""Rounds of Gauss-Newton; the first gains most."""
+
+ENOUGH = 0.95
+"""A round that leaves more than this share of the squared error is the last."""
+
+DAMPED = (3e-3, 3e-2, 0.3, 3.0)
+"""Levenberg's factors that are tried, the boldest first."""
+
+STRIDE = 0.5
+"""How far a level may move in one round, in log."""
+
+SHARE = 3
+"""A round begins only while the time is enough for so many."""
+
+MOST = 12
+"""Samples that are fitted on."""
+
+
+def levels_of(scheduler: Any) -> tuple[float, ...]:
+    """The levels of the run that was made last, as `Solver.times` has them; empty where they do not fall from all noise."""
+    if is_flow(scheduler):
+        found = [float(sigma) for sigma in scheduler.sigmas if float(sigma) > 0]
+    else:
+        found = [(float(t) + 1) / scheduler.config.num_train_timesteps for t in scheduler.timesteps]
+    found = [min(1.0, level) for level in found]
+    falls = all(a > b for a, b in pairwise(found))
+    return (1.0, *found[1:]) if falls and found and found[-1] > 0 and found[0] > 0.9 else ()
+
+
+def start(levels: Sequence[float], num: int, name: Any) -> Solver:
+    """A run of `num` evaluations where the plain run passes at even steps, by the Adams-Bashforth rule of two values."""
+    times = [levels[round(k * len(levels) / num)] for k in range(num)]
+    rows: list[tuple[float, ...]] = [(1.0,)]
+    for k in range(1, num):
+        after = times[k + 1] if k + 1 < num else 0.0
+        half = (times[k] - after) / (times[k - 1] - times[k]) / 2
+        rows.append((1 + half, -half, 0.0)[: min(k + 1, MEMORY)])
+    return Solver(name=name, times=tuple(times), weights=tuple(rows))
+
+
+@dataclass
+class Fitting:
+    """Fits solvers on a bench's samples. levels: of the plain run. left: seconds that may still be spent.
+
+    known: what was fitted so far by (evaluations, guidance), and its squared error.
+    """
+
+    bench: Bench
+    levels: tuple[float, ...]
+    left: Callable[[], float] = lambda: math.inf
+    known: dict[tuple[int, Guidance | None], tuple[Solver, float]] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, bench: Bench, left: Callable[[], float]) -> Fitting | None:
+        """None where the pipeline does not hand out its latents, or its levels are not from all noise down."""
+        levels = levels_of(bench.pipe.scheduler)
+        return cls(bench, levels, left) if levels and all(shot.latents is not None for shot in bench.plain) else None
+
+    def fit(self, num: int, guidance: Guidance | None) -> Solver:
+        """The solver of `num` evaluations that ends nearest the plain runs, beside this guidance. Begins with what is known of as
+        many evaluations; ends early where the time is over."""
+        if (num, guidance) in self.known:
+            return self.known[num, guidance][0]
+        near = self.known.get((num, None))
+        name = "euler" if is_flow(self.bench.pipe.scheduler) else "ddim"
+        solver = near[0] if near is not None else start(self.levels, num, name)
+        residual = self._residual(solver, guidance)
+        for _ in range(ROUNDS):
+            moved = self._round(solver, guidance, residual)
+            if moved is None:
+                break
+            gain = float(moved[1].square().sum() / residual.square().sum().clamp_min(1e-30))
+            solver, residual = moved
+            if gain > ENOUGH:
+                break
+        self.known[num, guidance] = solver, float(residual.square().mean())
+        return solver
+
+    def _round(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> tuple[Solver, Tensor] | None:
+        """One round: a solver nearer the plain runs and its residual; None where there is none, or no time for it."""
+        count = size(solver)
+        if self.left() < SHARE * self._seconds(count, len(solver.times or ())):
+            return None
+        step = 1e-3 if self.bench.plain[0].latents.dtype in (torch.float32, torch.float64) else 2e-2  # type: ignore[union-attr]
+        columns = []
+        for index in range(count):
+            way = [0.0] * count
+            way[index] = step
+            changed = moved(solver, way)
+            assert changed is not None
+            columns.append((residual - self._residual(changed, guidance)) / step)
+        slopes = torch.stack(columns, 1)
+        gram, pull = slopes.T @ slopes, slopes.T @ residual
+        scale = gram.diagonal()
+        for damp in DAMPED:
+            damping = torch.diag(damp * scale + 1e-4 * scale.mean())
+            trial = moved(solver, torch.linalg.solve(gram + damping, pull).tolist())
+            if trial is not None and float((after := self._residual(trial, guidance)).square().sum()) < float(residual.square().sum()):
+                return rounded(trial), after
+        return None
+
+    def _residual(self, solver: Solver, guidance: Guidance | None) -> Tensor:
+        """float64 [M]: what is missing to the plain runs' final latents; infinite where a run gives no numbers."""
+        candidate, parts = ours("fit", Recipe(sampler=solver, guidance=guidance)), []
+        for sample, plain in list(zip(self.bench.samples, self.bench.plain, strict=True))[:MOST]:
+            found = shoot(self.bench.pipe, sample, self.bench.call, candidate)
+            assert found.latents is not None and plain.latents is not None
+            parts.append((plain.latents.double() - found.latents.double()).flatten().cpu())
+        return torch.cat(parts).nan_to_num(nan=math.inf)
+
+    def _seconds(self, count: int, num: int) -> float:
+        """About what a round takes."""
+        share: float = (num + 1) / self.bench.call["num_inference_steps"]
+        return (count + 1) * min(MOST, len(self.bench.samples)) * share * self.bench.seconds
+
+
+def size(solver: Solver) -> int:
+    """How many numbers are fitted: every level but the first, every weight."""
+    return len(solver.times or ()) - 1 + sum(len(row) for row in solver.weights or ())
+
+
+def moved(solver: Solver, way: Sequence[float]) -> Solver | None:
+    """`solver` with its levels moved by the first numbers of `way`, in log and by at most `STRIDE`, and its weights by the others.
+    None where levels would not fall any more."""
+    times, rows = list(solver.times or ()), [list(row) for row in solver.weights or ()]
+    numbers = iter(way)
+    for k in range(1, len(times)):
+        times[k] *= math.exp(max(-STRIDE, min(STRIDE, next(numbers))))
+    for row in rows:
+        for j in range(len(row)):
+            row[j] += next(numbers)
+    falls = all(a > b for a, b in pairwise(times))
+    if not falls or not all(map(math.isfinite, [*times, *(w for row in rows for w in row)])) or times[-1] < 1e-3:
+        return None
+    return solver.model_copy(update={"times": tuple(times), "weights": tuple(tuple(row) for row in rows)})
+
+
+def rounded(solver: Solver) -> Solver:
+    """Six digits: a recipe is read by people."""
+    assert solver.times is not None and solver.weights is not None
+    rows = tuple(tuple(round(w, 6) for w in row) for row in solver.weights)
+    return solver.model_copy(update={"times": tuple(round(t, 6) for t in solver.times), "weights": rows})
