@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from hasten.ui.engine import Engine
 from hasten.ui.page.results import own_files
@@ -20,7 +21,7 @@ from hasten.ui.page.watch import in_words
 def publish(engine: Engine) -> None:
     """Put the endpoints into the page that is being built."""
     for name, function in _asking(engine).items():
-        gr.api(in_words(function), api_name=name, concurrency_limit=None)
+        api(in_words(function), api_name=name, concurrency_limit=None)
 
     def status(job: str) -> dict:  # type: ignore[type-arg]
         """Where a job stands: state, phase, step, steps, seconds_left, memory, skipped."""
@@ -31,8 +32,8 @@ def publish(engine: Engine) -> None:
         engine.cancel(job)
         return _told(engine, job)
 
-    gr.api(in_words(status), api_name="status", concurrency_limit=None)
-    gr.api(in_words(cancel), api_name="cancel", concurrency_limit=None)
+    api(in_words(status), api_name="status", concurrency_limit=None)
+    api(in_words(cancel), api_name="cancel", concurrency_limit=None)
     _result(engine)
 
 
@@ -82,7 +83,7 @@ def _result(engine: Engine) -> None:
         output = found.result.get("output")
         names = own_files(engine.outputs.get(output)) if output else []
         told = {"job": found.id, "kind": found.kind, "state": found.state, "result": found.result, "error": _error(found.error)}
-        return told, [str(engine.outputs.file(output, name)) for name in names]
+        return told, [str(engine.outputs.file(str(output), name)) for name in names]
 
     trigger = gr.Button(visible=False)
     trigger.click(in_words(result), [job], [facts, files], api_name="result", concurrency_limit=None, show_progress="hidden")

@@ -11,7 +11,8 @@ from typing import Any
 import gradio as gr
 
 from hasten.ui.engine import Engine
-from hasten.ui.page import api, first
+from hasten.ui.page.api import publish
+from hasten.ui.page.first import begin
 from hasten.ui.page.sentences import heading
 from hasten.ui.page.status import Status
 from hasten.ui.page.tabs.compare import CompareTab
@@ -31,7 +32,7 @@ TABS = {"compare": "Compare", "generate": "Generate", "text": "Text", "tune": "T
 
 def build(engine: Engine) -> gr.Blocks:
     """The page of an engine that is started. A home without any comparison gets its first one at once."""
-    first.begin(engine)
+    begin(engine)
     with gr.Blocks(title="hasten", analytics_enabled=False, delete_cache=(300, 3600)) as page:
         kept = gr.BrowserState({}, storage_key="hasten-jobs", secret=_secret(engine.place.folder / "page.secret"))
         shown(heading())
@@ -56,7 +57,8 @@ def build(engine: Engine) -> gr.Blocks:
         connect(tabs, compare, generate, text, tune, train, history, export)
         _found_again(page, kept, [compare.watch, generate.watch, text.watch, tune.watch, train.watch])
         status.begin(page)
-        api.publish(engine)
+        publish(engine)
+    assert isinstance(page, gr.Blocks)
     return page
 
 

@@ -9,10 +9,9 @@ import gradio as gr
 from hasten.ui.engine import RequestError
 
 
-def box(label: str, placeholder: str = "usual", *, whole: bool = True, **more: Any) -> gr.Textbox:
+def box(label: str, placeholder: str = "usual", **more: Any) -> gr.Textbox:
     """An empty box for a number. placeholder: what is taken where it stays empty."""
-    keys = gr.InputHTMLAttributes(inputmode="numeric" if whole else "decimal", autocomplete="off")
-    return gr.Textbox("", label=label, placeholder=placeholder, max_lines=1, min_width=90, html_attributes=keys, **more)
+    return gr.Textbox("", label=label, placeholder=placeholder, max_lines=1, min_width=90, **more)
 
 
 def read(name: str, typed: str | float | None, *, whole: bool = True) -> int | float | None:

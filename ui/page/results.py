@@ -40,7 +40,10 @@ def size_of(file: Path) -> tuple[int, int]:
             head = stream.read(24)
     except OSError:
         return NO_SIZE
-    return struct.unpack(">II", head[16:24]) if len(head) == 24 and head[:4] == b"\x89PNG" else NO_SIZE  # type: ignore[return-value]
+    if len(head) < 24 or head[:4] != b"\x89PNG":
+        return NO_SIZE
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
 
 
 def standing(snapshot: Snapshot) -> dict[str, Any]:
@@ -113,7 +116,7 @@ class Shelf:
     def metrics(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """For the cards."""
         return {
-            "rows": [run["row"] for run in found["runs"]], "noise_floor": found.get("noise_floor"), "group": "compare",
+            "rows": [_said(run["row"], found["runs"][0]["row"]) for run in found["runs"]], "noise_floor": found.get("noise_floor"), "group": "compare",
             "by_frame": {run["row"]["recipe"]: run["psnr"] for run in found["runs"] if run["psnr"]},
         }  # fmt: skip
 
@@ -162,15 +165,25 @@ class Shelf:
         }  # fmt: skip
 
 
+def _said(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A row; one of a student, which computes all of its few calls, says how many those are."""
+    calls, usual, fraction = number(row, "nfe"), number(plain, "nfe"), number(row, "computed_fraction")
+    student = calls is not None and usual is not None and calls < usual and fraction is not None and fraction > 1 - 1e-6
+    return {**row, "skipped": f"all but {calls:g} call{'s' if calls != 1 else ''} of a student"} if student else dict(row)
+
+
 def compared(found: Mapping[str, Any], prompt: str) -> str:
     """A comparison in one line: how much faster its first recipe is, and how alike."""
     rows = [run["row"] for run in found["runs"]]
     plain, best = rows[0], rows[min(1, len(rows) - 1)]
-    speedup, pace = number(best, "speedup"), f"{seconds(number(plain, 'seconds'))} → {seconds(number(best, 'seconds'))}"
+    speedup, floor = number(best, "speedup"), number(found, "noise_floor")
     like = decibel(number(best, "psnr_median"), best.get("exact_match") is True)
-    floor = number(found, "noise_floor")
-    small = f"{pace}. {share(number(best, 'computed_fraction'))} of the work was done. Likeness to plain: {like}"
-    return headline(f"{best['recipe']}: {speedup:.3g} x faster" if speedup else str(best["recipe"]), small + (f"; another seed is at {decibel(floor)}." if floor else "."), prompt)
+    words = [
+        f"{best['recipe']}: {seconds(number(plain, 'seconds'))} → {seconds(number(best, 'seconds'))}",
+        f"{share(number(best, 'computed_fraction'))} of the work was done",
+        f"likeness to the plain run {like}" + (f" (another seed: {decibel(floor)})" if floor is not None else ""),
+    ]
+    return headline(f"{speedup:.3g}× as fast" if speedup else str(best["recipe"]), " · ".join(words), prompt)
 
 
 def generated(found: Mapping[str, Any]) -> str:

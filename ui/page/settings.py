@@ -85,7 +85,8 @@ class Speed:
         found = self.levels(model)
         at = place_of(recipe, found)
         words = level_words(found[at]) if at is not None else said(f"Recipe: {'edited below' if chr(10) in recipe else recipe}.")
-        slider = gr.update(maximum=len(found) - 1, **({"value": max(self.lowest, at)} if at is not None else {}))
+        most = len(found) - 1
+        slider = gr.update(maximum=most) if at is None else gr.update(maximum=most, value=max(self.lowest, at))
         return {self.slider: slider, self.words: words}
 
 
@@ -111,7 +112,7 @@ class Settings:
         card = self.picker.cards()[0]
         with gr.Row():
             self.numbers = {key: box(label, usual(card, key), elem_id=f"{self.name}-{key}") for key, label in NUMBERS.items()}
-            self.guidance = box("Guidance", usual(card, "guidance"), whole=False, elem_id=f"{self.name}-guidance")
+            self.guidance = box("Guidance", usual(card, "guidance"), elem_id=f"{self.name}-guidance")
         with gr.Row():
             self.lora = gr.Dropdown(loras(self.engine), value="", label="LoRA", min_width=160)
             self.preview = gr.Checkbox(True, label="Show a preview while it runs", min_width=160)
@@ -149,8 +150,8 @@ class Settings:
         """What follows from another model: its words, its usual numbers, and an example where the prompt was one."""
         card = self.picker.card(model)
         examples = {text for each in self.picker.cards() for text in each.prompts}
-        words = {self.prompt: card.prompts[0]} if card.prompts and (not prompt.strip() or prompt in examples) else {}
-        usuals = {each: gr.update(placeholder=usual(card, key)) for key, each in {**self.numbers, "guidance": self.guidance}.items()}
+        words: Updates = {self.prompt: card.prompts[0]} if card.prompts and (not prompt.strip() or prompt in examples) else {}
+        usuals: Updates = {each: gr.update(placeholder=usual(card, key)) for key, each in {**self.numbers, "guidance": self.guidance}.items()}
         return {**self.picker.updates(model), **usuals, **words}
 
     @property

@@ -30,7 +30,9 @@ BEAT = 2.0
 REMEDIES = 4
 """Buttons for what a failed job may be tried again with, at most."""
 
-Updates = dict[Component, Any]
+Updates = dict[Any, Any]
+"""Component -> its new value, or what `gr.update` gives."""
+
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """How all events are that only the page itself has."""
 

@@ -63,7 +63,7 @@ class TrainTab:
             self.minutes = gr.Number(10, label="Minutes at most", minimum=0.01, maximum=self.engine.limits.max_minutes, min_width=110)
             self.steps = box("Steps", "1000")
         with gr.Accordion("Advanced", open=False), gr.Row():
-            self.batch, self.rate = box("Batch"), box("Learning rate", whole=False)
+            self.batch, self.rate = box("Batch"), box("Learning rate")
             self.rank, self.count = box("LoRA rank"), box("Pairs to store")
         with gr.Row(elem_classes="buttons") as self.buttons:
             self.run = gr.Button("Train", variant="primary", elem_classes="go", elem_id="train-run")
