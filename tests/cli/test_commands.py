@@ -135,8 +135,8 @@ def test_demo(hasten: Any, wan: Path) -> None:
     ran = hasten("demo", "--model", wan, "--out", "out", "--json", "-")
     assert ran.code == 0, ran.err
     rows = ran.json["rows"]
-    assert [row["recipe"] for row in rows] == ["plain", "balanced", "fast"]
-    assert {"plain.mp4", "balanced.mp4", "fast.mp4", "plain-balanced-fast.gif", "report.html"} <= {
+    assert [row["recipe"] for row in rows] == ["plain", "balanced", "fast:student=false"]
+    assert {"plain.mp4", "balanced.mp4", "fast-student-false.mp4", "plain-balanced-fast-student-false.gif", "report.html"} <= {
         path.name for path in Path("out").iterdir()
     }
     assert rows[1]["skipped"].endswith(" of 12")
