@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +18,12 @@ from hasten.cli.options import Device, Dtype
 from hasten.cli.output import Output
 from hasten.errors import UsageError
 
+if TYPE_CHECKING:
+    from hasten.ui.engine import Engine
+
 WHO = "Who may come"
+GRACE = 10.0
+"""Seconds in which a running job has to stop when the page does."""
 
 Home = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where jobs and results lie. Default: HASTEN_HOME, or hasten's part of the user's cache.")
@@ -52,15 +58,19 @@ def ui(
 
         address = Address(host, port, auth)
         engine = Engine(home, models=folders[0], loras=folders[1], offline=offline, device=device, dtype=dtype)
-        with prepared(engine.place.folder, offline), told_to_end() as ended, engine:
+        with prepared(engine.place.folder, offline), told_to_end() as ended:
             from hasten.ui.server.site import Site
 
-            with Site(engine, address) as site:
+            with Site(engine.start(), address) as site:
                 output.say(f"hasten is at {site.url}  (Ctrl-C ends it; results are in {engine.place.outputs})")
                 if not no_browser:
                     webbrowser.open(site.url)
                 ended.wait()
                 output.note("Stopping; a running job can be tried again later.")
+            closed = _closed(engine)
+        if not closed:
+            sys.stdout.flush()
+            os._exit(0)  # a thread that loads a model can be neither stopped nor left to an interpreter that goes
 
 
 def check_installed() -> None:
@@ -87,6 +97,14 @@ def told_to_end() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _closed(engine: Engine) -> bool:
+    """Stop it; False where its job does not stop soon (a model that is being loaded). The next start marks that job interrupted."""
+    closing = threading.Thread(target=engine.close, name="hasten-closing", daemon=True)
+    closing.start()
+    closing.join(GRACE)
+    return not closing.is_alive()
 
 
 def _folder(option: str, folder: Path | None) -> Path | None:

@@ -82,7 +82,7 @@ class Site:
         if self._page is None:
             from hasten.ui.page import build, launch_options
 
-            self._page, self._options = build(self.engine), launch_options()
+            self._page, self._options = build(self.engine), launch_options(self.engine)
         mount(app, self._page, self._options, str(self.engine.place.outputs), self.engine.limits.max_upload)
         return Guard(app, self.address, self.engine.limits)
 
