@@ -203,6 +203,8 @@ class Engine:
             self._wake.clear()
             try:
                 while not self._ended.is_set() and self.jobs.waiting() and self._lease.take():
+                    if not self._holds:
+                        self.outputs.sweep()  # only a holder makes results, so these are of one that was killed
                     self._holds = True
                     job = self.jobs.start(self._lease.holder)
                     if job is not None:
