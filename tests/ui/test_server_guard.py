@@ -9,12 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.ui.sites import bare, client
 
 from hasten.errors import UsageError
 from hasten.ui.engine import Engine, Limits
 from hasten.ui.server import Address, Guard, Site
 from hasten.ui.server.guard import names_address
+from tests.ui.sites import bare, client
 
 OURS = ("127.0.0.1", "localhost", "[::1]", "127.0.0.1:7860", "LOCALHOST:80")
 FOREIGN = ("evil.com", "evil.com:7860", "127.0.0.1.evil.com", "localhost.evil.com", "", "0.0.0.0", "127.0.0.2", "[::2]")

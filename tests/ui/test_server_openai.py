@@ -14,12 +14,12 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.ui.sites import bare, client
 
 from hasten.ui.engine import Engine, Limits, RequestError, read
 from hasten.ui.server import Address, Site
 from hasten.ui.server.openai import Api
 from hasten.ui.server.openai_ask import IMAGE, VIDEO, ApiError, body_of, form_of, frames_for, images, video
+from tests.ui.sites import bare, client
 
 PICTURE = {"model": "tiny-image", "prompt": "a seven", "steps": 2, "recipe": "plain"}
 CLIP = {"model": "tiny-video", "prompt": "a seven moving left, slowly", "steps": 2, "recipe": "plain", "size": "32x32", "frames": 5}

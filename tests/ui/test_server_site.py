@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.ui.processes import page
-from tests.ui.sites import bare, client
 
 from hasten.cli import main
 from hasten.errors import UsageError
 from hasten.ui.engine import Engine
 from hasten.ui.server import Address, Site
+from tests.ui.processes import page
+from tests.ui.sites import bare, client
 
 CLIP = {"kind": "generate", "model": "tiny-video", "prompt": "a seven moving left, slowly", "steps": 200, "recipe": "plain", "preview": False}
 

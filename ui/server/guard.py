@@ -34,7 +34,7 @@ WRONG = 0.5
 UPLOAD_ROOM = 64 * 2**10
 """Bytes around an uploaded file: the parts of a form."""
 
-POLICY = "; ".join((
+POLICY = (
     "default-src 'self'",
     # Gradio starts by inline scripts, and makes functions of its components' code.
     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
@@ -49,10 +49,10 @@ POLICY = "; ".join((
     "base-uri 'self'",
     "form-action 'self'",
     "frame-ancestors 'none'",
-))  # fmt: skip
+)
 
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": "; ".join(POLICY),
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "same-origin",
