@@ -266,8 +266,7 @@ class Session:
         self.spending = Spending(tolerance, times) if tolerance is not None else None
         for gate in self.gates:
             gate.begin_run()
-        reused = self.recipe.reuse is not None
-        self.guidance = GuidanceSeam(self.recipe.guidance.start(), reused) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
+        self.guidance = GuidanceSeam(self.recipe.guidance.start()) if self.recipe.guidance is not None else None  # type: ignore[attr-defined]
         if self.spending is not None:
             self._share(self.spending)
         elif isinstance(self.recipe.attention, SparseAttention) and self.recipe.attention.follows:

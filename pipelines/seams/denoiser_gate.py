@@ -39,7 +39,7 @@ from hasten.step import Step
 from hasten.trace import Action, Event
 
 if TYPE_CHECKING:
-    from hasten.pipelines.accelerate import Session
+    from hasten.pipelines.session import Session
 
 SEAMS: dict[type[ReusePolicy], Callable[[DenoiserGate, Any], ReuseSeam]] = {
     NetworkReuse: NetworkSeam,
@@ -68,6 +68,7 @@ class DenoiserGate:
         self._context = threading.local()
         self._seen: dict[int, Output] = {}
         self._kinds: dict[int, Kind] = {}
+        self._owed: tuple[Step, Tensor, Output] | None = None
         self.writes = Writes()
         group = session.group if session.group is not None else group_of(model)
         self.agree: Mean = alone if group is None else across(group)
@@ -133,14 +134,14 @@ class DenoiserGate:
         self.seam.begin_run(self.session.clock.run_times)
         if self.attention is not None:
             self.attention.begin_run()
-        self._seen, self._kinds = {}, {}
+        self._seen, self._kinds, self._owed = {}, {}, None
 
     def forget(self) -> None:
         """Drop all tensors."""
         self.seam.forget()
         if self.attention is not None:
             self.attention.forget()
-        self._seen = {}
+        self._seen, self._owed = {}, None
 
     def num_bytes(self) -> int:
         """Bytes held for later steps."""
@@ -264,8 +265,22 @@ class DenoiserGate:
         if answer is None or seen is None:
             return None
         self.session.trace.add(self.event(step, "skip", why="guidance"))
-        rest = seen.tensors[1:]
-        return self._computed(step, x, Output(seen.rebuild([answer, *rest])), evaluated=False)
+        whole = [answer, *seen.tensors[1:]]
+        if not seam.roles.cond_first:  # a placeholder, of which reuse must not learn: what u is follows from c
+            self._owed = (step, x, seen)
+            return seen.rebuild(whole)
+        return self._computed(step, x, Output(seen.rebuild(whole)), evaluated=False)
+
+    def _settled(self, step: Step) -> None:
+        """c is known, and with it what stands in for the u that was answered before: let reuse learn from it."""
+        seam, owed = self.session.guidance, self._owed
+        if owed is None or seam is None:
+            return
+        before, x, seen = owed
+        if before.index == step.index and (u := seam.late(step)) is not None:
+            seam.settle(self.seam.observe(before, x, [u, *seen.tensors[1:]])[0])
+        if before.index != step.index or step.branch != before.branch:
+            self._owed = None
 
     def _computed(self, step: Step, x: Tensor, output: Output, *, evaluated: bool) -> Any:
         """Let reuse and guidance learn from a value, and return what the host gets."""
@@ -279,6 +294,7 @@ class DenoiserGate:
             seam.evaluated(step, given[0])
         given = self.seam.observe(step, x, given)
         if seam is not None:
+            self._settled(step)
             given = [seam.finish(step, given[0]), *given[1:]]
             if evaluated:
                 seam.returned(step, given[0])

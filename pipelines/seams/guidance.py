@@ -38,17 +38,17 @@ class Roles:
 class GuidanceSeam:
     """Applies a guidance policy to one run. `refused` holds the reason when it cannot be applied.
 
-    reused: whole steps are forecast besides, from what the network's branches returned. single: it is refused because the
-    pipeline evaluates one branch.
+    single: it is refused because the pipeline evaluates one branch.
     """
 
-    def __init__(self, state: GuidanceState, reused: bool = False) -> None:
-        self.state, self.reused = state, reused
+    def __init__(self, state: GuidanceState) -> None:
+        self.state = state
         self.roles: Roles | None = None
         self.refused, self.single = "", False
         self._raw: dict[int, Tensor] = {}
         self._returned: dict[int, Tensor] = {}
         self._placeholder: Tensor | None = None
+        self._late: Tensor | None = None
         self._last_uncond: Tensor | None = None
         self._step: Step | None = None
 
@@ -77,9 +77,20 @@ class GuidanceSeam:
         if self._placeholder is None or self.roles is None or step.branch != self.roles.cond:
             return c
         z, self._placeholder = self._placeholder, None
-        u = self.state.estimate(step, c)
+        u, self._late = self.state.estimate(step, c) if self._late is None else self._late, None
         target = u + self.roles.scale * (c - u)
         return z + (target - z) / self.roles.scale
+
+    def late(self, step: Step) -> Tensor | None:
+        """What stands in for u, answered by a placeholder before the conditional call of `step`, which has just been computed; None
+        where nothing was, or in another call."""
+        if self._placeholder is None or self.roles is None or step.branch != self.roles.cond:
+            return None
+        return self.state.estimate(step, self._raw[step.branch])
+
+    def settle(self, u: Tensor) -> None:
+        """The u that `finish` is to combine: that of `late`, as reuse has put it right."""
+        self._late = u
 
     def join(self, step: Step, c: Tensor) -> Tensor:
         """Both halves of a batched call, from its conditional half."""
@@ -107,7 +118,7 @@ class GuidanceSeam:
     def tick(self, combined: Tensor | None) -> None:
         """The solver received `combined`: measure the roles once, then let the policy learn."""
         raw, returned, step = self._raw, self._returned, self._step
-        self._raw, self._returned, self._placeholder = {}, {}, None
+        self._raw, self._returned, self._placeholder, self._late = {}, {}, None, None
         if step is None or self.refused or not isinstance(combined, Tensor):
             return
         if returned and self._must_measure(returned):
@@ -168,9 +179,6 @@ class GuidanceSeam:
         """What an account needs to know: how much an error counts in what the solver receives."""
         state.scale = roles.scale
         state.channels = combined.shape[1] if combined.ndim > 1 else None
-        if self.reused and not roles.batched and not roles.cond_first:
-            # u is answered before c is known, so that forecasts of whole steps would be made from an older u, unmeasured.
-            self.refused = "it evaluates the unconditional branch first, in a call of its own, where the error is not measured"
 
 
 def _halves(both: Tensor) -> dict[int, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hasten
 from hasten.pipelines.seams.guidance import GuidanceSeam
+from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Recipe
 from hasten.samplers.guidance import GuidanceInterval, HeldGuidance
 from hasten.step import Step
@@ -75,11 +76,11 @@ def test_network_that_also_returns_a_variance() -> None:
 
 
 def loop(
-    pipe: Any, *, uncond_first: bool, scale: Callable[[int], float], guided: Callable[[int], bool] = lambda _: True
+    pipe: Any, *, uncond_first: bool, scale: Callable[[int], float], guided: Callable[[int], bool] = lambda _: True, steps: int = 6
 ) -> Tensor:
     """The loop of a user who owns it: two calls of a bare denoiser per step."""
     model, scheduler = pipe.transformer, pipe.scheduler
-    scheduler.set_timesteps(6)
+    scheduler.set_timesteps(steps)
     x, cond, uncond = seeded(3, 1, 16, 2, 4, 4), 5 * seeded(1, 1, 7, 32), 5 * seeded(2, 1, 7, 32)
     with torch.no_grad():
         for i, time in enumerate(scheduler.timesteps):
@@ -105,6 +106,35 @@ def test_order_of_calls_does_not_matter(uncond_first: bool) -> None:
     with hasten.accelerate(pipe.transformer, NEVER, scheduler=pipe.scheduler):
         found = loop(pipe, uncond_first=uncond_first, scale=lambda _: 4.0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", ["held-guidance:after=0,every=2", "linear-ag", "guidance-interval"])
+@pytest.mark.parametrize("reuse", ["every-other", "listed", "balanced", "auto:latent_error=0.5"])
+def test_beside_reuse_the_order_of_calls_does_not_matter(guidance: str, reuse: str) -> None:
+    """What reuse has seen of u is what stands in for it, not the placeholder that a u-first pipeline is answered with: neither a
+    signal nor a forecast nor the correction of a gap may be made of that."""
+    pipe, both = small_wan(), find_recipe(f"{guidance}+{reuse}")
+    found, actions = [], []
+    for uncond_first in (False, True):
+        with hasten.accelerate(pipe.transformer, both, scheduler=pipe.scheduler) as run:
+            found.append(loop(pipe, uncond_first=uncond_first, scale=lambda _: 4.0, steps=16))
+        counted = [event.action for event in run.trace.events]
+        actions.append({action: counted.count(action) for action in ("compute", "reuse", "forecast", "skip")})
+        assert actions[-1]["skip"] > 0 and actions[-1]["reuse"] + actions[-1]["forecast"] > 0, actions
+    assert actions[0] == actions[1]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_signal_of_u_is_not_that_of_a_placeholder() -> None:
+    """The first branch decides, so that u-first may skip other steps; but a u that seems never to change would skip nearly all."""
+    pipe, both = small_wan(), find_recipe("held-guidance:after=0,every=2+easycache:limit=0.5")
+    plain, off = loop(pipe, uncond_first=True, scale=lambda _: 4.0, steps=16), []
+    for uncond_first in (False, True):
+        with hasten.accelerate(pipe.transformer, both, scheduler=pipe.scheduler) as run:
+            made = loop(pipe, uncond_first=uncond_first, scale=lambda _: 4.0, steps=16)
+        off.append(float((made - plain).norm() / plain.norm()))
+        assert run.report().totals["reuse"] > 0 and run.report().totals["skip"] > 0
+    assert off[1] < 2 * off[0] + 0.05, off
 
 
 def test_held_difference_is_the_same_in_both_orders() -> None:

@@ -138,15 +138,18 @@ def test_attention_of_which_nobody_knows_is_told() -> None:
     assert run.trace.runs[0].error_by_level["attention"] == 0 and "not charged: what it leaves out is not known" in str(run.report())
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
-    """u first in a call of its own, and whole steps forecast besides: those forecasts would be made from an older u."""
-    pipe = small_wan()
-    with hasten.accelerate(pipe.transformer, BOTH, scheduler=pipe.scheduler) as run:
-        loop(pipe, uncond_first=True, scale=lambda _: 4.0)
-    assert any("unconditional branch first" in note for note in run.trace.notes) and "skip" not in {e.action for e in run.trace.events}
-    with hasten.accelerate(pipe.transformer, Recipe(guidance=LedgerGuidance(tolerance=1.0, after=0.0)), scheduler=pipe.scheduler) as run:
-        loop(pipe, uncond_first=True, scale=lambda _: 4.0)
-    assert not run.trace.notes, "without reuse the answer is put right in the conditional call"
+@pytest.mark.parametrize("reuse", [None, "auto:latent_error=0.9", "listed"])
+def test_the_account_is_the_same_whichever_branch_comes_first(reuse: str | None) -> None:
+    """u answered before c is known is put right in the conditional call, and the cache learns what it was put right to."""
+    pipe, part = small_wan(), None if reuse is None else recipe(reuse).reuse
+    guided, found, spent = Recipe(reuse=part, guidance=LedgerGuidance(tolerance=0.9, after=0.1)), [], []
+    for uncond_first in (False, True):
+        with hasten.accelerate(pipe.transformer, guided, scheduler=pipe.scheduler) as run:
+            found.append(loop(pipe, uncond_first=uncond_first, scale=lambda _: 4.0, steps=20))
+        spent.append(run.trace.runs[0].error_by_level)
+        assert "skip" in {event.action for event in run.trace.events} and not run.trace.notes
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert spent[0] == pytest.approx(spent[1], rel=1e-3) and spent[0]["guidance"] > 0
 
 
 def test_runs_of_a_session_start_with_a_full_account() -> None:
