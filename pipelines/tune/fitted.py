@@ -2,7 +2,7 @@
 
 A first-order solver is given a mix of its latest outputs (`Solver.weights`). Levels and weights, some fifteen numbers, are
 moved until the final latents are those of the plain runs: Gauss-Newton with Levenberg's damping, the derivatives by running
-the pipeline once for each number. Bespoke Non-Stationary Solvers (arXiv 2403.01329) train such numbers by gradients on
+the pipeline once for each number, and Broyden's corrections of them in between. Bespoke Non-Stationary Solvers (arXiv 2403.01329) train such numbers by gradients on
 hundreds of trajectories; here a few runs are enough, for each says as much as its latents have elements.
 
 Shapes: P numbers; r [M] the residual, the latents of all samples in one.
@@ -30,13 +30,19 @@ MEMORY = 3
 """Outputs that are mixed."""
 
 ROUNDS = 3
-"""Rounds of Gauss-Newton; the first gains most."""
+"""Times that derivatives are measured; the first gains most."""
+
+STEPS = 6
+"""Steps that are taken with them."""
 
 ENOUGH = 0.95
-"""A round that leaves more than this share of the squared error is the last."""
+"""What leaves more than this share of the squared error is the last."""
 
 DAMPED = (3e-3, 3e-2, 0.3, 3.0)
 """Levenberg's factors that are tried, the boldest first."""
+
+APART = 1.03
+"""A level is at least so many times the next one."""
 
 STRIDE = 0.5
 """How far a level may move in one round, in log."""
@@ -98,37 +104,61 @@ class Fitting:
         solver = near[0] if near is not None else start(self.levels, num, name)
         residual = self._residual(solver, guidance)
         for _ in range(ROUNDS):
-            moved = self._round(solver, guidance, residual)
-            if moved is None:
+            if self.left() < SHARE * self._seconds(size(solver), num):
                 break
-            gain = float(moved[1].square().sum() / residual.square().sum().clamp_min(1e-30))
-            solver, residual = moved
+            before = float(residual.square().sum())
+            solver, residual = self._round(solver, guidance, residual)
+            if float(residual.square().sum()) > ENOUGH * before:
+                break
+        self.known[num, guidance] = rounded(solver), float(residual.square().mean())
+        return self.known[num, guidance][0]
+
+    def _round(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> tuple[Solver, Tensor]:
+        """One round: a solver at least as near the plain runs, and its residual. The derivatives are measured once; then steps
+        are taken for as long as they gain, each of which corrects them along its own way (Broyden)."""
+        slopes = self._slopes(solver, guidance, residual)
+        for _ in range(STEPS):
+            taken = self._step(solver, guidance, residual, slopes)
+            if taken is None:
+                break
+            way, solver, after = taken
+            gain = float(after.square().sum() / residual.square().sum().clamp_min(1e-30))
+            slopes += torch.outer(residual - after - slopes @ way, way) / way.square().sum()
+            residual = after
             if gain > ENOUGH:
                 break
-        self.known[num, guidance] = solver, float(residual.square().mean())
-        return solver
+        return solver, residual
 
-    def _round(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> tuple[Solver, Tensor] | None:
-        """One round: a solver nearer the plain runs and its residual; None where there is none, or no time for it."""
-        count = size(solver)
-        if self.left() < SHARE * self._seconds(count, len(solver.times or ())):
-            return None
-        step = 1e-3 if self.bench.plain[0].latents.dtype in (torch.float32, torch.float64) else 2e-2  # type: ignore[union-attr]
-        columns = []
-        for index in range(count):
-            way = [0.0] * count
-            way[index] = step
-            changed = moved(solver, way)
-            assert changed is not None
-            columns.append((residual - self._residual(changed, guidance)) / step)
-        slopes = torch.stack(columns, 1)
+    def _slopes(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> Tensor:
+        """How much of the residual each number takes away [M, P]."""
+        latents, columns = self.bench.plain[0].latents, []
+        assert latents is not None
+        step = 1e-3 if latents.dtype in (torch.float32, torch.float64) else 2e-2
+        for index in range(size(solver)):
+            for by in (step, -step):  # a level close above another one can be moved one way only
+                changed = moved(solver, [by if number == index else 0.0 for number in range(size(solver))])
+                if changed is not None:
+                    columns.append((residual - self._residual(changed, guidance)) / by)
+                    break
+            else:
+                columns.append(torch.zeros_like(residual))
+        return torch.stack(columns, 1)
+
+    def _step(
+        self, solver: Solver, guidance: Guidance | None, residual: Tensor, slopes: Tensor
+    ) -> tuple[Tensor, Solver, Tensor] | None:
+        """The boldest step that gains: where it went [P], the solver there and its residual; None where none does."""
         gram, pull = slopes.T @ slopes, slopes.T @ residual
         scale = gram.diagonal()
         for damp in DAMPED:
-            damping = torch.diag(damp * scale + 1e-4 * scale.mean())
-            trial = moved(solver, torch.linalg.solve(gram + damping, pull).tolist())
-            if trial is not None and float((after := self._residual(trial, guidance)).square().sum()) < float(residual.square().sum()):
-                return rounded(trial), after
+            way = torch.linalg.solve(gram + torch.diag(damp * scale + 1e-4 * scale.mean()), pull)
+            way[: len(solver.times or ()) - 1] = way[: len(solver.times or ()) - 1].clamp(-STRIDE, STRIDE)
+            trial = moved(solver, way.tolist())
+            if trial is None or not _apart(trial):
+                continue
+            after = self._residual(trial, guidance)
+            if float(after.square().sum()) < float(residual.square().sum()):
+                return way, trial, after
         return None
 
     def _residual(self, solver: Solver, guidance: Guidance | None) -> Tensor:
@@ -165,6 +195,11 @@ def moved(solver: Solver, way: Sequence[float]) -> Solver | None:
     if not falls or not all(map(math.isfinite, [*times, *(w for row in rows for w in row)])) or times[-1] < 1e-3:
         return None
     return solver.model_copy(update={"times": tuple(times), "weights": tuple(tuple(row) for row in rows)})
+
+
+def _apart(solver: Solver) -> bool:
+    """Are its levels so far apart that each can be moved by a little?"""
+    return all(a > APART * b for a, b in pairwise(solver.times or ()))
 
 
 def rounded(solver: Solver) -> Solver:
