@@ -51,7 +51,7 @@ def standing(snapshot: Snapshot) -> dict[str, Any]:
     failed = snapshot.state in ("failed", "interrupted")
     return {
         "state": "stopping" if snapshot.phase == "Stopping" and snapshot.state == "running" else snapshot.state,
-        "phase": {"cancelled": "Stopped", "queued": "Waiting"}.get(snapshot.state, snapshot.phase), "step": snapshot.step or None, "steps": snapshot.steps or None,
+        "phase": {"cancelled": "Stopped", "queued": "Waiting"}.get(snapshot.state, snapshot.phase), "step": min(snapshot.step, snapshot.steps) or None, "steps": snapshot.steps or None,
         "seconds_per_step": snapshot.seconds_per_step, "seconds_left": snapshot.seconds_left, "memory_bytes": snapshot.memory,
         "skipped": snapshot.skipped, "message": snapshot.note if failed or snapshot.state in ("queued", "running") else "",
     }  # fmt: skip
@@ -64,7 +64,8 @@ def failure(job: Job) -> tuple[str, list[dict[str, Any]]]:
         return "The process that did it was ended in the middle. Nothing else is lost.", again
     if job.state != "failed":
         return "", []
-    return str(job.error.get("sentence", "It failed.")), list(job.error.get("remedies") or []) or again
+    refused = job.error.get("kind") == "refused"  # the same would be refused again
+    return str(job.error.get("sentence", "It failed.")), list(job.error.get("remedies") or []) or ([] if refused else again)
 
 
 def title(asked: Mapping[str, Any]) -> str:
@@ -189,7 +190,7 @@ def compared(found: Mapping[str, Any], prompt: str) -> str:
 def generated(found: Mapping[str, Any]) -> str:
     """A single result in numbers."""
     row = found.get("row", {})
-    fraction = number(row, "computed_fraction")
+    fraction = number(row, "computed_fraction") if "tokens_per_forward" not in row else None
     return facts(
         [
             ("recipe", str(row.get("recipe", ""))), ("took", seconds(number(row, "seconds"))), ("work done", share(fraction)),

@@ -16,7 +16,8 @@ from hasten.ui.page.watch import HIDDEN, Updates, Watch, in_words
 from hasten.ui.views.canvas import canvas
 from hasten.ui.views.component import shown
 
-PROMPT = "def add(a, b):"
+PROMPT = "sort: i p m d n k j . ="
+"""Of the bundled model: a few steps, in an order that is worth looking at."""
 
 
 class TextTab:
@@ -39,7 +40,7 @@ class TextTab:
     def _controls(self) -> None:
         self.picker = Picker(self.engine, ("text",), "text")
         card = self.picker.cards()[0]
-        self.prompt = gr.Textbox(card.prompts[0] if card.prompts else PROMPT, label="Prompt", lines=3, max_lines=10, elem_id="text-prompt")
+        self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=3, max_lines=10, elem_id="text-prompt")
         self.speed = Speed(self.engine, card.id, "text")
         with gr.Row(elem_classes="buttons") as self.buttons:
             self.run = gr.Button("Write", variant="primary", elem_classes="go", elem_id="text-run")

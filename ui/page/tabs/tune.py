@@ -54,7 +54,7 @@ class TuneTab:
             info="Four or more. Every third is held out: the result is checked on those.",
         )  # fmt: skip
         self.budget = gr.Slider(20, 50, value=30, step=1, label="Likeness to keep", info="PSNR in dB against the plain run, in the worst case", buttons=[])
-        self.seconds = gr.Number(60, label="Seconds to search", minimum=1, maximum=self.engine.limits.max_seconds, min_width=120)
+        self.seconds = gr.Number(300, label="Seconds to search", minimum=1, maximum=self.engine.limits.max_seconds, min_width=120)
         self.steps = box("Steps of a run", elem_id="tune-steps")
         with gr.Row(elem_classes="buttons") as self.buttons:
             self.run = gr.Button("Find the fastest recipe", variant="primary", elem_classes="go", elem_id="tune-run")
@@ -74,14 +74,14 @@ class TuneTab:
         count = read("steps", steps)
         more = {"steps": count} if count is not None else {}
         lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
-        return {"kind": "tune", "model": model, "prompts": lines, "budget": f"psnr>={budget:g}", "seconds": float(seconds or 60), **more}
+        return {"kind": "tune", "model": model, "prompts": lines, "budget": f"psnr>={budget:g}", "seconds": float(seconds or 300), **more}
 
     def filled(self, asked: dict[str, Any]) -> Updates:
         """The controls as a request has them."""
         budget = str(asked.get("budget", "")).removeprefix("psnr>=")
         return {
             self.picker.model: self.picker.card(asked["model"]).id, self.prompts: "\n".join(asked["prompts"]),
-            self.budget: float(budget) if budget.replace(".", "").isdigit() else 30, self.seconds: asked.get("seconds", 60),
+            self.budget: float(budget) if budget.replace(".", "").isdigit() else 30, self.seconds: asked.get("seconds", 300),
             self.steps: written(asked.get("steps")), **self.picker.updates(asked["model"]),
         }  # fmt: skip
 
@@ -142,7 +142,7 @@ class TuneTab:
 
     def _examples(self, model: str) -> list[str]:
         own = self.picker.card(model).prompts
-        return list(dict.fromkeys((*own, *FALLBACK) if len(own) < FEWEST else own))[:8]
+        return list(dict.fromkeys((*own, *FALLBACK) if len(own) < FEWEST else own))[:6]
 
 
 def rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
