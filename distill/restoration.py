@@ -21,6 +21,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from hasten.distill.data.moving_digits import Digits, Split, load_digits, sample_images
+from hasten.distill.loop.settings import TrainSettings
+from hasten.distill.pretrain.task import Stages, Task
 from hasten.errors import LimitError, UsageError
 from hasten.pipelines.residual_shift import ResidualShiftScheduler
 
@@ -114,13 +116,25 @@ class Restoring:
         if self.steps < 1 or self.batch < 1 or not self.lr > 0:
             raise UsageError(f"A training needs steps and batch of 1 or more and lr above 0, got {self}.")
 
+    @property
+    def loop(self) -> TrainSettings:
+        """What the trainer is told: a short rise, then a rate that falls all the time; the weights as they are, without an average."""
+        return TrainSettings(
+            steps=self.steps, batch=self.batch, lr=self.lr, seed=self.seed, schedule="linear", warmup=min(20, self.steps), average=0.0
+        )
+
 
 def train(
-    data: str | Path = "sklearn", settings: Restoring | None = None, told: Callable[[int, float], None] = lambda step, loss: None
-) -> tuple[RestorationNet, ResidualShiftScheduler]:
+    out: Path, data: str | Path = "sklearn", settings: Restoring | None = None, *, resume: bool = False,
+    stop_after: int | None = None, progress: bool = False, told: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[RestorationNet, ResidualShiftScheduler]:  # fmt: skip
     """Train a restorer on `data` ("sklearn", or a folder of MNIST), each step a function of the seed and its number.
 
-    told: the step's number and loss, after each. Returns the network in evaluation mode and its scheduler.
+    A task of the one trainer: its log, its checkpoints and its end by SIGTERM are in `out`/checkpoints/restorer, from which `resume`
+    goes on. stop_after: steps after which it ends early, with a checkpoint. told: the step's number and loss, after each.
+    Returns the network in evaluation mode and its scheduler; both are written to `out`, too, in diffusers' formats.
+
+    Raises `ResumeError` as `Trainer.fit`, `StoppedError` when it was told to end.
     """
     settings = settings or Restoring()
     digits = load_digits(data)
@@ -129,17 +143,17 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         network = RestorationNet()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.01)
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(1.0, (step + 1) / 20) * (0.01 + 0.99 * (1 - step / settings.steps))
-        loss = _loss(network, scheduler, digits, settings, step)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        told(step, float(loss.detach()))
-    return network.eval(), scheduler
+
+    def loss(step: int) -> Tensor:
+        found = _loss(network, scheduler, digits, settings, step)
+        told(step, float(found.detach()))
+        return found
+
+    task = Task("restorer", network, [torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.01)], loss, settings.loop)
+    network.load_state_dict(Stages(out, progress=progress, device=torch.device("cpu")).run(task, resume, stop_after))
+    network.eval().save_pretrained(out / "network")
+    scheduler.save_pretrained(out / "scheduler")
+    return network, scheduler
 
 
 def _loss(

@@ -21,6 +21,7 @@ def train_restore(
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of the training.", min=1)] = 800,
     batch: Annotated[int, typer.Option(metavar="N", help="Pictures in a step.", min=1)] = 32,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the weights and of what is drawn in each step.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     json: JsonOption = None,
 ) -> None:
     """Train a small network that restores blurred and shrunk digits in a few steps (ResShift)."""
@@ -28,21 +29,19 @@ def train_restore(
     with output.open():
         if data != "sklearn" and not Path(data).is_dir():
             raise UsageError(f"There is no data folder {data}. Name one with MNIST images, or say --data sklearn.")
+        if resume and not out.is_dir():
+            raise UsageError(f"Cannot resume: there is no folder {out}. Leave --resume out to start.")
         from hasten.distill.restoration import Restoring, train
 
         started = time.perf_counter()
         losses: list[float] = []
 
-        def told(step: int, loss: float) -> None:
-            losses.append(loss)
-            if (step + 1) % 100 == 0:
-                output.note(f"step {step + 1} of {steps}: loss {sum(losses[-100:]) / 100:.4f}")
-
         with writable(out.absolute()):
-            network, scheduler = train(data, Restoring(steps=steps, batch=batch, seed=seed), told)
-            network.save_pretrained(out / "network")
-            scheduler.save_pretrained(out / "scheduler")
-        last = sum(losses[-20:]) / len(losses[-20:])
+            train(
+                out, data, Restoring(steps=steps, batch=batch, seed=seed), resume=resume, progress=True,
+                told=lambda step, loss: losses.append(loss),
+            )  # fmt: skip
+        last = sum(losses[-20:]) / len(losses[-20:]) if losses else None  # resumed when all was done
         seconds = time.perf_counter() - started
         output.say(f"A restorer of digits is in {out}: hasten.distill.restoration.RestorationNet, and its scheduler.")
         output.finish([{"model": "restorer", "out": str(out), "steps": steps, "loss": last, "seconds": seconds}])

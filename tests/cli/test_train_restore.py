@@ -25,6 +25,15 @@ def test_a_restorer_is_trained_and_loads_again(hasten: Callable[..., Any], tmp_p
     assert torch.isfinite(found).all()
 
 
+def test_it_goes_on_from_its_checkpoint(hasten: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "restorer"
+    assert hasten("train", "restore", "--out", out, "--steps", 2, "--batch", 4).code == 0
+    ran = hasten("train", "restore", "--out", out, "--steps", 2, "--batch", 4, "--resume", "--json", "-")
+    assert ran.code == 0 and ran.json["rows"][0]["loss"] is None, "all was done"
+    nowhere = hasten("train", "restore", "--out", tmp_path / "nowhere", "--resume")
+    assert nowhere.code == 2 and "there is no folder" in nowhere.sentence
+
+
 def test_data_that_are_not_there_are_named(hasten: Callable[..., Any], tmp_path: Path) -> None:
     ran = hasten("train", "restore", "--out", tmp_path / "out", "--data", tmp_path / "nothing")
     assert ran.code == 2 and "There is no data folder" in ran.sentence and not (tmp_path / "out").exists()

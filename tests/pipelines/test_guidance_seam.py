@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.pipelines.seams.guidance import GuidanceSeam
 from hasten.recipe import Recipe
 from hasten.samplers.guidance import GuidanceInterval, HeldGuidance
 from hasten.step import Step
