@@ -23,7 +23,7 @@ def models_folder(root: Path) -> Path:
     return root
 
 
-def done(engine: Engine, asked: dict[str, Any], seconds: float = 240.0) -> Job:
+def done(engine: Engine, asked: dict[str, Any], seconds: float = 600.0) -> Job:
     """Submit, wait, and give the job, which must have been done."""
     job = engine.wait(engine.submit(asked).id, seconds)
     assert job.state == "done", job.error

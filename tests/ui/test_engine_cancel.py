@@ -16,7 +16,16 @@ from hasten.ui.engine import read
 from hasten.ui.engine.cancel import Cancelled, blocks, networks, stoppable
 from hasten.ui.engine.desk import Desk
 from hasten.ui.engine.place import Place
-from tests.hosts import FLUX_CALL, PIXART_CALL, UNET_CALL, WAN_CALL, small_flux, small_pixart, small_unet, small_wan
+from tests.hosts import (
+    FLUX_CALL,
+    PIXART_CALL,
+    UNET_CALL,
+    WAN_CALL,
+    small_flux,
+    small_pixart,
+    small_unet,
+    small_wan,
+)
 from tests.ui.engines import TEXT
 
 HOSTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {

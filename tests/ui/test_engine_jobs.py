@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,8 @@ def test_finishing_is_for_the_holder_of_the_job_alone(jobs: Jobs, lease: Lease) 
 
 def test_no_more_wait_than_is_allowed(database: Database) -> None:
     jobs = Jobs(database, Limits(max_queue=2))
-    jobs.submit(ASKED), jobs.submit(ASKED)  # noqa: B018
+    for _ in range(2):
+        jobs.submit(ASKED)
     with pytest.raises(RequestError, match="at most 2"):
         jobs.submit(ASKED)
 
@@ -193,7 +195,7 @@ def test_two_engines_never_work_at_once(tmp_path: Path) -> None:
         states = {one.wait(name, 60).state for name in names}
         assert states == {"failed"} and all(two.job(name).over for name in names)  # there is nothing to fetch, and it says so
         rows = sorted((job.began, job.ended) for job in one.jobs.list())
-        assert all(end <= begin for (_, end), (begin, _) in zip(rows, rows[1:], strict=False))  # type: ignore[operator]
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(rows))  # type: ignore[operator]
 
 
 def test_a_broken_or_newer_table_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from hasten import limits as core
 from hasten.errors import LimitError
-from hasten.ui.engine import Compare, Generate, Limits, Request, RequestError, Text, Train, Tune, read, to_json
+from hasten.ui.engine import (
+    Compare,
+    Generate,
+    Limits,
+    Request,
+    RequestError,
+    Text,
+    Train,
+    Tune,
+    read,
+    to_json,
+)
 from hasten.ui.engine.request import KINDS
 
 PICTURE = {"kind": "generate", "model": "tiny-video", "prompt": "a seven"}

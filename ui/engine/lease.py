@@ -74,7 +74,7 @@ class Lease:
 
     def _lives(self, row: sqlite3.Row) -> bool:
         """Is the holder of this row at work?"""
-        fresh = time.time() - row["beat"] < STALE
+        fresh = bool(time.time() - row["beat"] < STALE)
         if row["machine"] != self._machine or row["pid"] == self._pid:
             return fresh
         try:

@@ -120,7 +120,7 @@ class Models:
         root = self.place.models
         if root is None or not root.is_dir():
             return {}
-        found = {}
+        found: dict[str, Path] = {}
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             inner = [folder] if _is_model(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_model(path))
             found |= {f"folder:{path.relative_to(root).as_posix()}": path for path in inner}

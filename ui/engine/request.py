@@ -131,8 +131,7 @@ def read(data: object, limits: Limits | None = None) -> Request:
     """The request that `data` is: a mapping, JSON text or bytes, or a request. Raises `RequestError` for anything that is not
     exactly one within the limits."""
     limits = limits or Limits()
-    found = data if isinstance(data, Ask) else _parsed(_text(data, limits))
-    assert isinstance(found, get_args(Request))
+    found: Request = data if isinstance(data, get_args(Request)) else _parsed(_text(data, limits))
     _check(found, limits)
     return found
 
