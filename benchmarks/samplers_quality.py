@@ -1,11 +1,11 @@
 """What evaluations buy beside more steps: searched noises, and walking again. All of DPM-Solver++(2M) on even times.
 
-    PYTHONPATH=. python benchmarks/samplers_quality.py noises [--prompts 20] [--steps 10]
-    PYTHONPATH=. python benchmarks/samplers_quality.py travel [--count 60] [--steps 10]
+    PYTHONPATH=. python benchmarks/samplers_quality.py noises [--model tiny-image] [--prompts 20] [--steps 10] [--times 2 4 8]
+    PYTHONPATH=. python benchmarks/samplers_quality.py travel [--model tiny-image] [--count 60] [--steps 10]
 
-noises: accuracy of tiny-image by evaluations per picture, for each search and for as many evaluations in one run. The
+noises: accuracy by evaluations per picture or clip, for each search and for as many evaluations in one run. The
 judge is the verifier, too, so its accuracy is what a search maximises: `frechet` and the rows of another verifier say more.
-travel: accuracy, Frechet distance and recall at equal evaluations. Both write benchmarks/results/cpu-2core/samplers-WHAT.json.
+travel: accuracy, Frechet distance and recall at equal evaluations. Both write benchmarks/results/cpu-2core/samplers-WHAT.json (for tiny-image) or samplers-WHAT-MODEL.json.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ from hasten.samplers.travel import TimeTravel
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu-2core"
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+WAYS = ("left, slowly", "right, quickly", "up, slowly", "down, quickly")
 EVEN = Recipe(name="even", sampler=Solver(name="dpm++", spacing="trailing"))
 
 
-def samples(count: int) -> list[Sample]:
-    """Digits and places in turn; seeds far enough apart that no two searches try the same noise."""
-    return [Sample(f"a {DIGITS[i % 10]} at the {PLACES[(i // 10 + i) % 4]}", 10_000 * (i + 1)) for i in range(count)]
+def samples(model: str, count: int) -> list[Sample]:
+    """Digits and places, or ways, in turn; seeds far enough apart that no two searches try the same noise."""
+    where = [f"moving {way}" for way in WAYS] if model == "tiny-video" else [f"at the {place}" for place in PLACES]
+    return [Sample(f"a {DIGITS[i % 10]} {where[(i // 10 + i) % 4]}", 10_000 * (i + 1)) for i in range(count)]
 
 
 class Table:
     """Rows as they are measured, written after each."""
 
-    def __init__(self, what: str, chosen: list[Sample]) -> None:
-        self.what, self.samples, self.rows = what, chosen, list[dict[str, Any]]()
+    def __init__(self, what: str, model: str, chosen: list[Sample]) -> None:
+        self.what, self.model, self.samples, self.rows = what, model, chosen, list[dict[str, Any]]()
         self.facts = {"command": f"samplers-{what}", "versions": installed_versions(), "hardware": hardware("cpu")}
 
     def add(self, label: str, nfe: float, make: Callable[[], list[Frames]], control: str | None = None, **more: Any) -> None:
         began = time.perf_counter()
         pictures = make()
         scores = [digits(picture, sample.prompt) for picture, sample in zip(pictures, self.samples, strict=True)]
-        row = {"model": "tiny-image", "recipe": label, "control": control, "nfe": nfe, "n": len(pictures),
+        row = {"model": self.model, "recipe": label, "control": control, "nfe": nfe, "n": len(pictures),
                "log_probability": sum(scores) / len(scores), "seconds": time.perf_counter() - began} | more  # fmt: skip
         self.rows.append(row | judged(pictures, self.samples))
         print(json.dumps(self.rows[-1]), flush=True)
-        file = RESULTS / f"samplers-{self.what}.json"
+        file = RESULTS / f"samplers-{self.what}{'' if self.model == 'tiny-image' else f'-{self.model}'}.json"
         file.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1) + "\n")
 
 
@@ -73,8 +75,8 @@ def plain(pipe: Any, call: dict[str, Any], chosen: list[Sample], recipe: Recipe,
     return found
 
 
-def noises(pipe: Any, call: dict[str, Any], chosen: list[Sample], n: int) -> None:
-    table = Table("noises", chosen)
+def noises(pipe: Any, call: dict[str, Any], table: Table, n: int, sizes: list[int]) -> None:
+    chosen = table.samples
 
     def searched(how: str, budget: int, verifier: str = "digits") -> list[Frames]:
         found = []
@@ -84,15 +86,16 @@ def noises(pipe: Any, call: dict[str, Any], chosen: list[Sample], n: int) -> Non
                 found.append(search_noise(pipe, sample.prompt, verifier, how=how, budget=budget, seed=sample.seed, **asked).frames)
         return found
 
-    for steps in (n, 2 * n, 4 * n, 8 * n):
+    for steps in (n, *(times * n for times in sizes)):
         table.add("one run", steps, lambda steps=steps: plain(pipe, call, chosen, EVEN, steps), "fewer_steps")
-    for how, times in (("random", 2), ("random", 4), ("random", 8), ("zero-order", 4), ("zero-order", 8), ("paths", 4), ("paths", 8)):
+    for how, times in [("random", times) for times in sizes] + [(how, times) for how in ("zero-order", "paths") for times in sizes if times >= 4]:
         table.add(f"{how} search", times * n, lambda how=how, times=times: searched(how, times * n))
-    table.add("random search by sharpness", 4 * n, lambda: searched("random", 4 * n, "sharpness"))
+    most = min(4, max(sizes))
+    table.add("random search by sharpness", most * n, lambda: searched("random", most * n, "sharpness"))
 
 
-def travel(pipe: Any, call: dict[str, Any], chosen: list[Sample], n: int) -> None:
-    table = Table("travel", chosen)
+def travel(pipe: Any, call: dict[str, Any], table: Table, n: int) -> None:
+    chosen = table.samples
     travels = {
         "early": TimeTravel(begin=0.0, end=0.4, spacing="trailing"), "middle": TimeTravel(begin=0.3, end=0.7, spacing="trailing"),
         "late": TimeTravel(begin=0.6, end=1.0, back=1, spacing="trailing"),
@@ -109,17 +112,19 @@ def travel(pipe: Any, call: dict[str, Any], chosen: list[Sample], n: int) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["noises", "travel"])
+    parser.add_argument("--model", choices=["tiny-image", "tiny-video"], default="tiny-image")
+    parser.add_argument("--times", type=int, nargs="+", default=[2, 4, 8], help="what a search may cost, in whole runs")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    pipe, call = load("tiny-image"), call_defaults("tiny-image")
+    pipe, call = load(options.model), call_defaults(options.model)
     pipe.set_progress_bar_config(disable=True)
     if options.what == "noises":
-        noises(pipe, call, samples(options.prompts), options.steps)
+        noises(pipe, call, Table("noises", options.model, samples(options.model, options.prompts)), options.steps, options.times)
     else:
-        travel(pipe, call, samples(options.count), options.steps)
+        travel(pipe, call, Table("travel", options.model, samples(options.model, options.count)), options.steps)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from doc_tables import (
     resolutions,
     runs,
     samplers,
+    text_tuning,
 )
 from doc_tables.results import ROOT
 
@@ -58,7 +59,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "resolutions-windows": resolutions.windows,
     "resolutions-drafts": resolutions.drafts,
     "resolutions-restore": resolutions.restore,
+    "tune-text": text_tuning.text_tuning,
     "samplers-orders": samplers.orders,
+    "samplers-solvers": samplers.solvers,
     "samplers-sequences": samplers.sequences,
     "samplers-travel": samplers.travel,
     "samplers-noises": samplers.noises,

@@ -68,7 +68,8 @@ def _compared(command: str) -> str:
             [[row_name(row), "control" if row["control"] else "", *(known(row, key, COLUMNS) for key in COMPARED)] for row in rows],
             left=2,
         )
-        how = f"{rows[0]['model']}, {document['steps']} steps, {rows[0]['n']} runs"
+        remark = f"; {document['remark']}" if "remark" in document else ""
+        how = f"{rows[0]['model']}, {document['steps']} steps, {rows[0]['n']} runs{remark}"
         parts.append(f"{how}; {hardware_and_versions(document, file)}\n\n{body}")
     return below_each_other(parts)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from doc_tables.results import (
+    COLUMNS,
     Columns,
     below_each_other,
+    decibel,
     documents,
     hardware_and_versions,
     known,
@@ -23,7 +25,7 @@ SEQUENCES: Columns = {
 }
 QUALITY: Columns = {
     "nfe": ("evaluations", lambda value: f"{value:.0f}"),
-    "n": ("pictures", str),
+    "n": ("pictures or clips", str),
     "prompt_accuracy": ("digit right", percent),
     "log_probability": ("log probability", thousandths),
     "frechet": ("Frechet", lambda value: f"{value:.1f}"),
@@ -59,6 +61,29 @@ def sequences() -> str:
     return below_each_other(parts)
 
 
+def solvers() -> str:
+    """All solvers on bundled models: a row each, a column of PSNR for each number of evaluations."""
+    parts = []
+    for file, document in documents("samplers-solvers"):
+        plain, *rows = document["rows"]
+        asked = sorted({row["asked"] for row in rows if row["n"]})
+        cells: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in rows:
+            cells.setdefault(row["recipe"], {}).update({row["asked"]: row} if row["n"] else {})
+        keys = ("psnr_median", "psnr_converged", "prompt_accuracy")
+        heads = [f"{name}, {n}" for n in asked for name in ("PSNR dB", "to converged", "right")]
+        lines = [
+            [f"`{name}`", *((known(by[n], key, COLUMNS) if n in by else "none") for n in asked for key in keys)]
+            for name, by in cells.items()
+        ]
+        how = (
+            f"`{plain['model']}`, {plain['n']} runs; plain run of {document['steps']} steps ({decibel(plain['psnr_converged'])} dB to"
+            f" converged, {percent(plain['prompt_accuracy'])} right); {hardware_and_versions(document, file)}"
+        )
+        parts.append(f"{how}\n\n{table(['solver', *heads], lines, left=1)}")
+    return below_each_other(parts)
+
+
 def noises() -> str:
     """Searches over noises."""
     return _quality("samplers-noises")
@@ -71,7 +96,7 @@ def travel() -> str:
 
 def _quality(command: str) -> str:
     return below_each_other(
-        [f"tiny-image; {hardware_and_versions(d, file)}\n\n{_rows(d, QUALITY)}" for file, d in documents(command)]
+        [f"{d['rows'][0]['model']}; {hardware_and_versions(d, file)}\n\n{_rows(d, QUALITY)}" for file, d in documents(command)]
     )
 
 
