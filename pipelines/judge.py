@@ -166,6 +166,18 @@ def accuracy(readings: Sequence[Reading], prompts: Sequence[str]) -> dict[str, f
     return {key: sum(values) / len(values) for key, values in hits.items()}
 
 
+def in_words(frames: Any, prompt: str) -> dict[str, Any]:
+    """What the judge sees, as two keys of a row: `reads` ("seven left slowly") and `prompt_accuracy` (1.0 where the prompt says so).
+    Empty for a prompt without a digit, and where there is no judge."""
+    try:
+        seen, told = Judge.load().read(frames), parse_prompt(prompt)
+    except (FileNotFoundError, ValueError):
+        return {}
+    words = " ".join(str(word) for word in (DIGITS[seen.digit], seen.direction, seen.speed) if word)
+    found = {"digit": seen.digit, "direction": seen.direction, "speed": seen.speed}
+    return {"reads": words, "prompt_accuracy": float(all(found[key] == value for key, value in told.items()))}
+
+
 def parse_prompt(prompt: str) -> dict[str, int | str]:
     """The digit, direction and speed that a prompt names ("a seven moving left, slowly")."""
     words = re.findall(r"[a-z]+|\d", prompt.lower())

@@ -87,13 +87,6 @@ def left_out(sample: Sample) -> str:
 
 def reading(sample: Sample) -> dict[str, Any]:
     """What a classifier trained on real digits sees, and whether that is what the prompt said."""
-    from hasten.pipelines import judge
+    from hasten.pipelines.judge import in_words
 
-    try:
-        seen = judge.Judge.load().read(sample.frames)
-        told = judge.parse_prompt(sample.prompt.text)
-    except (FileNotFoundError, ValueError):
-        return {}
-    words = " ".join(str(word) for word in (judge.DIGITS[seen.digit], seen.direction, seen.speed) if word)
-    found = {"digit": seen.digit, "direction": seen.direction, "speed": seen.speed}
-    return {"reads": words, "prompt_accuracy": float(all(found[key] == value for key, value in told.items()))}
+    return in_words(sample.frames, sample.prompt.text)

@@ -95,7 +95,7 @@ def test_a_text_says_which_step_wrote_each_token(client: Client) -> None:
 
 def test_a_study_is_started_and_stopped(client: Client) -> None:
     prompts = ["a one moving left", "a two moving up", "a three moving right", "a four moving down"]
-    job = client.predict(model="tiny-video", prompts=prompts, seconds=120, steps=4, api_name="/tune")
+    job = client.predict(model="tiny-video", prompts=prompts, seconds=600, steps=10, api_name="/tune")
     client.predict(job=job, api_name="/cancel")
     assert over(client, job)["state"] == "cancelled"
 

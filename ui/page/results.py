@@ -163,6 +163,7 @@ class Shelf:
         return {
             "id": found["id"], "title": title(asked), "recipe": recipe_words(asked), "model": asked.get("model", ""), "note": note,
             "when": time.strftime("%d %b %H:%M", time.localtime(found.get("made", 0))), "thumb": picture_of,
+            "text": found.get("text") or {"tune": "a study", "train": "a training"}.get(asked.get("kind", ""), ""),
         }  # fmt: skip
 
 

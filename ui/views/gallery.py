@@ -11,7 +11,7 @@ from hasten.ui.views.markup import data, empty, source, text, view
 def gallery(about: Mapping[str, Any]) -> str:
     """HTML of the cards.
 
-    about: `items` ([{"id", "title", optional "recipe", "model", "when", "note", "thumb" (URL of a picture)}], newest first).
+    about: `items` ([{"id", "title", optional "recipe", "model", "when", "note", "thumb" (URL of a picture), "text" (shown where there is no picture)}], newest first).
     The box filters by words, each of which must be in a card. A click sends `select` with {"id"}.
     """
     items: Sequence[Mapping[str, Any]] = about.get("items") or ()
@@ -30,7 +30,7 @@ def gallery(about: Mapping[str, Any]) -> str:
 def _card(item: Mapping[str, Any]) -> str:
     title = str(item.get("title") or item["id"])
     facts = [str(item[key]) for key in ("model", "recipe", "note", "when") if item.get(key)]
-    picture = f'<img loading="lazy" alt="" src="{source(item["thumb"])}">' if item.get("thumb") else '<span class="hv-blank"></span>'
+    picture = f'<img loading="lazy" alt="" src="{source(item["thumb"])}">' if item.get("thumb") else f'<span class="hv-blank">{text(str(item.get("text") or "")[:240])}</span>'
     return (
         f'<li data-words="{text(" ".join([title, *facts]).lower())}"><button type="button" data-send="{data({"id": item["id"]})}">'
         f'<span class="hv-thumb">{picture}</span><span class="hv-title">{text(title)}</span><span class="hv-facts-line">{text(" · ".join(facts))}</span></button></li>'

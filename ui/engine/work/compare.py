@@ -38,7 +38,7 @@ def compare(ask: Compare, desk: Desk, report: Report) -> dict[str, Any]:
         report.phase("Noise floor", runs.steps)
         floor = runs.floor(pipe, call)
         out.facts = {
-            "runs": [{**run, "row": {"model": ask.model, **row}} for run, row in zip(runs.done, rows, strict=True)],
+            "runs": [{**run, "row": {"model": ask.model, **row, **read}} for run, row, read in zip(runs.done, rows, runs.readings(desk), strict=True)],
             "noise_floor": floor, "thumb": out.thumb(runs.samples[0].frames), "fps": rate(len(runs.samples[0].frames)),
         }  # fmt: skip
     return {"output": out.id, **out.facts}
@@ -78,6 +78,14 @@ class _Runs:
         plain = self.samples[0].frames
         each = [psnr(a[None], b[None]) for a, b in zip(sample.frames, plain, strict=True)] if sample is not self.samples[0] else []
         return [value if math.isfinite(value) else None for value in each]
+
+    def readings(self, desk: Desk) -> list[dict[str, Any]]:
+        """What a judge of digits sees in each run; nothing for models that were not made to draw them."""
+        if desk.models.card(self.ask.model).where != "bundled":
+            return [{} for _ in self.samples]
+        from hasten.pipelines.judge import in_words
+
+        return [in_words(sample.frames, self.ask.prompt) for sample in self.samples]
 
     def floor(self, pipe: Any, call: dict[str, Any]) -> float | None:
         """PSNR of another seed; None where it cannot be told from this one."""
