@@ -62,30 +62,32 @@ def write_report(
     from hasten.ui.views.metrics import metrics
 
     numbers = [{title: cell(key, row) for key, title in shown(rows).items()} for row in rows]
-    views = [_player(samples, paths, fps), metrics({"rows": strict(list(rows)), "by_frame": _by_frame(samples)})]
+    runs = list(zip(samples, paths, strict=True))
+    cards = metrics({"rows": strict(list(rows)), "by_frame": _by_frame(samples)})
     written = []
     for number, sample in enumerate(samples[1:]):
         extras = {"model": model, "metrics": numbers, "prompt": sample.prompt.text, "seed": sample.prompt.seed}
         name = "report.html" if number == 0 else f"report-{file_name(sample.recipe)}.html"
-        text = page.of_report(replace(sample.report, extras=extras), views)
+        shown_first = [runs[0], runs[number + 1], *runs[1 : number + 1], *runs[number + 2 :]]
+        text = page.of_report(replace(sample.report, extras=extras), [_player(shown_first, fps), cards])
         written.append(atomic_write(folder / name, text))
     return written
 
 
-def _player(samples: Sequence[Sample], paths: Sequence[Path], fps: float) -> str:
-    """All runs of a prompt in one player, or a sentence where their files are too large for a page."""
+def _player(runs: Sequence[tuple[Sample, Path]], fps: float) -> str:
+    """All runs of a prompt in one player, the first two to begin with, or a sentence where files are too large for a page."""
     from hasten.errors import UsageError
     from hasten.ui.views.markup import empty
     from hasten.ui.views.page import embedded
     from hasten.ui.views.player import player
 
-    frames, height, width = samples[0].frames.shape[:3]
+    frames, height, width = runs[0][0].frames.shape[:3]
     try:
-        runs = [{"label": sample.recipe, "url": embedded(path)} for sample, path in zip(samples, paths, strict=True)]
+        shown = [{"label": sample.recipe, "url": embedded(path)} for sample, path in runs]
     except UsageError as error:
         return empty("player", "Comparison", str(error))
     return player(
-        {"runs": runs, "kind": "video" if frames > 1 else "image", "width": width, "height": height, "frames": frames, "fps": fps}
+        {"runs": shown, "kind": "video" if frames > 1 else "image", "width": width, "height": height, "frames": frames, "fps": fps}
     )
 
 

@@ -97,6 +97,16 @@ def test_compare_writes_videos_and_a_report(hasten: Any, wan: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_page_of_a_comparison_begins_with_plain_and_its_recipe(hasten: Any, pixart: Path) -> None:
+    ran = hasten(
+        "compare", pixart, "--prompt", "a one", "--recipe", "every-other", "--recipe", "easycache", "--out", "out", "--json", "-"
+    )
+    assert ran.code == 0, ran.err
+    for page, recipe in (("report.html", "every-other"), ("report-easycache.html", "easycache")):
+        text = Path("out", page).read_text(encoding="utf-8")
+        assert f'aria-label="Comparison of plain and {recipe}"' in text and "data:image/png;base64" in text
+
+
 def test_compare_numbers_every_prompt_and_seed(hasten: Any, pixart: Path) -> None:
     ran = hasten(
         "compare", pixart, "--prompt", "a one", "--prompt", "a two", "--seed", 1, "--seed", 2,
