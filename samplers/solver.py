@@ -14,7 +14,6 @@ from hasten.samplers.levels import Spacing
 ORDERED = ("dpm++", "unipc")
 """Solvers whose order can be chosen; the others have one of their own."""
 
-
 FIRST_ORDER = ("euler", "ddim")
 """Solvers that `weights` may be given to."""
 

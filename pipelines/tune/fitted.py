@@ -11,7 +11,7 @@ Shapes: P numbers; r [M] the residual, the latents of all samples in one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hasten.pipelines.bench.candidates import ours
 from hasten.pipelines.bench.shots import shoot
-from hasten.pipelines.tune.trials import Bench
+from hasten.pipelines.tune.trials import MANY, Bench
 from hasten.recipe import Guidance, Recipe
 from hasten.samplers.solver import Solver
 from hasten.scheduler import is_flow
@@ -50,9 +50,6 @@ STRIDE = 0.5
 SHARE = 3
 """A round begins only while the time is enough for so many."""
 
-MOST = 12
-"""Samples that are fitted on."""
-
 
 def levels_of(scheduler: Any) -> tuple[float, ...]:
     """The levels of the run that was made last, as `Solver.times` has them; empty where they do not fall from all noise."""
@@ -80,7 +77,7 @@ def start(levels: Sequence[float], num: int, name: Any) -> Solver:
 class Fitting:
     """Fits solvers on a bench's samples. levels: of the plain run. left: seconds that may still be spent.
 
-    known: what was fitted so far by (evaluations, guidance), and its squared error.
+    known: what was fitted so far by (evaluations, guidance), and its mean error (`_residual`) on the samples that decided.
     """
 
     bench: Bench
@@ -103,31 +100,45 @@ class Fitting:
         name = "euler" if is_flow(self.bench.pipe.scheduler) else "ddim"
         solver = near[0] if near is not None else start(self.levels, num, name)
         residual = self._residual(solver, guidance)
+        best = self._beside(solver, guidance, residual), solver
         for _ in range(ROUNDS):
             if self.left() < SHARE * self._seconds(size(solver), num):
                 break
             before = float(residual.square().sum())
-            solver, residual = self._round(solver, guidance, residual)
+            for nearer, left in self._round(solver, guidance, residual):
+                best = min(best, (self._beside(nearer, guidance, left), nearer), key=lambda each: each[0])
+                solver, residual = nearer, left
             if float(residual.square().sum()) > ENOUGH * before:
                 break
-        self.known[num, guidance] = rounded(solver), float(residual.square().mean())
+        self.known[num, guidance] = rounded(best[1]), best[0]
         return self.known[num, guidance][0]
 
-    def _round(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> tuple[Solver, Tensor]:
-        """One round: a solver at least as near the plain runs, and its residual. The derivatives are measured once; then steps
-        are taken for as long as they gain, each of which corrects them along its own way (Broyden)."""
+    @property
+    def watched(self) -> list[int]:
+        """Samples that are not fitted on: of what is found on the way, that counts which is nearest on these. Where they are few,
+        all are needed for fitting, and there are none."""
+        return list(range(len(self.bench.samples)))[2::3] if len(self.bench.samples) >= MANY else []
+
+    def _beside(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> float:
+        """Mean error on the watched samples; on the fitted ones, whose residual is known, where none are watched."""
+        seen = self._residual(solver, guidance, self.watched) if self.watched else residual
+        return float(seen.square().mean())
+
+    def _round(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> Iterator[tuple[Solver, Tensor]]:
+        """Solvers ever nearer the plain runs, and their residuals. The derivatives are measured once; then steps are taken for as
+        long as they gain, each of which corrects them along its own way (Broyden)."""
         slopes = self._slopes(solver, guidance, residual)
         for _ in range(STEPS):
             taken = self._step(solver, guidance, residual, slopes)
             if taken is None:
                 break
             way, solver, after = taken
+            yield solver, after
             gain = float(after.square().sum() / residual.square().sum().clamp_min(1e-30))
             slopes += torch.outer(residual - after - slopes @ way, way) / way.square().sum()
             residual = after
             if gain > ENOUGH:
                 break
-        return solver, residual
 
     def _slopes(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> Tensor:
         """How much of the residual each number takes away [M, P]."""
@@ -161,19 +172,26 @@ class Fitting:
                 return way, trial, after
         return None
 
-    def _residual(self, solver: Solver, guidance: Guidance | None) -> Tensor:
-        """float64 [M]: what is missing to the plain runs' final latents; infinite where a run gives no numbers."""
+    def _residual(self, solver: Solver, guidance: Guidance | None, samples: Sequence[int] | None = None) -> Tensor:
+        """float64 [M]: what is missing to the plain runs' final latents, of the fitted samples where none are named, each times its
+        own root mean square: a budget is missed by the worst sample, so that fourth powers are added up. Infinite where a run
+        gives no numbers."""
+        chosen = self._fitted() if samples is None else samples
         candidate, parts = ours("fit", Recipe(sampler=solver, guidance=guidance)), []
-        for sample, plain in list(zip(self.bench.samples, self.bench.plain, strict=True))[:MOST]:
-            found = shoot(self.bench.pipe, sample, self.bench.call, candidate)
+        for number in chosen:
+            found, plain = shoot(self.bench.pipe, self.bench.samples[number], self.bench.call, candidate), self.bench.plain[number]
             assert found.latents is not None and plain.latents is not None
-            parts.append((plain.latents.double() - found.latents.double()).flatten().cpu())
+            missing = (plain.latents.double() - found.latents.double()).flatten().cpu()
+            parts.append(missing * missing.square().mean().sqrt())
         return torch.cat(parts).nan_to_num(nan=math.inf)
+
+    def _fitted(self) -> list[int]:
+        return [number for number in range(len(self.bench.samples)) if number not in self.watched]
 
     def _seconds(self, count: int, num: int) -> float:
         """About what a round takes."""
         share: float = (num + 1) / self.bench.call["num_inference_steps"]
-        return (count + 1) * min(MOST, len(self.bench.samples)) * share * self.bench.seconds
+        return (count + 1) * len(self._fitted()) * share * self.bench.seconds
 
 
 def size(solver: Solver) -> int:

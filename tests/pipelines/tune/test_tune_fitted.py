@@ -41,6 +41,17 @@ def test_a_fit_without_time_is_the_known_rule() -> None:
     assert fitting is not None and fitting.fit(3, GUIDANCE) == rounded(start(fitting.levels, 3, "ddim"))
 
 
+def test_of_many_samples_a_third_is_watched_and_not_fitted_on() -> None:
+    """On the watched ones it is better than what it began with, and that is the error it is known by."""
+    bench = Bench(small_unet(), {**UNET_CALL, "num_inference_steps": 12}, [Sample("a seven", seed) for seed in range(6)])
+    fitting = Fitting.on(bench, lambda: math.inf)
+    assert fitting is not None and fitting.watched == [2, 5]
+    begun = start(fitting.levels, 3, "ddim")
+    before = float(fitting._residual(begun, None, [2, 5]).square().mean())
+    after = float(fitting._residual(fitting.fit(3, None), None, [2, 5]).square().mean())
+    assert after < before and after == pytest.approx(fitting.known[3, None][1], rel=1e-3)
+
+
 def test_it_starts_as_adams_bashforth_on_uneven_levels() -> None:
     solver = start([1.0, 0.8, 0.5, 0.4], 4, "euler")
     assert solver.times == (1.0, 0.8, 0.5, 0.4)
