@@ -72,10 +72,10 @@ def run(desk: Desk, asked: dict[str, Any], number: int) -> tuple[dict[str, Any],
     return desk.perform(f"{number:016x}", read(asked), tell, lambda: False), seen, shown
 
 
-@pytest.mark.parametrize("model", ["tiny-image", "tiny-flux"])
-def test_previews_show_what_comes_and_change_nothing(place: Place, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "recipe"), [("tiny-image", "plain"), ("tiny-flux", "balanced")])
+def test_previews_show_what_comes_and_change_nothing(place: Place, model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(place)
-    asked = IMAGE | {"model": model, "steps": 10, "seed": 4}
+    asked = IMAGE | {"model": model, "steps": 10, "seed": 4, "recipe": recipe}
     plain, seen, shown = run(desk, asked, 1)
     assert not shown and not any(snapshot.preview for snapshot in seen)
     monkeypatch.setattr(module, "EVERY", 0.0)

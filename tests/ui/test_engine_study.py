@@ -17,7 +17,7 @@ from tests.ui.engines import IMAGE, done, until
 pytestmark = pytest.mark.timeout(900)  # a process takes a while to start where others are at work
 
 TUNE = {
-    "kind": "tune", "model": "tiny-image", "prompts": ["a one", "a two", "a three", "a four"], "steps": 8, "budget": "psnr>=15", "seconds": 20.0,
+    "kind": "tune", "model": "tiny-image", "prompts": ["a one", "a two", "a three", "a four"], "steps": 8, "budget": "psnr>=15", "seconds": 40.0,
 }  # fmt: skip
 TRAIN: dict[str, Any] = {
     "kind": "train", "method": "pairs", "model": "tiny-image", "prompts": ["a one", "a two"], "minutes": 10.0,
@@ -45,7 +45,7 @@ def test_a_study_shows_its_trials_and_is_gone_on_with(engine: Engine) -> None:
     trials = job.result["trials"]
     assert {"number", "name", "speedup", "worst", "kept", "recipe", "front"} <= set(trials[0]) and any(trial["front"] for trial in trials)
     assert all(hasten.ui.engine.recipes.recipe_of(trial["recipe"]).axes is not None for trial in trials)
-    again = engine.submit(TUNE | {"seconds": 25.0})
+    again = engine.submit(TUNE | {"seconds": 60.0})
     first = next(snapshot for snapshot in engine.follow(again.id) if snapshot.data.get("trials") or snapshot.state == "done")
     assert first.data["trials"], "what the first study has tried is there at once"
     engine.cancel(again.id)

@@ -44,42 +44,42 @@ SMALL = 256
 NAME = re.compile(r"([0-9a-f]{16})\.\d+")
 
 
-@contextmanager
-def previews(pipe: Any, session: Session, ask: Picture, place: Place, report: Report) -> Iterator[Previews]:
-    """While open, pictures of the run's latents are written and told. Does nothing where they are not wanted, or where the
-    latents' layout is not known."""
-    seen = Previews(pipe, session, ask, place, report)
-    hold = Attachment()
-    if ask.preview:
-        seen.begin()
-        step = pipe.scheduler.step
-
-        def watched(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.look(model_output, sample)
-            made = step(model_output, timestep, sample, *args, **kwargs)
-            seen.after(made)
-            return made
-
-        hold.replace(pipe.scheduler, "step", functools.update_wrapper(watched, step))
-    try:
-        yield seen
-    finally:
-        hold.restore()
-
-
 class Previews:
-    """The pictures of one run."""
+    """The pictures of one run: make it before the session is opened, for a first map takes runs of its own, which no session
+    should see; and open `watching` within. Does nothing where pictures are not wanted, or the latents' layout is not known."""
 
-    def __init__(self, pipe: Any, session: Session, ask: Picture, place: Place, report: Report) -> None:
-        self.pipe, self.session, self.ask, self.place, self.report = pipe, session, ask, place, report
+    def __init__(self, pipe: Any, ask: Picture, place: Place, report: Report) -> None:
+        self.pipe, self.ask, self.place, self.report = pipe, ask, place, report
+        self.session: Session | None = None
         self.map: LinearMap | None = None
         self.last: Tensor | None = None
         self.made = 0
         self.seconds = 0.0
         self._shown = 0.0
         self._layout: Layout | None = None
+        if ask.preview:
+            self._begin()
 
-    def begin(self) -> None:
+    @contextmanager
+    def watching(self, session: Session) -> Iterator[Previews]:
+        """While open, pictures of the run's latents are written and told."""
+        self.session, hold = session, Attachment()
+        if self.map is not None:
+            step = self.pipe.scheduler.step
+
+            def watched(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+                self.look(model_output, sample)
+                made = step(model_output, timestep, sample, *args, **kwargs)
+                self.after(made)
+                return made
+
+            hold.replace(self.pipe.scheduler, "step", functools.update_wrapper(watched, step))
+        try:
+            yield self
+        finally:
+            hold.restore()
+
+    def _begin(self) -> None:
         """Find the map of this autoencoder, or fit a first one."""
         name = autoencoder_name(self.pipe)
         self._layout = Layout.of(self.pipe)
@@ -87,6 +87,7 @@ class Previews:
             return
         self.map = LinearMap.load(self.place, name)
         if self.map is None:
+            self.report.phase("Fitting previews")
             with suppress(HastenError, TypeError, ValueError, RuntimeError):  # no pictures then: a preview never costs the result
                 self.map = first_map(self.pipe, self._layout, name, self.ask)
         self._shown = time.monotonic()
@@ -125,7 +126,7 @@ class Previews:
 
     def _clean(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """What the network takes the data to be; the noisy latents where that is not known."""
-        step = self.session.step
+        step = self.session.step if self.session is not None else None
         level = step.level if step is not None else None
         if level is None or level.data is None or model_output.shape != sample.shape:
             return sample

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UsageError
 from hasten.ui.engine.desk import Desk
-from hasten.ui.engine.preview import previews
+from hasten.ui.engine.preview import Previews
 from hasten.ui.engine.report import Report
 from hasten.ui.engine.request import Generate, Picture
 
@@ -34,7 +34,8 @@ def generate(ask: Generate, desk: Desk, report: Report) -> dict[str, Any]:
     with desk.pipeline(ask.model, ask.lora, report) as pipe:
         check_pictures(pipe, ask.model)
         steps = int(service.plan(pipe, call, desk.limits).get("num_inference_steps", 0))
-        with _told(recipe), accelerate(pipe, recipe, limits=desk.limits) as session, previews(pipe, session, ask, desk.place, report) as seen:
+        seen = Previews(pipe, ask, desk.place, report)
+        with _told(), accelerate(pipe, recipe, limits=desk.limits) as session, seen.watching(session):
             used = service.plan(pipe, call, desk.limits)  # a student has steps and guidance of its own
             report.phase("Denoising", steps)
             [made] = service.generate(pipe, session, call, limits=desk.limits, on_progress=lambda where: _step(where, report))
@@ -93,7 +94,7 @@ def _step(where: Progress, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _told(recipe: Recipe) -> Iterator[None]:
+def _told() -> Iterator[None]:
     """Warnings of the session stand in its report, which the page shows."""
     import warnings
 
