@@ -182,6 +182,14 @@ def _planted(file: Path) -> None:
         file.write_text("a: &a [x,x,x,x]\nb: &b [*a,*a,*a,*a]\nc: [*b,*b,*b,*b]\n")
 
 
+def test_a_request_that_is_not_allowed_says_why_as_text(tab: Any) -> None:
+    show(tab, "Generate")
+    fill(tab, "generate", steps=EVIL[8:])
+    tab.locator("#generate-run").click()
+    expect(tab.locator(".toast-body").first).to_contain_text("<img src=x onerror", timeout=PATIENT)
+    assert tab.evaluate("typeof window.PWN") == "undefined"
+
+
 def test_a_second_visitor_sees_the_queue(tab: Any, browser: Any, served: Page, queue: Engine) -> None:
     job = queue.submit({"kind": "generate", "model": "tiny-video", "prompt": "a six moving right", "steps": 200, "recipe": "plain"})
     with visit(browser, served.url) as other:

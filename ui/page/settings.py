@@ -16,7 +16,7 @@ from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.sentences import model_words, said
 from hasten.ui.page.speed import PICTURES as PICTURE_LEVELS
 from hasten.ui.page.speed import TEXTS, USUAL, Level, levels, place_of
-from hasten.ui.page.watch import HIDDEN, Updates, in_words
+from hasten.ui.page.watch import HIDDEN, TOLD, Updates, in_words
 from hasten.ui.views.component import shown
 
 PICTURES = ("image", "video")
@@ -117,7 +117,7 @@ class Settings:
             self.lora = gr.Dropdown(loras(self.engine), value="", label="LoRA", min_width=160)
             self.preview = gr.Checkbox(True, label="Show a preview while it runs", min_width=160)
         self.dice.click(lambda: secrets.randbelow(2**31), None, [self.seed], queue=False, **HIDDEN)
-        self.reuse.click(in_words(self._last_seed), None, [self.seed], queue=False, **HIDDEN)
+        self.reuse.click(in_words(self._last_seed), None, [self.seed], **TOLD)
 
     @property
     def inputs(self) -> list[Component]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import html
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -36,6 +37,9 @@ Updates = dict[Any, Any]
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """How all events are that only the page itself has."""
 
+TOLD: dict[str, Any] = {**HIDDEN, "concurrency_limit": None}
+"""How those are that may go wrong: Gradio 6.31 shows no message of an event that has `queue=False`."""
+
 
 def in_words(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same; what is wrong with a request is told to the person in its own words."""
@@ -45,7 +49,7 @@ def in_words(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except HastenError as error:
-            raise gr.Error(str(error), title="Not like this", print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), title="Not like this", print_exception=False) from None
 
     return told
 
@@ -99,7 +103,7 @@ class Watch:
     def stop_button(self) -> gr.Button:
         """Make it, where it is to stand. Escape presses it."""
         self.stop = gr.Button("Stop", interactive=False, elem_classes="halt", variant="stop", min_width=96)
-        self.stop.click(in_words(self._stop), [self.job], [self.stop], queue=False, **HIDDEN)
+        self.stop.click(in_words(self._stop), [self.job], [self.stop], **TOLD)
         return self.stop
 
     def starts(self, event: Callable[..., Any], ask: Callable[..., dict[str, Any]], inputs: list[Component], js: str | None = None) -> Any:

@@ -15,7 +15,7 @@ from hasten.ui.page.tabs.history import HistoryTab
 from hasten.ui.page.tabs.text import TextTab
 from hasten.ui.page.tabs.train import TrainTab
 from hasten.ui.page.tabs.tune import TuneTab
-from hasten.ui.page.watch import HIDDEN, Updates, in_words
+from hasten.ui.page.watch import TOLD, Updates, in_words
 
 Tab = CompareTab | GenerateTab | TextTab | TuneTab | TrainTab
 
@@ -36,7 +36,7 @@ def connect(
         def fill(*values: Any) -> Updates:
             return {**tab.filled(ask(*values)), **to(name)}
 
-        event(in_words(fill), inputs, [tabs, *tab.fills], queue=False, **HIDDEN)
+        event(in_words(fill), inputs, [tabs, *tab.fills], **TOLD)
         tab.watch.starts(event, ask, inputs)
 
     goes(generate.compare.click, "compare", _versus(compare, generate), [generate.output])
@@ -53,12 +53,12 @@ def connect(
         return {**dict(zip(export.outputs, export.chosen(output), strict=True)), **to("export")}
 
     for event, chosen in ((generate.export.click, generate.output), (history.export.click, history.output)):
-        event(in_words(exported), [chosen], [tabs, *export.outputs], queue=False, **HIDDEN)
+        event(in_words(exported), [chosen], [tabs, *export.outputs], **TOLD)
 
     def study(found: dict[str, Any]) -> Updates:
         return exported(found.get("output", ""))
 
-    tune.export.click(in_words(study), [tune.found], [tabs, *export.outputs], queue=False, **HIDDEN)
+    tune.export.click(in_words(study), [tune.found], [tabs, *export.outputs], **TOLD)
 
 
 def _versus(compare: CompareTab, generate: GenerateTab) -> Callable[[str], dict[str, Any]]:
@@ -89,8 +89,8 @@ def _restoring(tabs: gr.Tabs, kinds: dict[str, Tab], history: HistoryTab) -> Non
     def of_file(data: bytes | None) -> Updates:
         return fill(history.from_file(data))
 
-    history.restore.click(in_words(of_result), [history.output], outputs, queue=False, **HIDDEN)
-    history.file.upload(in_words(of_file), [history.file], outputs, queue=False, **HIDDEN)
+    history.restore.click(in_words(of_result), [history.output], outputs, **TOLD)
+    history.file.upload(in_words(of_file), [history.file], outputs, **TOLD)
 
 
 def _opening(tabs: gr.Tabs, kinds: dict[str, Tab], history: HistoryTab) -> None:
@@ -101,4 +101,4 @@ def _opening(tabs: gr.Tabs, kinds: dict[str, Tab], history: HistoryTab) -> None:
         found = history.chosen(output)
         return {**kinds[found["kind"]].shown(found), tabs: gr.update(selected=found["kind"])}
 
-    history.open.click(in_words(opened), [history.output], outputs, queue=False, **HIDDEN)
+    history.open.click(in_words(opened), [history.output], outputs, **TOLD)

@@ -12,7 +12,7 @@ from hasten.ui.page.results import Shelf, compared
 from hasten.ui.page.sentences import headline
 from hasten.ui.page.settings import Settings, Speed, recipe_choices
 from hasten.ui.page.speed import USUAL
-from hasten.ui.page.watch import HIDDEN, Updates, Watch, in_words
+from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.component import shown
 from hasten.ui.views.density import density
 from hasten.ui.views.metrics import metrics
@@ -64,7 +64,7 @@ class CompareTab:
         self.which.input(self.left_out, [self.result, self.which], [self.timeline, self.density], queue=False, **HIDDEN)
         self.speed.slider.input(self.slid, [self.speed.slider, model], [self.speed.words], queue=False, **HIDDEN)
         model.input(
-            in_words(self.other_model), [model, self.settings.prompt], [*self.settings.outputs, *self.speed_parts], queue=False, **HIDDEN
+            in_words(self.other_model), [model, self.settings.prompt], [*self.settings.outputs, *self.speed_parts], **TOLD
         )
 
     @property

@@ -13,7 +13,7 @@ from hasten.ui.page.sentences import waiting
 from hasten.ui.page.settings import Settings, Speed, as_yaml, checked, recipe_choices
 from hasten.ui.page.speed import USUAL
 from hasten.ui.page.tabs.compare import download
-from hasten.ui.page.watch import HIDDEN, Updates, Watch, in_words
+from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.component import shown
 from hasten.ui.views.density import density
 from hasten.ui.views.timeline import timeline
@@ -70,10 +70,10 @@ class GenerateTab:
         self.speed.slider.input(self.slid, [self.speed.slider, model], [self.recipe, self.speed.words], queue=False, **HIDDEN)
         self.recipe.input(self.chosen, [self.recipe, model], self.speed_parts, queue=False, **HIDDEN)
         model.input(
-            in_words(self.other_model), [model, self.settings.prompt], [*self.settings.outputs, *self.speed_parts, self.recipe], queue=False, **HIDDEN
+            in_words(self.other_model), [model, self.settings.prompt], [*self.settings.outputs, *self.speed_parts, self.recipe], **TOLD
         )
         self.edited.change(self.check, [self.edited], [self.state], queue=False, trigger_mode="always_last", **HIDDEN)
-        self.edit.click(in_words(self.written), [self.recipe], [self.edited], queue=False, **HIDDEN)
+        self.edit.click(in_words(self.written), [self.recipe], [self.edited], **TOLD)
         self.clear.click(lambda: "", None, [self.edited], queue=False, **HIDDEN)
 
     @property

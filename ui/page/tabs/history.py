@@ -12,7 +12,7 @@ from hasten.ui.engine import Engine, RequestError
 from hasten.ui.engine.request import to_json
 from hasten.ui.page.results import Shelf, recipe_words, title
 from hasten.ui.page.sentences import said
-from hasten.ui.page.watch import HIDDEN, in_words
+from hasten.ui.page.watch import HIDDEN, TOLD, in_words
 from hasten.ui.views.component import shown
 from hasten.ui.views.gallery import gallery
 from hasten.ui.views.progress import queue
@@ -51,12 +51,12 @@ class HistoryTab:
         self._events()
 
     def _events(self) -> None:
-        self.gallery.select(in_words(self.choose), None, [self.output, self.actions, self.words], queue=False, **HIDDEN)
-        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words], queue=False, **HIDDEN)
+        self.gallery.select(in_words(self.choose), None, [self.output, self.actions, self.words], **TOLD)
+        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words], **TOLD)
         self.refresh.click(self.look, None, self.looks, queue=False, **HIDDEN)
-        self.remove.click(in_words(self.removed), [self.output], self.looks, queue=False, **HIDDEN)
+        self.remove.click(in_words(self.removed), [self.output], self.looks, **TOLD)
         for button, act in ((self.cancel, self.engine.cancel), (self.again, self.engine.retry), (self.forget, self.engine.remove)):
-            button.click(in_words(self._acting(act)), [self.job], self.looks, queue=False, **HIDDEN)
+            button.click(in_words(self._acting(act)), [self.job], self.looks, **TOLD)
 
     @property
     def looks(self) -> list[Component]:

@@ -12,7 +12,7 @@ from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.results import Shelf, generated
 from hasten.ui.page.settings import Picker, Speed, recipe_choices
 from hasten.ui.page.speed import USUAL
-from hasten.ui.page.watch import HIDDEN, Updates, Watch, in_words
+from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.canvas import canvas
 from hasten.ui.views.component import shown
 
@@ -56,7 +56,7 @@ class TextTab:
         self.watch.starts(self.run.click, self.request, [model, self.prompt, self.recipe, self.length, self.seed])
         self.speed.slider.input(self.slid, [self.speed.slider, model], [self.recipe, self.speed.words], queue=False, **HIDDEN)
         self.recipe.input(self.chosen, [self.recipe, model], [self.speed.slider, self.speed.words], queue=False, **HIDDEN)
-        model.input(in_words(self.other_model), [model], [*self.picker.parts, self.prompt], queue=False, **HIDDEN)
+        model.input(in_words(self.other_model), [model], [*self.picker.parts, self.prompt], **TOLD)
 
     # --- handlers ---------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.results import Shelf
 from hasten.ui.page.sentences import said
 from hasten.ui.page.settings import PICTURES, Picker
-from hasten.ui.page.watch import HIDDEN, Updates, Watch, in_words
+from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.component import shown
 from hasten.ui.views.front import front
 
@@ -64,7 +64,7 @@ class TuneTab:
         self.chosen = gr.State({})
         self.watch.show([self.front, self.note, self.point, self.code, self.found, self.chosen], self.running, self.over)
         self.watch.starts(self.run.click, self.request, [self.picker.model, self.prompts, self.budget, self.seconds, self.steps])
-        self.picker.model.input(in_words(self.other_model), [self.picker.model], [*self.picker.parts, self.prompts], queue=False, **HIDDEN)
+        self.picker.model.input(in_words(self.other_model), [self.picker.model], [*self.picker.parts, self.prompts], **TOLD)
         self.front.select(self.choose, [self.found], [self.note, self.point, self.code, self.chosen], queue=False, **HIDDEN)
 
     # --- handlers ---------------------------------------------------------------------------------
