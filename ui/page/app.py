@@ -66,9 +66,10 @@ def launch_options(engine: Engine | None = None) -> dict[str, Any]:
     """Arguments of `launch()` without which the page is neither itself nor safe. engine: whose results it may serve."""
     look = views_options()
     assets = files("hasten.ui.page") / "assets"
-    style, script = (assets / "page.css").read_text(encoding="utf-8"), (assets / "page.js").read_text(encoding="utf-8")
+    style, frame, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "frame.css", "page.js"))
     return {
-        "theme": look["theme"], "css": look["css"] + style, "head": look["head"] + f"<script>{script}</script>",
+        # Gradio rewrites its css to hold below the page's head only; rules about what is around it, and about phones, stand apart.
+        "theme": look["theme"], "css": look["css"] + style, "head": look["head"] + f"<style>{frame}</style><script>{script}</script>",
         "ssr_mode": False, "footer_links": ["api"], "run_history": False, "enable_monitoring": False, "state_session_capacity": 64,
         "show_error": True, "share": False, "mcp_server": False, "max_file_size": engine.limits.max_upload if engine is not None else "64mb",
         "allowed_paths": [str(engine.place.outputs)] if engine is not None else [],

@@ -51,9 +51,9 @@ def standing(snapshot: Snapshot) -> dict[str, Any]:
     failed = snapshot.state in ("failed", "interrupted")
     return {
         "state": "stopping" if snapshot.phase == "Stopping" and snapshot.state == "running" else snapshot.state,
-        "phase": {"cancelled": "Stopped", "queued": "Waiting"}.get(snapshot.state, snapshot.phase), "step": min(snapshot.step, snapshot.steps) or None, "steps": snapshot.steps or None,
+        "phase": {"cancelled": "Stopped", "queued": ", ".join(filter(None, ("Waiting", snapshot.note)))}.get(snapshot.state, snapshot.phase), "step": min(snapshot.step, snapshot.steps) or None, "steps": snapshot.steps or None,
         "seconds_per_step": snapshot.seconds_per_step, "seconds_left": snapshot.seconds_left, "memory_bytes": snapshot.memory,
-        "skipped": snapshot.skipped, "message": snapshot.note if failed or snapshot.state in ("queued", "running") else "",
+        "skipped": snapshot.skipped, "message": snapshot.note if failed else "",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@
       dialog.innerHTML =
         `<h2 id="hp-help-title">Keys</h2><dl>${rows}</dl><form method="dialog"><button class="hv-button" autofocus>Close</button></form>`;
       dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-      (document.querySelector(".gradio-container") ?? document.body).append(dialog);
+      (document.querySelector(".gradio-container .contain") ?? document.body).append(dialog);
     }
     if (dialog.open) dialog.close();
     else dialog.showModal();

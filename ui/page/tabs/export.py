@@ -30,9 +30,9 @@ class ExportTab:
         self.words = shown(said(EMPTY))
         with gr.Row(equal_height=False, elem_classes="sides"):
             with gr.Column(min_width=320):
-                self.python = gr.Code("", language="python", label="Python", interactive=False, buttons=["copy", "download"], elem_id="export-python", lines=12)
+                self.python = gr.Code("", language="python", label="Python", interactive=False, buttons=["copy", "download"], elem_id="export-python", lines=12, max_lines=28)
             with gr.Column(min_width=320):
-                self.yaml = gr.Code("", language="yaml", label="Recipe as YAML", interactive=False, buttons=["copy", "download"], elem_id="export-yaml", lines=12)
+                self.yaml = gr.Code("", language="yaml", label="Recipe as YAML", interactive=False, buttons=["copy", "download"], elem_id="export-yaml", lines=12, max_lines=28)
         self.which.input(self.chosen, [self.which], self.outputs, queue=False, **HIDDEN)
 
     @property

@@ -13,7 +13,7 @@ from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.results import Shelf, data_url, url
 from hasten.ui.page.sentences import said
 from hasten.ui.page.settings import PICTURES, Picker
-from hasten.ui.page.watch import HIDDEN, Updates, Watch, in_words
+from hasten.ui.page.watch import TOLD, Updates, Watch, in_words
 from hasten.ui.views.component import shown
 from hasten.ui.views.loss import loss
 
@@ -31,7 +31,7 @@ SHEETS = 4
 """Newest sheets of pictures that are shown while it runs."""
 
 DONE = "The student is ready: it is a recipe now, in Generate and everywhere else."
-UNFINISHED = "Time was up before the last step. Start the same again: it goes on from its checkpoint."
+UNFINISHED = "Time was up before the last step. The same training goes on from its checkpoint."
 
 
 class TrainTab:
@@ -72,7 +72,7 @@ class TrainTab:
         self.student = gr.State({})
         self.watch.show([self.plot, self.note, self.next, self.student], self.running, self.over)
         self.watch.starts(self.run.click, self.request, [self.picker.model, self.method, self.prompts, self.minutes, *self._settings])
-        self.picker.model.input(in_words(self.picker.updates), [self.picker.model], self.picker.parts, queue=False, **HIDDEN)
+        self.picker.model.input(in_words(self.picker.updates), [self.picker.model], self.picker.parts, **TOLD)
 
     @property
     def _settings(self) -> list[Component]:
@@ -114,7 +114,12 @@ class TrainTab:
         }  # fmt: skip
 
     def over(self, job: Job) -> Updates:
-        return self.shown(self.shelf.result(job.result["output"]))
+        """What it gave; one that had too little time is gone on with by one click."""
+        more: Updates = {}
+        if not job.result.get("finished", True):
+            watch = self.watch
+            more = {watch.row: gr.update(visible=True), watch.remedies[0]: gr.update(value="Go on with it", visible=True), watch.asked: [job.asked]}
+        return {**self.shown(self.shelf.result(job.result["output"])), **more}
 
     def shown(self, found: dict[str, Any]) -> Updates:
         """A training that is over, also one of the history."""
