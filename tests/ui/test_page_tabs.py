@@ -17,7 +17,7 @@ from hasten.ui.engine import Engine, RequestError, Snapshot, read, to_json
 from hasten.ui.page import build, launch_options
 from hasten.ui.page.app import _secret
 from hasten.ui.page.first import FIRST, begin
-from hasten.ui.page.results import compared, data_url, failure, recipe_words, size_of, standing, url
+from hasten.ui.page.results import _said, compared, data_url, failure, recipe_words, size_of, standing, url
 from hasten.ui.page.sentences import model_words, picture, said
 from hasten.ui.page.settings import Speed, checked, recipe_choices
 from hasten.ui.page.speed import PICTURES, TEXTS, levels, place_of
@@ -299,6 +299,12 @@ def test_files_have_urls_of_this_server_only(tmp_path: Path) -> None:
     assert source(url(tmp_path / "a b%.png")).endswith("/a%20b%25.png") and url(tmp_path).startswith("/gradio_api/file=")
     assert source(data_url(b"\x89PNG")).startswith("data:image/png;base64,")
     assert size_of(tmp_path / "none.png") == (16, 9)
+
+
+def test_few_calls_are_not_called_all_of_the_work() -> None:
+    rows = [{"recipe": "plain", "nfe": 100.0, "computed_fraction": 1.0}, {"recipe": "fastest", "nfe": 1.0, "computed_fraction": 1.0, "speedup": 40.0}]
+    assert "1 % of the work was done" in compared({"runs": [{"row": row} for row in rows]}, "a seven")
+    assert [_said(row, rows[0]).get("skipped") for row in rows] == [None, "all but 1 call instead of 100"]
 
 
 def test_standing_and_recipes_in_words() -> None:

@@ -168,10 +168,10 @@ class Shelf:
 
 
 def _said(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A row; one of a student, which computes all of its few calls, says how many those are."""
+    """A row; one that computes all of its few calls (a student, fewer steps) says how many those are."""
     calls, usual, fraction = number(row, "nfe"), number(plain, "nfe"), number(row, "computed_fraction")
-    student = calls is not None and usual is not None and calls < usual and fraction is not None and fraction > 1 - 1e-6
-    return {**row, "skipped": f"all but {calls:g} call{'s' if calls != 1 else ''} of a student"} if student else dict(row)
+    fewer = calls is not None and usual is not None and calls < usual and fraction is not None and fraction > 1 - 1e-6
+    return {**row, "skipped": f"all but {calls:g} call{'s' if calls != 1 else ''} instead of {usual:g}"} if fewer else dict(row)
 
 
 def compared(found: Mapping[str, Any], prompt: str) -> str:
@@ -179,10 +179,12 @@ def compared(found: Mapping[str, Any], prompt: str) -> str:
     rows = [run["row"] for run in found["runs"]]
     plain, best = rows[0], rows[min(1, len(rows) - 1)]
     speedup, floor = number(best, "speedup"), number(found, "noise_floor")
+    calls, usual = number(best, "nfe"), number(plain, "nfe")
+    done = calls / usual if calls is not None and usual else number(best, "computed_fraction")
     like = decibel(number(best, "psnr_median"), best.get("exact_match") is True)
     words = [
         f"{best['recipe']}: {seconds(number(plain, 'seconds'))} → {seconds(number(best, 'seconds'))}",
-        f"{share(number(best, 'computed_fraction'))} of the work was done",
+        f"{share(round(done, 3) if done is not None else None)} of the work was done",
         f"likeness to the plain run {like}" + (f" (another seed: {decibel(floor)})" if floor is not None else ""),
     ]
     return headline(f"{speedup:.3g}× as fast" if speedup else str(best["recipe"]), " · ".join(words), prompt)
