@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import UsageError
-from hasten.pipelines.host import hardware
 
 Row = dict[str, Any]
 
@@ -20,8 +19,9 @@ DECIDE = ("torch", "diffusers", "transformers")
 """Packages whose version must be the same."""
 
 
-def earlier(file: Path, model: str, count: int, packages: Mapping[str, str]) -> list[Row]:
-    """The rows of `file`; packages: the versions that are installed. Raises `UsageError` where they are of another model, number of samples, machine or packages."""
+def earlier(file: Path, model: str, count: int, packages: Mapping[str, str], cpu: object) -> list[Row]:
+    """The rows of `file`; packages: the versions that are installed; cpu: the name of
+    this machine's processor. Raises `UsageError` where they are of another model, number of samples, machine or packages."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         was = {"model": found["model"], "count": found["count"], "cpu": found["hardware"].get("cpu")}
@@ -29,7 +29,7 @@ def earlier(file: Path, model: str, count: int, packages: Mapping[str, str]) -> 
         rows: list[Row] = found["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"'{file}' is no result of hasten bench distill ({error}). Give the file that its --json wrote.") from error
-    here = {"model": model, "count": count, "cpu": hardware("cpu").get("cpu")} | {name: packages.get(name) for name in DECIDE}
+    here = {"model": model, "count": count, "cpu": cpu} | {name: packages.get(name) for name in DECIDE}
     if odd := [f"{name} {was[name]!r} there, {here[name]!r} here" for name in here if was[name] != here[name]]:
         raise UsageError(f"The rows of '{file}' cannot stand beside new ones: {'; '.join(odd)}. Leave --onto out, and measure all again.")
     return rows

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli.output import JsonOption, Output, versions
+from hasten.cli.output import JsonOption, Output, hardware, versions
 
 COLUMNS = {
     "who": "who",
@@ -71,7 +71,7 @@ def distill(
         from hasten.pipelines.students import students_of
 
         many = min(count, 100) if quick else count
-        old = [] if onto is None else earlier(onto, model, many, versions())
+        old = [] if onto is None else earlier(onto, model, many, versions(), hardware()["cpu"])
         had = {(row["who"], row["calls"]) for row in old}
         contest = Contest.of(model, many)
         wanted = calls or ([1, 4] if quick else [1, 2, 4, 8])
