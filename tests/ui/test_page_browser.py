@@ -141,7 +141,7 @@ def test_a_reload_and_a_second_tab_find_the_run_again(tab: Any, served: tuple[En
     show(tab, "Generate")
     tab.locator("#generate-prompt textarea").fill("a two moving up")
     tab.get_by_text("Advanced", exact=True).locator("visible=true").click()
-    tab.locator("#generate-steps").get_by_role("textbox").fill("60")
+    tab.locator("#generate-steps").get_by_role("textbox").fill("24")
     tab.locator("#generate-run").click()
     expect(tab.locator("button.halt:visible")).to_be_enabled(timeout=PATIENT)
     job = served[0].jobs.list(1)[0].id
