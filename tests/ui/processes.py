@@ -12,8 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hasten.ui.engine import Engine
+
 PATIENT = 120.0
 """Seconds in which a page must be there, on a machine that is busy with other tests."""
+
+
+SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left, slowly", "recipes": ["balanced"], "steps": 6, "preview": False}
+"""A comparison for the front page, which would otherwise begin a larger one."""
 
 
 class Page:
@@ -37,10 +43,28 @@ class Page:
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
+    def filled(self) -> Page:
+        """When the comparison of `seeded` is done."""
+        engine = Engine(self.home)
+        try:
+            job = engine.wait(engine.jobs.list(kinds=("compare",))[-1].id, 5 * PATIENT)
+            assert job.state == "done", job.error
+        finally:
+            engine.close()
+        return self
+
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit code."""
         self.process.send_signal(number)
         return self.process.wait(60)
+
+
+def seeded(home: Path) -> Path:
+    """A home with a small comparison in its queue."""
+    engine = Engine(home)
+    engine.submit(SMALL)
+    engine.close()
+    return home
 
 
 @contextlib.contextmanager

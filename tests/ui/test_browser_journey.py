@@ -14,29 +14,23 @@ from PIL import Image
 from hasten.pipelines.media import save
 from hasten.ui.engine import Engine, Job
 from tests.ui.browsers import MARKS, PATIENT, TABS, chromium, fill, show, sync_api, visit
-from tests.ui.processes import Page
+from tests.ui.processes import Page, seeded
 from tests.ui.processes import page as started
 
 sync_api()
 pytestmark = [*MARKS, pytest.mark.timeout(900)]
-SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left, slowly", "recipes": ["balanced"], "steps": 6, "preview": False}
 EVIL = "a seven <img src=x onerror=window.PWN=1> ${window.PWN=1} {{PWN}}"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a comparison in its queue, a small one."""
-    folder = tmp_path_factory.mktemp("journey") / "home"
-    engine = Engine(folder)
-    engine.submit(SMALL)
-    engine.close()
-    return folder
+    return seeded(tmp_path_factory.mktemp("journey") / "home")
 
 
 @pytest.fixture(scope="module")
 def served(home: Path) -> Iterator[Page]:
     with started(home) as found:
-        yield found
+        yield found.filled()
 
 
 @pytest.fixture(scope="module")

@@ -10,30 +10,27 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.ui.browsers import MARKS, PATIENT, chromium, fill, show, sync_api, visit
-from tests.ui.processes import page as started
-from tests.ui.sites import client
 
 from hasten.ui.engine import Engine
+from tests.ui.browsers import MARKS, PATIENT, chromium, fill, show, sync_api, visit
+from tests.ui.processes import page as started
+from tests.ui.processes import seeded
+from tests.ui.sites import client
 
 sync_api()
 pytestmark = [*MARKS, pytest.mark.timeout(1800)]
-SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left, slowly", "recipes": ["balanced"], "steps": 4, "preview": False}
 CYCLES, WARM, RELOADED = 200, 50, 10
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    engine = Engine(tmp_path / "home")
-    engine.submit(SMALL)
-    engine.close()
-    return tmp_path / "home"
+    return seeded(tmp_path / "home")
 
 
 def test_after_a_kill_the_page_says_interrupted_and_tries_again(home: Path) -> None:
     with chromium() as browser:
         with started(home) as served:
-            with visit(browser, served.url) as tab:
+            with visit(browser, served.filled().url) as tab:
                 show(tab, "Generate")
                 fill(tab, "generate", prompt="a five moving up", steps=200)
                 tab.locator("#generate-run").click()
@@ -55,13 +52,14 @@ def test_after_a_kill_the_page_says_interrupted_and_tries_again(home: Path) -> N
         engine.close()
 
 
+@pytest.mark.slow
 def test_two_hundred_jobs_and_reloads_leave_memory_and_threads_flat(home: Path) -> None:
     """Each cycle submits, looks, cancels; every tenth opens the page in a browser and leaves it while a job runs."""
     sizes, threads = [], []
     with chromium() as browser, started(home) as served, client(served.url) as web:
         process = psutil.Process(served.process.pid)
         clip = {"model": "tiny-video", "prompt": "a seven", "steps": 100, "recipe": "plain", "size": "32x32", "frames": 5}
-        with visit(browser, served.url) as tab:
+        with visit(browser, served.filled().url) as tab:
             for cycle in range(CYCLES):
                 job = web.post("/v1/videos", json=clip).json()["id"]
                 if cycle % RELOADED == 0:

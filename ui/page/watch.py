@@ -112,7 +112,7 @@ class Watch:
         def submit(kept: dict[str, str], *values: Any) -> tuple[dict[str, str], str]:
             return self.submitted(kept, ask(*values))
 
-        begun = event(in_words(submit), [self.kept, *inputs], [self.kept, self.job], queue=False, js=js, **HIDDEN)
+        begun = event(in_words(submit), [self.kept, *inputs], [self.kept, self.job], js=js, **TOLD)
         self.follows(begun.success)
         return begun
 
