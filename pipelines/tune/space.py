@@ -196,8 +196,7 @@ def first_guesses(space: Space, tolerance: float) -> list[dict[str, Any]]:
     tolerance: latent error that may be reached. The number is the ledger's own rule of thumb (`Ledger.nodes`).
     """
     need = max(4.0, Ledger(tolerance=min(1.0, tolerance)).planned)
-    guesses = [*_few(space, need), *_plans(space, need)]
-    guesses += [{"family": "preset", "preset": name} for name in space.presets]
+    guesses = [*_few(space, need), *({"family": "preset", "preset": name} for name in space.presets), *_plans(space, need)]
     guesses.append({"family": "ledger", "tolerance": min(0.5, max(0.003, tolerance)), "both": 1.0})
     guesses.append({"family": "drift", "limit": 0.05, "both": 1.0})
     guesses += [{"family": "student", "student": name} for name in space.adapters]

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -271,7 +272,8 @@ class Study(Search[Measured]):
         """Run trials until `seconds` are spent. goals: of which each gets a composition; the study's own alone where none are
         named."""
         self.goals = tuple(goals) or (self.goal,)
-        guesses = [guess for goal in self.goals for guess in first_guesses(space, goal.tolerance)]
+        each = [first_guesses(space, goal.tolerance) for goal in self.goals]
+        guesses = [guess for row in zip_longest(*each) for guess in row if guess is not None]  # every goal's best guesses first
         self.run(bench, space, seconds, guesses, told)
 
     def _next(self, space: Ways) -> Sequence[Params]:
