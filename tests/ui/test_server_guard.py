@@ -229,6 +229,46 @@ def test_the_password_is_asked_for_everything(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_gradio_clients_come_through(site: Site, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    (tmp_path / "words.txt").write_text("some words")
+    with_a_client = Client(site.url, verbose=False)
+    assert with_a_client.predict("hello", api_name="/say") == "hello"
+    assert with_a_client.predict(handle_file(tmp_path / "words.txt"), api_name="/take") == "some words"
+
+
+def test_a_password_lets_gradio_clients_in(tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    engine = Engine(tmp_path)
+    with Site(engine, Address(port=0, auth="me:secret"), bare()) as site:
+        found = Client(site.url, headers={"Authorization": "Bearer me:secret"}, verbose=False)
+        assert found.predict("hello", api_name="/say") == "hello"
+        with pytest.raises(Exception, match="401|Could not"):
+            Client(site.url, verbose=False)
+    engine.close()
+
+
+def test_a_pickle_is_no_lora_under_any_name(tmp_path: Path) -> None:
+    import pickle
+
+    from tests.ui.engines import VIDEO
+
+    class Harm:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "harm",))  # type: ignore[return-value]
+
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    (loras / "style.safetensors").write_bytes(pickle.dumps(Harm()))
+    with Engine(tmp_path / "home", loras=loras) as engine:
+        job = engine.wait(engine.submit({**VIDEO, "lora": "style", "steps": 2}).id)
+        assert job.state == "failed" and job.error["kind"] == "refused", job.error
+        assert "safetensors" in job.error["sentence"]
+    assert not (tmp_path / "harm").exists()
+
+
 def test_web_sockets_are_closed() -> None:
     import anyio
 
