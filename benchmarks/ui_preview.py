@@ -24,7 +24,7 @@ from hasten.ui.engine.linear_map import LinearMap
 from hasten.ui.engine.place import Place
 from hasten.ui.engine.preview import as_png
 
-ASKED = {"kind": "generate", "prompt": "a seven", "recipe": "plain"}
+ASKED = {"kind": "generate", "prompt": "a seven", "recipe": "plain", "steps": 30}
 LATENTS = {"Wan 480 x 832": (16, 60, 104), "Wan 720 x 1280": (16, 90, 160), "FLUX 1024 x 1024": (16, 128, 128)}
 """Name -> C, h, w of one frame."""
 
