@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from hasten.ui.engine.linear_map import LinearMap
 from hasten.ui.engine.place import Place
 from hasten.ui.engine.preview import as_png
 
-ASKED = {"kind": "generate", "prompt": "a seven", "recipe": "plain", "steps": 30}
+ASKED = {"kind": "generate", "prompt": "a seven", "recipe": "plain", "steps": 20}
+MODELS = ("tiny-image", "tiny-video")
 LATENTS = {"Wan 480 x 832": (16, 60, 104), "Wan 720 x 1280": (16, 90, 160), "FLUX 1024 x 1024": (16, 128, 128)}
 """Name -> C, h, w of one frame."""
 
@@ -80,9 +82,10 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as home:
         place = Place(Path(home))
         place.make()
-        rows = [compared(Desk(place), model, given.runs) for model in ("tiny-image", "tiny-video")] + [pictured(name) for name in LATENTS]
-    for row in rows:
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        rows: list[dict[str, Any]] = []
+        for made in (*(partial(pictured, name) for name in LATENTS), *(partial(compared, Desk(place), model, given.runs) for model in MODELS)):
+            rows.append(made())
+            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if given.json is not None:
         from hasten.cli.output import hardware, versions
 

@@ -56,7 +56,14 @@ def test_maps_are_kept_and_read_back(place: Place) -> None:
 def test_pictures_are_no_larger_than_a_page_needs() -> None:
     made = LinearMap("x", 4, 8)
     made.learn(torch.randn(1, 4, 8, 8), np.random.default_rng(0).random((1, 64, 64, 3), dtype=np.float32))
-    assert max(made.picture(torch.randn(4, 160, 90)).shape) == LARGEST
+    assert max(made.picture(torch.randn(4, 600, 90)).shape) == LARGEST
+    z = torch.randn(4, 128, 64)
+    small, whole = made.picture(z), LinearMap("y", 4, 8)
+    whole.square, whole.cross = made.square, made.cross
+    parts = torch.from_numpy(np.concatenate([whole.picture(z[:, start : start + 64]) for start in (0, 64)]).astype(np.float32))
+    assert small.shape == (512, 256, 3)
+    mean = torch.nn.functional.avg_pool2d(parts.movedim(-1, 0)[None], 2)[0].movedim(0, -1).numpy()
+    assert np.abs(mean - small).mean() < 2  # clamped before the mean on one side, behind it on the other
 
 
 def run(desk: Desk, asked: dict[str, Any], number: int) -> tuple[dict[str, Any], list[Snapshot], list[bytes]]:

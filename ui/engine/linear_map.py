@@ -72,12 +72,14 @@ class LinearMap:
         import torch
 
         _, h, w = z.shape
-        p = self.patch
-        flat = with_one(z[None]) @ self.weights.to(z.device)
+        p, weights = self.patch, self.weights
+        while max(h, w) * p > LARGEST and p % 2 == 0:  # the mean of pixels is a linear map, too: no more is computed than is shown
+            p //= 2
+            weights = torch.nn.functional.avg_pool2d(weights.view(-1, 3, 2 * p, 2 * p), 2).flatten(1)
+        flat = with_one(z[None]) @ weights.to(z.device)
         made = torch.nn.functional.pixel_shuffle(flat.reshape(1, h, w, 3 * p * p).movedim(-1, 1), p)
         if max(h, w) * p > LARGEST:
-            scale = LARGEST / (max(h, w) * p)
-            made = torch.nn.functional.interpolate(made, scale_factor=scale, mode="area")
+            made = torch.nn.functional.interpolate(made, scale_factor=LARGEST / (max(h, w) * p), mode="area")
         pixels: NDArray[np.uint8] = (made[0].movedim(0, -1).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         return pixels
 
