@@ -123,6 +123,32 @@ def test_a_comparison_is_run(tab: Any, queue: Engine) -> None:
     assert job.state == "done" and job.asked["steps"] == 5
 
 
+@pytest.mark.slow
+def test_a_study_is_watched_and_its_recipe_compared(tab: Any, queue: Engine) -> None:
+    show(tab, "Tune")
+    tab.get_by_role("spinbutton", name="Likeness to keep").fill("20")
+    tab.get_by_label("Seconds to search").fill("240")
+    tab.locator("#tune-steps").locator("input, textarea").first.fill("6")
+    tab.keyboard.press("Tab")
+    tab.locator("#tune-run").click()
+    front = tab.locator("#tune-front")
+    expect(front.locator("button.hv-point").first).to_be_visible(timeout=3 * PATIENT)
+    study = newest(queue, "tune")
+    assert queue.wait(study.id, 5 * PATIENT / 1000).state == "done"
+    assert study.asked["steps"] == 6 and study.asked["budget"] == "psnr>=20"
+    before = newest(queue, "compare").id
+    expect(tab.get_by_role("button", name="Compare it with the plain run")).to_be_visible(timeout=PATIENT)
+    front.locator("button.hv-point").last.click(force=True)
+    expect(tab.get_by_text("Trial", exact=False).locator("visible=true").first).to_be_visible()
+    tab.get_by_role("button", name="Compare it with the plain run").click()
+    for _ in range(600):
+        if (job := newest(queue, "compare")).id != before:
+            break
+        tab.wait_for_timeout(100)
+    assert queue.wait(job.id, 2 * PATIENT / 1000).state == "done"
+    expect(tab.get_by_role("tab", name="Compare", exact=True)).to_have_attribute("aria-selected", "true")
+
+
 def test_an_exported_program_runs(tab: Any, queue: Engine, tmp_path: Path) -> None:
     generated(tab, queue, prompt="a nine moving down", steps=3)
     expect(tab.locator("#generate-result video")).to_be_visible(timeout=PATIENT)
