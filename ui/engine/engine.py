@@ -116,6 +116,7 @@ class Engine:
         found = self.jobs.cancel(job)
         if (running := self._running) is not None and running[0] == job:
             running[1].set()
+        self._board.wake()
         return found
 
     def retry(self, job: str) -> Job:
@@ -133,7 +134,7 @@ class Engine:
         some, and holds up nobody. Ends when the engine is stopped, too. Raises `UsageError` where there is no such job."""
         seen: tuple[int, str] = (-1, "")
         while True:
-            found = self._board.newer(job, seen[0], LOOKED)
+            found = self._board.get(job)
             if found is None:
                 stopped = self._ended.is_set() and self._running is None  # nobody here will say more
                 row = self.jobs.get(job)
@@ -144,6 +145,7 @@ class Engine:
             if (found.number, found.state) != seen and found.number >= seen[0]:
                 seen = (found.number, found.state)
                 yield found
+            self._board.newer(job, seen[0], LOOKED)
 
     def wait(self, job: str, seconds: float = 600.0) -> Job:
         """The job when it is over. Raises `UsageError` where it is not in time."""

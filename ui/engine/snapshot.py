@@ -71,6 +71,11 @@ class Board:
             self._newest.pop(job, None)
             self._changed.notify_all()
 
+    def wake(self) -> None:
+        """A row has changed: let followers look at it."""
+        with self._changed:
+            self._changed.notify_all()
+
     def get(self, job: str) -> Snapshot | None:
         """The newest one, None where the job does not run here."""
         with self._changed:
