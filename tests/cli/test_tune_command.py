@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from hasten.pipelines.tune import run as module
 from hasten.pipelines.tune.study import Study
+from hasten.pipelines.tune.trials import Bench
 from tests.cli.conftest import Ran
 
 PROMPTS = "a seven\na one\n# not this\n{\"prompt\": \"a seven\", \"seed\": 5}\nthe cat\n"
@@ -26,7 +28,8 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three trials, however slow the machine is."""
+    """Three trials, however slow the machine is, and evaluations for seconds."""
+    monkeypatch.setattr(Bench, "cost", lambda self, shot: float(shot.nfe) if shot.nfe and math.isfinite(shot.nfe) else 100.0)
     once = Study._one
     monkeypatch.setattr(module.Tuning, "_affordable", lambda self: 2)
     monkeypatch.setattr(module.Tuning, "_over", lambda self: True)

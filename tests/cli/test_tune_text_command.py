@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hasten.pipelines.tune import study as study_module
-from hasten.pipelines.tune import text_run
+from hasten.pipelines.tune import text_run, text_trials
 from hasten.pipelines.tune.text_verify import TextVerdict
 from tests.cli.conftest import Ran
 from tests.pipelines.text_pipes import saved
@@ -49,6 +49,8 @@ def test_a_recipe_for_texts_is_found_and_written(
     monkeypatch.setattr(study_module, "time", ticks)
     monkeypatch.setattr(text_run, "time", ticks)
     monkeypatch.setattr(TextVerdict, "holds", lambda self, goal: self.measured.whole and goal.met(self.measured.share))
+    beside = text_trials._beside
+    monkeypatch.setattr(text_trials, "_beside", lambda text, base, speedup: beside(text, base, base.nfe / text.nfe))  # no clock
     given = ["--model", model, "--prompts", prompts, "--time", "90s", "--out", "r.yaml", "--call", "max_new_tokens=5"]
     ran = hasten("tune", *given, "--budget", "exact_match>=0.1", "--json", "r.json")
     assert ran.code == 0, ran.err

@@ -18,6 +18,9 @@ pytestmark = [*MARKS, pytest.mark.timeout(900)]
 KNOWN = {"scrollable-region-focusable": "CodeMirror's editor, which scrolls by keys of its own"}
 """Findings of axe that stand in Gradio's own markup -> why. Everything else serious fails."""
 
+HIGHLIGHTED = '<span class="ͼ'
+"""How a word of code begins that CodeMirror has coloured; its light colours have less contrast than axe asks for."""
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
@@ -42,7 +45,9 @@ def test_axe_finds_nothing_serious_of_ours(browser: Any, served: Page, scheme: s
                 closed.click()
             for each in axe.Axe().run(tab).response["violations"]:
                 if each["impact"] in ("serious", "critical") and each["id"] not in KNOWN:
-                    found.setdefault(each["id"], []).extend(f"{name}: {node['html'][:160]}" for node in each["nodes"][:3])
+                    ours = [node["html"] for node in each["nodes"] if not node["html"].startswith(HIGHLIGHTED)]
+                    if ours:
+                        found.setdefault(each["id"], []).extend(f"{name}: {html[:160]}" for html in ours[:3])
     assert found == {}
 
 
