@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,14 @@ def _planted(file: Path) -> None:
 
 def test_a_request_that_is_not_allowed_says_why_as_text(tab: Any) -> None:
     show(tab, "Generate")
-    fill(tab, "generate", steps=EVIL[8:])
-    tab.locator("#generate-run").click()
-    expect(tab.locator(".toast-body").first).to_contain_text("<img src=x onerror", timeout=PATIENT)
+    told = tab.locator(".toast-body").first
+    for _ in range(4):  # the page may still be filling in the model's own settings, which empties what was typed
+        fill(tab, "generate", steps=EVIL[8:])
+        tab.locator("#generate-run").click()
+        with suppress(sync_api().TimeoutError):
+            told.wait_for(timeout=10_000)
+            break
+    expect(told).to_contain_text("<img src=x onerror", timeout=PATIENT)
     assert tab.evaluate("typeof window.PWN") == "undefined"
 
 
