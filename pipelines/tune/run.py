@@ -165,7 +165,10 @@ class Tuning:
             tuning, self.held = self.job.samples(self.study.settled("samples", self._affordable()))
             self.say(f"Plain runs of {len(tuning)} tuning prompts; {len(self.held)} others are held out.")
             bench = Bench(self.pipe, self.job.call, tuning, self._recorded)
-            space = self._space(Fitting.on(bench, lambda: share * self.job.seconds - self.used()))
+            fitting = Fitting.on(bench, lambda: share * self.job.seconds - self.used())
+            if fitting is None:
+                self.say("No solver is fitted: the pipeline hands out no latents, or its plain run does not begin at nearly all noise.")
+            space = self._space(fitting)
             self._measurable(bench)
             try:
                 self.study.search(bench, space, share * self.job.seconds - self.used(), self._told, goals)
