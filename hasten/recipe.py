@@ -71,8 +71,16 @@ class Blocks(Axis):
     """Axis `blocks`: which part of a text is worked on, and when the text is over."""
 
 
+class Drafting(Axis):
+    """Axis `draft`: what is proposed for the next tokens of a causal language model."""
+
+
 class Verify(Axis):
-    """Axis `verify`: how drafts of several slots are checked in one evaluation."""
+    """Axis `verify`: how drafts of several tokens are checked in one evaluation."""
+
+
+class Pacing(Axis):
+    """Axis `pace`: how many tokens are proposed at a time."""
 
 
 class FromFile(Axis):
@@ -125,8 +133,7 @@ class Recipe(Part):
     """A frozen composition of parts, at most one per axis.
 
     `a | b` joins recipes with disjoint axes; the same axis in both raises `RecipeError`, unless its two parts act on
-    different things and make one (`Axis.joined`). `paper`, `models` and `tuned` describe, they do not act. The remaining axis of
-    the design (draft) joins here when its first part does.
+    different things and make one (`Axis.joined`). `paper`, `models` and `tuned` describe, they do not act.
     """
 
     kind: ClassVar[str] = ""
@@ -143,7 +150,9 @@ class Recipe(Part):
     commit: Commit | None = None
     revise: Revise | None = None
     blocks: Blocks | None = None
+    draft: Drafting | None = None
     verify: Verify | None = None
+    pace: Pacing | None = None
     adapter: Adapter | None = None
     runtime: Runtime | None = None
 
@@ -204,7 +213,8 @@ class Recipe(Part):
 
 
 AXES = (
-    "sampler", "guidance", "reuse", "attention", "kv", "commit", "revise", "blocks", "verify", "adapter", "runtime",
+    "sampler", "guidance", "reuse", "attention", "kv", "commit", "revise", "blocks", "draft", "verify", "pace", "adapter",
+    "runtime",
 )  # fmt: skip
 
 

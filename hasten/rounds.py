@@ -1,0 +1,34 @@
+"""Rounds of a decode loop: what was drafted, what of it was accepted, and where the time went. The report reads them, and
+the pace that chooses the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One forward of the model, behind the prompt.
+
+    nodes: drafts that the model read for a row, node 0 not counted (rows are padded to the largest). drafted, written: for
+    each active row, its drafts, and the tokens that it gained: accepted drafts and one more. sources: for each drafter its
+    drafted and its accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. draft, verify, commit:
+    seconds of proposing, of the model's forward with the verdict, and of writing it down.
+    """
+
+    nodes: int
+    drafted: tuple[int, ...]
+    written: tuple[int, ...]
+    sources: tuple[tuple[str, int, int], ...] = ()
+    depths: tuple[tuple[int, int], ...] = ()
+    draft: float = 0.0
+    verify: float = 0.0
+    commit: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return len(self.written)
+
+    @property
+    def seconds(self) -> float:
+        return self.draft + self.verify + self.commit

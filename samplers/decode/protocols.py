@@ -1,0 +1,181 @@
+"""The parts of a decode loop: a drafter proposes, the model reads, a verifier accepts, a pace says how much is worth it.
+
+Shapes: B rows, N nodes of a proposal, V tokens of the vocabulary, H hidden width. Parts are frozen; `start()` gives the
+state of one call of `generate`.
+
+One round: `pace.next()` -> `drafter.propose(context, nodes)` -> the model reads the tree -> `verifier.verify(proposal,
+target)` -> the loop commits the path -> `drafter.observe(outcome)`, `pace.learn(round)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.recipe import Drafting, Pacing, Verify
+from hasten.rounds import Round
+from hasten.samplers.decode.proposal import Proposal, Warp
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What does not change in one call of `generate`.
+
+    rows: texts in the batch. vocabulary: width of the logits. sampled: are tokens drawn, or the most probable ones taken?
+    warp: logits processors and temperature of the call, for the drafter's own logits, too. ends: ids that end a row.
+    host: the model itself, for drafters that are made of it.
+    """
+
+    rows: int
+    vocabulary: int
+    device: torch.device
+    sampled: bool
+    warp: Warp
+    ends: tuple[int, ...] = ()
+    host: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Where the rows are.
+
+    texts: tokens of each row so far, on the host and without padding; the last is node 0 of the next proposal. Not to be
+    changed. last int64 [B]: these last tokens on the device. active: rows that are not finished. room: tokens that each row
+    may still write; a node deeper than room - 1 is never of use. seen: what `observe` saw last; None before the first round.
+    """
+
+    texts: list[list[int]]
+    last: Tensor
+    active: list[bool]
+    room: list[int]
+    seen: Outcome | None = None
+
+    @property
+    def reach(self) -> int:
+        """Greatest depth at which a node can be of use to any row."""
+        return max((room - 1 for room, active in zip(self.room, self.active, strict=True) if active), default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a verifier says. path int64 [B, D + 1]: accepted nodes, node 0 first, -1 behind the last of them. count int64
+    [B]: accepted drafts (node 0 is none). token int64 [B]: what is written behind the last accepted node."""
+
+    path: Tensor
+    count: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a proposal.
+
+    written int64 [B, D + 1]: the new tokens of each row, accepted drafts and the verdict's own, -1 behind them: fewer than
+    the verdict has where the row ended or ran out of room. lengths: how many, on the host. logits [B, N, V]: of the model
+    behind every node, before processors. hidden: for each name in the drafter's `needs`, a tensor [B, N, H].
+    """
+
+    proposal: Proposal
+    verdict: Verdict
+    written: Tensor
+    lengths: list[int]
+    logits: Tensor
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """What the model said of the prompt. ids, mask int64 [B, L] as given to `generate` (padding is 0 in the mask); logits
+    [B, V] behind the last token; hidden: as in `Outcome`, [B, L, H]."""
+
+    ids: Tensor
+    mask: Tensor
+    logits: Tensor
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Drafter(Drafting):
+    """Base of the drafters; `start()` gives the state for one call of `generate`.
+
+    needs: what of the model it reads besides logits: "hidden:-1" is the input of the last layer norm's successor (the
+    output of the whole stack), "hidden:i" what enters layer i. nodes: drafts of a row at most, node 0 not counted.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    nodes: int
+
+    def start(self, facts: Facts) -> DrafterState:
+        """State of one call of `generate`."""
+        raise NotImplementedError(f"{type(self).__name__} has no start().")
+
+
+class DrafterState:
+    """The state of a `Drafter`."""
+
+    def begin(self, prefill: Prefill, context: Context) -> None:
+        """Once, when the prompt has been read and the first token is written. By default nothing is kept of it."""
+
+    def propose(self, context: Context, nodes: int) -> Proposal:
+        """At most `nodes` >= 1 drafts of each row behind `context.last`; fewer, or none (`nothing`), where it knows none."""
+        raise NotImplementedError(f"{type(self).__name__} has no propose().")
+
+    def observe(self, outcome: Outcome, context: Context) -> None:
+        """After each round, also after those without drafts: learn, and take back what was not accepted. `context` is that
+        after the commit."""
+
+
+class Target(Protocol):
+    """What the model says of a proposal's nodes, with the processors of the call applied."""
+
+    sampled: bool
+
+    def best(self) -> Tensor:
+        """Most probable token behind every node, int64 [B, N]."""
+
+    def law(self) -> Tensor:
+        """Probabilities behind every node, float32 [B, N, V]; where tokens are not sampled, 1 for the best."""
+
+
+class Verifier(Verify):
+    """Base of the verifiers; `start()` gives the state for one call of `generate`.
+
+    lossless: what is written follows the model's law, and equals its most probable tokens where they are taken. shape:
+    whether it can judge trees, or only chains.
+    """
+
+    lossless: ClassVar[bool] = True
+    shape: ClassVar[Literal["tree", "chain"]] = "tree"
+
+    def start(self, facts: Facts) -> VerifierState:
+        """State of one call of `generate`."""
+        raise NotImplementedError(f"{type(self).__name__} has no start().")
+
+
+class VerifierState:
+    """The state of a `Verifier`."""
+
+    def verify(self, proposal: Proposal, target: Target) -> Verdict:
+        """Which path is accepted, and what is written behind it. Never waits for the device."""
+        raise NotImplementedError(f"{type(self).__name__} has no verify().")
+
+
+class Pace(Pacing):
+    """Base of the paces; `start()` gives the state for one call of `generate`."""
+
+    def start(self, facts: Facts) -> PaceState:
+        """State of one call of `generate`."""
+        raise NotImplementedError(f"{type(self).__name__} has no start().")
+
+
+class PaceState:
+    """The state of a `Pace`."""
+
+    def next(self, most: int) -> int:
+        """How many drafts of a row the next round should have, 0 to `most`; 0: plain decoding."""
+        raise NotImplementedError(f"{type(self).__name__} has no next().")
+
+    def learn(self, done: Round) -> None:
+        """After each round."""
