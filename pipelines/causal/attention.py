@@ -39,7 +39,7 @@ def attach(model: Any, recipe: Recipe | Attention, limits: Limits | None = None)
     attached already, `RefusedError` where its attention cannot be replaced, or the recipe cannot read a prompt.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(attention=recipe)
-    modules = _modules(model)
+    modules = attention_modules(model)
     policy = _policy(recipe, type(model).__name__)
     if any(module.config._attn_implementation == NAME for module in modules.values()):  # type: ignore[union-attr]
         raise UsageError(
@@ -50,7 +50,7 @@ def attach(model: Any, recipe: Recipe | Attention, limits: Limits | None = None)
     return TextSession(model, modules, recipe, policy, limits or Limits())
 
 
-def _modules(model: Any) -> dict[str, nn.Module]:
+def attention_modules(model: Any) -> dict[str, nn.Module]:
     """Dotted name -> attention module. Raises where there is nothing that can be replaced."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
