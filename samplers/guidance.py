@@ -6,6 +6,7 @@ step whether u is needed, and what stands in for it. Legend: c, u outputs of the
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Protocol
 
 import torch
@@ -89,16 +90,21 @@ class ListedGuidance(Guidance):
 
     As `HeldGuidance`, for schedules found by a search (`hasten tune`): c + (s - 1) d with the polynomial through the last
     `order + 1` known differences. A listed step whose network is not evaluated counts from the next one that is.
+    factors: what the forecast difference is multiplied by at each step of the run, the last one for all further steps; empty
+    for 1 everywhere. The tuner fits them beside a solver's weights.
     """
 
     kind: ClassVar[str] = "listed"
     at: tuple[float, ...] = Field(min_length=1)
     order: int = Field(1, ge=0, le=2)
+    factors: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _shares(self) -> ListedGuidance:
         if not all(0 <= share <= 1 for share in self.at):
             raise RecipeError(f"guidance.at are shares of the run, from 0 to 1, got {list(self.at)}.")
+        if not all(map(math.isfinite, self.factors)):
+            raise RecipeError(f"guidance.factors are finite numbers, one for each step of the run, got {list(self.factors)}.")
         return self
 
     def start(self) -> GuidanceState:
@@ -240,7 +246,8 @@ class _Listed:
         self.difference.store(step.time, c - u)
 
     def estimate(self, step: Step, c: Tensor) -> Tensor:
-        return c - self.difference.estimate(step.time)
+        factors = self.policy.factors or (1.0,)
+        return torch.sub(c, self.difference.estimate(step.time), alpha=factors[min(step.index, len(factors) - 1)])
 
     def tensors(self) -> list[Tensor]:
         return self.difference.tensors()

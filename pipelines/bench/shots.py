@@ -62,10 +62,13 @@ class Column:
     nfe: int = 0
 
 
-def shoot(pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate | None = None) -> Shot:
+def shoot(
+    pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate | None = None, decoded: bool = True
+) -> Shot:
     """Generate one sample, with `candidate` applied.
 
-    Latents are kept where the pipeline reports them, else as its autoencoder is given them.
+    Latents are kept where the pipeline reports them, else as its autoencoder is given them. decoded: make frames of them too; a
+    pipeline that does not report them decodes in any case.
     """
     latents: list[torch.Tensor] = []
     attachment = Attachment()
@@ -74,9 +77,11 @@ def shoot(pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate 
         latents[:] = [values["latents"]]
         return values
 
+    frames = True
     arguments = {**call, "prompt": sample.prompt, "generator": torch.Generator().manual_seed(sample.seed)}
     if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
         arguments["callback_on_step_end"] = keep
+        frames = decoded
     elif hasattr(getattr(pipe, "vae", None), "decode"):
         decode = pipe.vae.decode
 
@@ -90,11 +95,11 @@ def shoot(pipe: Any, sample: Sample, call: dict[str, Any], candidate: Candidate 
     try:
         with candidate.apply(pipe) if candidate is not None else contextlib.nullcontext() as session:
             began, worked = time.perf_counter(), time.process_time()
-            output = pipe(**arguments, output_type="np")
+            output = pipe(**arguments, output_type="np" if frames else "latent")
             seconds, busy = time.perf_counter() - began, time.process_time() - worked
     finally:
         attachment.restore()
-    shot = Shot(frames_of(output), latents[0] if latents else None, seconds, busy=busy)
+    shot = Shot(frames_of(output) if frames else np.empty(0), latents[0] if latents else None, seconds, busy=busy)
     if session is not None:
         report = session.report()
         shot.computed_fraction, shot.nfe, shot.bytes_held = (

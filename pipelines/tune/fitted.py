@@ -1,7 +1,7 @@
 """Solvers fitted to plain runs: where to evaluate, and what the latest outputs weigh, so that few steps end where many did.
 
-A first-order solver is given a mix of its latest outputs (`Solver.weights`). Levels and weights, some fifteen numbers, are
-moved until the final latents are those of the plain runs: Gauss-Newton with Levenberg's damping, the derivatives by running
+A first-order solver is given a mix of its latest outputs (`Solver.weights`), and where the second branch is left out, the held
+difference times a factor (`ListedGuidance.factors`). Levels, weights and factors (`few.Few`), some fifteen numbers, are moved until the final latents are those of the plain runs: Gauss-Newton with Levenberg's damping, the derivatives by running
 the pipeline once for each number, and Broyden's corrections of them in between. Bespoke Non-Stationary Solvers (arXiv 2403.01329) train such numbers by gradients on
 hundreds of trajectories; here a few runs are enough, for each says as much as its latents have elements.
 
@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.pipelines.bench.candidates import ours
+from hasten.pipelines.bench.candidates import Candidate, ours
 from hasten.pipelines.bench.shots import shoot
+from hasten.pipelines.tune.few import Few, start
 from hasten.pipelines.tune.trials import MANY, Bench
 from hasten.recipe import Guidance, Recipe
-from hasten.samplers.solver import Solver
 from hasten.scheduler import is_flow
-
-MEMORY = 3
-"""Outputs that are mixed."""
 
 ROUNDS = 3
 """Times that derivatives are measured; the first gains most."""
@@ -40,12 +37,6 @@ ENOUGH = 0.95
 
 DAMPED = (3e-3, 3e-2, 0.3, 3.0)
 """Levenberg's factors that are tried, the boldest first."""
-
-APART = 1.03
-"""A level is at least so many times the next one."""
-
-STRIDE = 0.5
-"""How far a level may move in one round, in log."""
 
 SHARE = 3
 """A round begins only while the time is enough for so many."""
@@ -62,17 +53,6 @@ def levels_of(scheduler: Any) -> tuple[float, ...]:
     return (1.0, *found[1:]) if falls and found and found[-1] > 0 and found[0] > 0.9 else ()
 
 
-def start(levels: Sequence[float], num: int, name: Any) -> Solver:
-    """A run of `num` evaluations where the plain run passes at even steps, by the Adams-Bashforth rule of two values."""
-    times = [levels[round(k * len(levels) / num)] for k in range(num)]
-    rows: list[tuple[float, ...]] = [(1.0,)]
-    for k in range(1, num):
-        after = times[k + 1] if k + 1 < num else 0.0
-        half = (times[k] - after) / (times[k - 1] - times[k]) / 2
-        rows.append((1 + half, -half, 0.0)[: min(k + 1, MEMORY)])
-    return Solver(name=name, times=tuple(times), weights=tuple(rows))
-
-
 @dataclass
 class Fitting:
     """Fits solvers on a bench's samples. levels: of the plain run. left: seconds that may still be spent.
@@ -83,7 +63,7 @@ class Fitting:
     bench: Bench
     levels: tuple[float, ...]
     left: Callable[[], float] = lambda: math.inf
-    known: dict[tuple[int, Guidance | None], tuple[Solver, float]] = field(default_factory=dict)
+    known: dict[tuple[int, Guidance | None], tuple[Few, float]] = field(default_factory=dict)
 
     @classmethod
     def on(cls, bench: Bench, left: Callable[[], float]) -> Fitting | None:
@@ -91,27 +71,29 @@ class Fitting:
         levels = levels_of(bench.pipe.scheduler)
         return cls(bench, levels, left) if levels and all(shot.latents is not None for shot in bench.plain) else None
 
-    def fit(self, num: int, guidance: Guidance | None) -> Solver:
+    def fit(self, num: int, guidance: Guidance | None) -> Recipe:
         """The solver of `num` evaluations that ends nearest the plain runs, beside this guidance. Begins with what is known of as
         many evaluations; ends early where the time is over."""
-        if (num, guidance) in self.known:
-            return self.known[num, guidance][0]
-        near = self.known.get((num, None))
+        if (num, guidance) not in self.known:
+            self.known[num, guidance] = self._searched(num, guidance)
+        return self.known[num, guidance][0].recipe
+
+    def _searched(self, num: int, guidance: Guidance | None) -> tuple[Few, float]:
         name = "euler" if is_flow(self.bench.pipe.scheduler) else "ddim"
-        solver = near[0] if near is not None else start(self.levels, num, name)
-        residual = self._residual(solver, guidance)
-        best = self._beside(solver, guidance, residual), solver
+        near = self.known.get((num, None))
+        few = start(self.levels, num, name, guidance) if near is None else Few(near[0].solver, guidance).told
+        residual = self._residual(few)
+        best = self._beside(few, residual), few
         for _ in range(ROUNDS):
-            if self.left() < SHARE * self._seconds(size(solver), num):
+            if self.left() < SHARE * self._seconds(few.size, num):
                 break
             before = float(residual.square().sum())
-            for nearer, left in self._round(solver, guidance, residual):
-                best = min(best, (self._beside(nearer, guidance, left), nearer), key=lambda each: each[0])
-                solver, residual = nearer, left
+            for nearer, left in self._round(few, residual):
+                best = min(best, (self._beside(nearer, left), nearer), key=lambda each: each[0])
+                few, residual = nearer, left
             if float(residual.square().sum()) > ENOUGH * before:
                 break
-        self.known[num, guidance] = rounded(best[1]), best[0]
-        return self.known[num, guidance][0]
+        return best[1].rounded, best[0]
 
     @property
     def watched(self) -> list[int]:
@@ -119,71 +101,72 @@ class Fitting:
         all are needed for fitting, and there are none."""
         return list(range(len(self.bench.samples)))[2::3] if len(self.bench.samples) >= MANY else []
 
-    def _beside(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> float:
+    def _beside(self, few: Few, residual: Tensor) -> float:
         """Mean error on the watched samples; on the fitted ones, whose residual is known, where none are watched."""
-        seen = self._residual(solver, guidance, self.watched) if self.watched else residual
+        seen = self._residual(few, self.watched) if self.watched else residual
         return float(seen.square().mean())
 
-    def _round(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> Iterator[tuple[Solver, Tensor]]:
+    def _round(self, few: Few, residual: Tensor) -> Iterator[tuple[Few, Tensor]]:
         """Solvers ever nearer the plain runs, and their residuals. The derivatives are measured once; then steps are taken for as
         long as they gain, each of which corrects them along its own way (Broyden)."""
-        slopes = self._slopes(solver, guidance, residual)
+        slopes = self._slopes(few, residual)
         for _ in range(STEPS):
-            taken = self._step(solver, guidance, residual, slopes)
+            taken = self._step(few, residual, slopes)
             if taken is None:
                 break
-            way, solver, after = taken
-            yield solver, after
+            way, few, after = taken
+            yield few, after
             gain = float(after.square().sum() / residual.square().sum().clamp_min(1e-30))
             slopes += torch.outer(residual - after - slopes @ way, way) / way.square().sum()
             residual = after
             if gain > ENOUGH:
                 break
 
-    def _slopes(self, solver: Solver, guidance: Guidance | None, residual: Tensor) -> Tensor:
+    def _slopes(self, few: Few, residual: Tensor) -> Tensor:
         """How much of the residual each number takes away [M, P]."""
         latents, columns = self.bench.plain[0].latents, []
         assert latents is not None
         step = 1e-3 if latents.dtype in (torch.float32, torch.float64) else 2e-2
-        for index in range(size(solver)):
+        for index in range(few.size):
             for by in (step, -step):  # a level close above another one can be moved one way only
-                changed = moved(solver, [by if number == index else 0.0 for number in range(size(solver))])
+                changed = few.moved([by if number == index else 0.0 for number in range(few.size)])
                 if changed is not None:
-                    columns.append((residual - self._residual(changed, guidance)) / by)
+                    columns.append((residual - self._residual(changed)) / by)
                     break
             else:
                 columns.append(torch.zeros_like(residual))
         return torch.stack(columns, 1)
 
-    def _step(
-        self, solver: Solver, guidance: Guidance | None, residual: Tensor, slopes: Tensor
-    ) -> tuple[Tensor, Solver, Tensor] | None:
+    def _step(self, few: Few, residual: Tensor, slopes: Tensor) -> tuple[Tensor, Few, Tensor] | None:
         """The boldest step that gains: where it went [P], the solver there and its residual; None where none does."""
         gram, pull = slopes.T @ slopes, slopes.T @ residual
         scale = gram.diagonal()
         for damp in DAMPED:
-            way = torch.linalg.solve(gram + torch.diag(damp * scale + 1e-4 * scale.mean()), pull)
-            way[: len(solver.times or ()) - 1] = way[: len(solver.times or ()) - 1].clamp(-STRIDE, STRIDE)
-            trial = moved(solver, way.tolist())
-            if trial is None or not _apart(trial):
+            way = few.within(torch.linalg.solve(gram + torch.diag(damp * scale + 1e-4 * scale.mean()), pull))
+            trial = few.moved(way.tolist())
+            if trial is None or not trial.apart:
                 continue
-            after = self._residual(trial, guidance)
+            after = self._residual(trial)
             if float(after.square().sum()) < float(residual.square().sum()):
                 return way, trial, after
         return None
 
-    def _residual(self, solver: Solver, guidance: Guidance | None, samples: Sequence[int] | None = None) -> Tensor:
+    def _residual(self, few: Few, samples: Sequence[int] | None = None) -> Tensor:
         """float64 [M]: what is missing to the plain runs' final latents, of the fitted samples where none are named, each times its
         own root mean square: a budget is missed by the worst sample, so that fourth powers are added up. Infinite where a run
         gives no numbers."""
         chosen = self._fitted() if samples is None else samples
-        candidate, parts = ours("fit", Recipe(sampler=solver, guidance=guidance)), []
+        candidate, parts = ours("fit", few.recipe), []
         for number in chosen:
-            found, plain = shoot(self.bench.pipe, self.bench.samples[number], self.bench.call, candidate), self.bench.plain[number]
-            assert found.latents is not None and plain.latents is not None
-            missing = (plain.latents.double() - found.latents.double()).flatten().cpu()
+            found, plain = self._latents(candidate, number), self.bench.plain[number].latents
+            assert found is not None and plain is not None
+            missing = (plain.double() - found.double()).flatten().cpu()
             parts.append(missing * missing.square().mean().sqrt())
         return torch.cat(parts).nan_to_num(nan=math.inf)
+
+    def _latents(self, candidate: Candidate, number: int) -> Tensor | None:
+        """Of a run that is not decoded."""
+        return shoot(self.bench.pipe, self.bench.samples[number], self.bench.call, candidate, decoded=False).latents
 
     def _fitted(self) -> list[int]:
         return [number for number in range(len(self.bench.samples)) if number not in self.watched]
@@ -192,36 +175,3 @@ class Fitting:
         """About what a round takes."""
         share: float = (num + 1) / self.bench.call["num_inference_steps"]
         return (count + 1) * len(self._fitted()) * share * self.bench.seconds
-
-
-def size(solver: Solver) -> int:
-    """How many numbers are fitted: every level but the first, every weight."""
-    return len(solver.times or ()) - 1 + sum(len(row) for row in solver.weights or ())
-
-
-def moved(solver: Solver, way: Sequence[float]) -> Solver | None:
-    """`solver` with its levels moved by the first numbers of `way`, in log and by at most `STRIDE`, and its weights by the others.
-    None where levels would not fall any more."""
-    times, rows = list(solver.times or ()), [list(row) for row in solver.weights or ()]
-    numbers = iter(way)
-    for k in range(1, len(times)):
-        times[k] *= math.exp(max(-STRIDE, min(STRIDE, next(numbers))))
-    for row in rows:
-        for j in range(len(row)):
-            row[j] += next(numbers)
-    falls = all(a > b for a, b in pairwise(times))
-    if not falls or not all(map(math.isfinite, [*times, *(w for row in rows for w in row)])) or times[-1] < 1e-3:
-        return None
-    return solver.model_copy(update={"times": tuple(times), "weights": tuple(tuple(row) for row in rows)})
-
-
-def _apart(solver: Solver) -> bool:
-    """Are its levels so far apart that each can be moved by a little?"""
-    return all(a > APART * b for a, b in pairwise(solver.times or ()))
-
-
-def rounded(solver: Solver) -> Solver:
-    """Six digits: a recipe is read by people."""
-    assert solver.times is not None and solver.weights is not None
-    rows = tuple(tuple(round(w, 6) for w in row) for row in solver.weights)
-    return solver.model_copy(update={"times": tuple(round(t, 6) for t in solver.times), "weights": rows})

@@ -128,10 +128,11 @@ def tune(
 
 
 class Tuning:
-    """One tuning from its first plain run to the stamp."""
+    """One tuning from its first plain run to the stamp. say: is told each result, a line each. on_trial: is given each trial when
+    it is done."""
 
-    def __init__(self, pipe: Any, job: Job, folder: Path, say: Say) -> None:
-        self.pipe, self.job, self.say = pipe, job, say
+    def __init__(self, pipe: Any, job: Job, folder: Path, say: Say, on_trial: Callable[[Trial], None] = lambda trial: None) -> None:
+        self.pipe, self.job, self.say, self.on_trial = pipe, job, say, on_trial
         self.began = time.monotonic()
         known = fingerprint.known_by(denoisers(pipe))
         identity = known | {
@@ -234,6 +235,7 @@ class Tuning:
         measured, goal = trial.measured, self.job.goal
         result = measured.why or f"{measured.speedup:.2f}x, worst {goal.told(measured.worst(goal))}"
         self.say(f"{trial.number + 1}. {trial.recipe.name}: {result}")
+        self.on_trial(trial)
 
     # --- at the end -------------------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ FEWEST, MOST = 3, 10
 UNGUIDED = 4
 """At most so many steps of a few are without the second branch."""
 
-Fit = Callable[[int, Guidance | None], Solver]
-"""A solver of so many evaluations, fitted to the plain runs beside this guidance."""
+Fit = Callable[[int, Guidance | None], Recipe]
+"""A solver of so many evaluations and this guidance, fitted to the plain runs."""
 
 Params = Mapping[str, Any]
 
@@ -144,8 +144,7 @@ class Space:
 
     def _fitted(self, params: Params) -> Recipe:
         assert self.fit is not None
-        guidance = self._thinned(params["steps"], params.get("unguided", 0))
-        return Recipe(sampler=self.fit(params["steps"], guidance), guidance=guidance)
+        return self.fit(params["steps"], self._thinned(params["steps"], params.get("unguided", 0)))
 
     def _thinned(self, num: int, unguided: int) -> Guidance | None:
         """Both branches at all of `num` steps but so many: the last and every second before it, where the difference counts

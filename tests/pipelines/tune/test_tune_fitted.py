@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from hasten.pipelines.bench.shots import Sample
-from hasten.pipelines.tune.fitted import Fitting, levels_of, moved, rounded, size, start
+from hasten.pipelines.bench.shots import Sample, shoot
+from hasten.pipelines.tune.few import Few, start
+from hasten.pipelines.tune.fitted import Fitting, levels_of
 from hasten.pipelines.tune.goal import Goal
 from hasten.pipelines.tune.space import Space, first_guesses, neighbours
 from hasten.pipelines.tune.trials import Bench
@@ -27,18 +29,40 @@ def test_a_fitted_solver_ends_nearer_the_plain_run(make, call) -> None:  # type:
     fitting = Fitting.on(bench, lambda: math.inf)
     assert fitting is not None
     first = start(fitting.levels, 3, "euler" if make is small_flux else "ddim")
-    before = float(fitting._residual(first, None).square().mean())
-    solver = fitting.fit(3, None)
-    assert fitting.known[3, None][1] < before and fitting.fit(3, None) is solver, "and it is fitted once"
-    error = [bench.measure("x", Recipe(sampler=each)).outcomes for each in (first, solver)]
+    before = float(fitting._residual(first).square().mean())
+    recipe = fitting.fit(3, None)
+    assert fitting.known[3, None][1] < before and fitting.fit(3, None) == recipe, "and it is fitted once"
+    error = [bench.measure("x", each).outcomes for each in (first.recipe, recipe)]
     assert max(o.latent_error or 0 for o in error[1]) < max(o.latent_error or 0 for o in error[0])
-    assert from_yaml(Recipe(sampler=solver).to_yaml()).sampler == solver
+    assert from_yaml(recipe.to_yaml()).sampler == recipe.sampler
+
+
+def test_how_much_a_held_difference_counts_is_fitted_too() -> None:
+    bench = Bench(small_unet(), {**UNET_CALL, "num_inference_steps": 12}, SAMPLES)
+    fitting = Fitting.on(bench, lambda: math.inf)
+    assert fitting is not None
+    first = Few(start(fitting.levels, 3, "ddim").solver, GUIDANCE).told
+    assert isinstance(first.guidance, ListedGuidance) and first.guidance.factors == (1.0, 1.0, 1.0)
+    recipe = fitting.fit(3, GUIDANCE)
+    found = recipe.guidance
+    assert isinstance(found, ListedGuidance) and found.factors[:2] == (1.0, 1.0) and found.factors[2] != 1.0, "the second step knows both"
+    assert fitting.known[3, GUIDANCE][1] < float(fitting._residual(first).square().mean())
+    assert from_yaml(recipe.to_yaml()).guidance == found
+
+
+def test_runs_of_a_fit_are_not_decoded() -> None:
+    pipe, decoded = small_unet(), []
+    shot = shoot(pipe, SAMPLES[0], UNET_CALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", lambda *args, **kwargs: decoded.append(args))
+        latents = shoot(pipe, SAMPLES[0], UNET_CALL, decoded=False).latents
+    assert latents is not None and shot.latents is not None and torch.equal(latents, shot.latents) and not decoded
 
 
 def test_a_fit_without_time_is_the_known_rule() -> None:
     bench = Bench(small_unet(), {**UNET_CALL, "num_inference_steps": 12}, SAMPLES[:1])
     fitting = Fitting.on(bench, lambda: 0.0)
-    assert fitting is not None and fitting.fit(3, GUIDANCE) == rounded(start(fitting.levels, 3, "ddim"))
+    assert fitting is not None and fitting.fit(3, GUIDANCE) == start(fitting.levels, 3, "ddim", GUIDANCE).rounded.recipe
 
 
 def test_of_many_samples_a_third_is_watched_and_not_fitted_on() -> None:
@@ -47,26 +71,30 @@ def test_of_many_samples_a_third_is_watched_and_not_fitted_on() -> None:
     fitting = Fitting.on(bench, lambda: math.inf)
     assert fitting is not None and fitting.watched == [2, 5]
     begun = start(fitting.levels, 3, "ddim")
-    before = float(fitting._residual(begun, None, [2, 5]).square().mean())
-    after = float(fitting._residual(fitting.fit(3, None), None, [2, 5]).square().mean())
+    before = float(fitting._residual(begun, [2, 5]).square().mean())
+    fitting.fit(3, None)
+    after = float(fitting._residual(fitting.known[3, None][0], [2, 5]).square().mean())
     assert after < before and after == pytest.approx(fitting.known[3, None][1], rel=1e-3)
 
 
 def test_it_starts_as_adams_bashforth_on_uneven_levels() -> None:
-    solver = start([1.0, 0.8, 0.5, 0.4], 4, "euler")
+    few = start([1.0, 0.8, 0.5, 0.4], 4, "euler")
+    solver = few.solver
     assert solver.times == (1.0, 0.8, 0.5, 0.4)
     assert solver.weights == ((1.0,), pytest.approx((1.75, -0.75)), pytest.approx((7 / 6, -1 / 6, 0)), pytest.approx((3.0, -2.0, 0)))
-    assert size(solver) == 3 + 1 + 2 + 3 + 3
+    assert few.size == 3 + 1 + 2 + 3 + 3
+    held = start([1.0, 0.8, 0.5, 0.4], 4, "euler", ListedGuidance(at=(0.0, 1.0), order=0))
+    assert held.size == few.size + 2, "the steps in the middle have no second branch"
 
 
 def test_a_move_keeps_levels_falling() -> None:
-    solver = start([1.0, 0.75, 0.5, 0.25], 4, "euler")
-    assert moved(solver, [0.0] * size(solver)) == solver
-    assert moved(solver, [9.0, 0, 0, *[0.0] * 9]) is None, "by at most half, in log, which is above 1 here"
-    changed = moved(solver, [-0.1, *[0.0] * 10, 0.25])
-    assert changed is not None and changed.times is not None and changed.weights is not None
-    assert changed.times[1] == pytest.approx(0.75 * math.exp(-0.1)) and changed.weights[-1][-1] == 0.25
-    assert moved(solver, [math.nan] * size(solver)) is None
+    few = start([1.0, 0.75, 0.5, 0.25], 4, "euler")
+    assert few.moved([0.0] * few.size) == few
+    assert few.moved([9.0, 0, 0, *[0.0] * 9]) is None, "by at most half, in log, which is above 1 here"
+    changed = few.moved([-0.1, *[0.0] * 10, 0.25])
+    assert changed is not None and changed.solver.times is not None and changed.solver.weights is not None
+    assert changed.solver.times[1] == pytest.approx(0.75 * math.exp(-0.1)) and changed.solver.weights[-1][-1] == 0.25
+    assert few.moved([math.nan] * few.size) is None
 
 
 def test_levels_are_those_of_the_last_run() -> None:
@@ -80,7 +108,7 @@ def test_levels_are_those_of_the_last_run() -> None:
 
 
 def test_downhill_is_a_step_or_a_branch_less() -> None:
-    space = Space(20, True, fit=lambda num, guidance: Solver(name="ddim"))
+    space = Space(20, True, fit=lambda num, guidance: Recipe(sampler=Solver(name="ddim")))
     assert "fitted" in space.families and any(guess["family"] == "fitted" for guess in first_guesses(space, 0.1))
     found = neighbours(space, {"family": "fitted", "steps": 6, "unguided": 0})
     assert found == [
