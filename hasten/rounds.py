@@ -10,15 +10,18 @@ from dataclasses import dataclass
 class Round:
     """One forward of the model, behind the prompt.
 
-    nodes: drafts that the model read for a row, node 0 not counted (rows are padded to the largest). drafted, written: for
-    each active row, its drafts, and the tokens that it gained: accepted drafts and one more. sources: for each drafter its
-    drafted and its accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. draft, verify, commit:
-    seconds of proposing, of the model's forward with the verdict, and of writing it down.
+    asked: drafts that the pace asked for. nodes: those that the model read for a row, node 0 not counted (rows are padded to
+    the largest). drafted, written: for each active row, its drafts, and the tokens that it gained: accepted drafts and one
+    more. ranks: for each node from 1, in how many rows it was accepted. sources: for each drafter its drafted and its
+    accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. draft, verify, commit: seconds of
+    proposing, of the model's forward with the verdict, and of writing it down.
     """
 
+    asked: int
     nodes: int
     drafted: tuple[int, ...]
     written: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
     sources: tuple[tuple[str, int, int], ...] = ()
     depths: tuple[tuple[int, int], ...] = ()
     draft: float = 0.0

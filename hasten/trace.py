@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from hasten.rounds import Round
+
 Action = Literal["compute", "reuse", "forecast", "skip"]
 """compute: the work was done. reuse: the last result stood in. forecast: an extrapolation stood in.
 skip: the call was answered from another branch (guidance)."""
@@ -134,6 +136,7 @@ class Trace:
 
     attention: what attention calls did, where a recipe makes them sparse; written when a run is over.
     readings: the same of language models, where there are no runs; brought up to date by `report()`.
+    rounds: of decode loops, in order.
     structure: site name -> number of blocks, for drawing the timeline.
     notes: sentences the user must read (fallbacks, refusals, methods that did nothing); each once.
     bytes_peak: most bytes that caches held at once.
@@ -144,6 +147,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     attention: list[Attended] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     structure: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     bytes_held: int = 0

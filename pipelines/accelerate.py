@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hasten.pipelines.causal.session import TextSession
+    from hasten.pipelines.decode.session import DecodeSession
     from hasten.pipelines.text.llada2 import LLaDA2Session
     from hasten.pipelines.text.pipeline import TextPipeline
     from hasten.pipelines.text.session import TextDiffusionSession
@@ -39,7 +40,7 @@ def accelerate(
 @overload
 def accelerate(  # type: ignore[overload-cannot-match]
     host: PreTrainedModel, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
-) -> TextSession: ...
+) -> TextSession | DecodeSession: ...
 @overload
 def accelerate(  # type: ignore[overload-cannot-match]
     host: nn.Module, recipe: str | Path | Recipe | Budget, *,
@@ -52,13 +53,13 @@ def accelerate(
     scheduler: Any = None,
     limits: Limits | None = None,
     group: Any = None,
-) -> Session | TextSession | TextDiffusionSession | LLaDA2Session:
+) -> Session | TextSession | DecodeSession | TextDiffusionSession | LLaDA2Session:
     """Make `host` generate faster while the returned session is open.
 
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
     `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
     YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it and
-    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding); on a causal language model it has no axis but `attention`, on text diffusion those of
+    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding); on a causal language model it has `attention`, or drafts (`draft`, `verify`, `pace`), on text diffusion those of
     `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
@@ -80,6 +81,10 @@ def accelerate(
 
         return LLaDA2Session(host, found, limits)
     if scheduler is None and _is_of_transformers(host):
+        if found.draft is not None:
+            from hasten.pipelines.decode.attach import attach as attach_drafts
+
+            return attach_drafts(getattr(host, "_orig_mod", host), found, limits)
         if found.commit is not None or found.kv is not None:
             raise UsageError(
                 f"Recipe {found.name!r} is for texts that are written in any order, which takes a loop of its own. Use"

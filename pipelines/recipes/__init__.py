@@ -22,6 +22,7 @@ from hasten.pipelines.recipes import (
     attention,
     attention_text,
     blocks,
+    decode,
     diffusion,
     modules,
     network,
@@ -39,7 +40,7 @@ from hasten.sparse_attn.text.causal import CausalAttention
 
 MODULES = (
     diffusion, sequences, resolutions, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches,
-    text_images, text_ours,
+    text_images, text_ours, decode,
 )  # fmt: skip
 
 
@@ -93,6 +94,8 @@ def acts_on(recipe: Recipe) -> str:
     """The kind of model that `recipe` is made for, in words. Text diffusion has masked language models."""
     if not recipe.axes:
         return "any model"
+    if recipe.draft is not None:
+        return "language models"
     if not TEXT_DIFFUSION.isdisjoint(recipe.axes):
         return "text diffusion"
     return "language models" if isinstance(recipe.attention, CausalAttention) else "diffusion models"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,12 +85,18 @@ class Proposal:
         return self.tokens.shape[1]
 
     def q(self, node: Tensor) -> Tensor:
-        """Probabilities float32 [B, V] from which the children of `node` int64 [B] were drawn; zeros where none were."""
+        """Probabilities float32 [B, K, V] from which the children of `node` int64 [B, K] were drawn; zeros where none were."""
         if self._laws is None or self._slot is None:
             raise UsageError("This proposal has points only, and points have no law. Ask `law` first.")
-        slot = self._slot.gather(1, node[:, None])
+        slot = self._slot.gather(1, node)
         laws = self._laws.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, self._laws.shape[2]))
-        return (laws * (slot >= 0)[..., None])[:, 0]
+        return laws * (slot >= 0)[..., None]
+
+    @property
+    def verified(self) -> Tensor:
+        """Nodes that a verifier looks at, bool [B, N]: valid, not node 0, no prompt."""
+        found = self.valid & (self.parent >= 0)
+        return found if self.prompt is None else found & ~self.prompt
 
     def ancestors(self) -> Tensor:
         """bool [B, N, N]: may node i read node j? True for itself and all nodes above it."""
@@ -102,13 +108,21 @@ class Proposal:
 
     def is_chain(self) -> bool:
         """Has every node one child at most, in every row? Waits for the device."""
-        children = torch.zeros_like(self.parent).scatter_add(1, self.parent.clamp(min=0), self._verified().long())
+        children = torch.zeros_like(self.parent).scatter_add(1, self.parent.clamp(min=0), self.verified.long())
         return bool((children <= 1).all())
 
-    def _verified(self) -> Tensor:
-        """Nodes that a verifier looks at, bool [B, N]: valid, not node 0, no prompt."""
-        found = self.valid & (self.parent >= 0)
-        return found if self.prompt is None else found & ~self.prompt
+    def widened(self, nodes: int) -> Proposal:
+        """The same with nodes that are not valid behind it, so that it has `nodes` of them; for fixed shapes."""
+        more = nodes - self.size
+        if more <= 0:
+            return self
+
+        def wide(each: Tensor | None, value: int = 0) -> Tensor | None:
+            return None if each is None else torch.nn.functional.pad(each, (0, more), value=value)
+
+        vectors = None if self.vectors is None else torch.nn.functional.pad(self.vectors, (0, 0, 0, more))
+        new = {name: wide(getattr(self, name)) for name in ("tokens", "parent", "valid", "score", "source", "prompt", "drawn")}
+        return replace(self, **new, vectors=vectors, _slot=wide(self._slot, -1))
 
     def check(self, vocabulary: int) -> None:
         """Raise `UsageError` where the contents make no tree of tokens below `vocabulary`. Waits for the device: for tests,
@@ -295,6 +309,15 @@ def ancestors(parent: Tensor) -> Tensor:
     for _ in range(max(1, math.ceil(math.log2(max(2, nodes))))):
         reach = (reach @ reach).clamp(max=1)
     return reach > 0
+
+
+def path_to(node: Tensor, above: Tensor) -> Tensor:
+    """Nodes from node 0 to `node` int64 [B], int64 [B, N], -1 behind it. above: `ancestors`, bool [B, N, N]."""
+    nodes = above.shape[1]
+    line = above.gather(1, node[:, None, None].expand(-1, 1, nodes))[:, 0]
+    place = torch.where(line, above.sum(-1) - 1, nodes)
+    index = torch.arange(nodes, device=node.device).expand_as(place)
+    return index.new_full((len(node), nodes + 1), -1).scatter(1, place, index)[:, :nodes]
 
 
 def sample(probabilities: Tensor, count: int, law: Law, generator: torch.Generator | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hasten.recipe import Drafting, Pacing, Verify
@@ -100,12 +101,17 @@ class Prefill:
 class Drafter(Drafting):
     """Base of the drafters; `start()` gives the state for one call of `generate`.
 
-    needs: what of the model it reads besides logits: "hidden:-1" is the input of the last layer norm's successor (the
-    output of the whole stack), "hidden:i" what enters layer i. nodes: drafts of a row at most, node 0 not counted.
+    needs: what of the model it reads besides logits: "hidden:i" is what enters layer i, "hidden:-1" what the head reads
+    (behind the last norm). nodes: drafts of a row at most, node 0 not counted. shape: whether its proposals are chains.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    nodes: int
+    nodes: int = Field(8, ge=1)
+
+    @property
+    def shape(self) -> Literal["tree", "chain"]:
+        """"chain" where no node has two children; some verifiers take nothing else."""
+        return "tree"
 
     def start(self, facts: Facts) -> DrafterState:
         """State of one call of `generate`."""
@@ -136,7 +142,7 @@ class Target(Protocol):
         """Most probable token behind every node, int64 [B, N]."""
 
     def law(self) -> Tensor:
-        """Probabilities behind every node, float32 [B, N, V]; where tokens are not sampled, 1 for the best."""
+        """Probabilities behind every node, float32 [B, N, V], also where tokens are not sampled."""
 
 
 class Verifier(Verify):

@@ -1,0 +1,158 @@
+"""How many tokens are drafted next: budget controllers."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import ClassVar
+
+from pydantic import Field
+
+from hasten.rounds import Round
+from hasten.samplers.decode.protocols import Facts, Pace, PaceState
+
+
+class Steady(Pace):
+    """Always the same number. nodes None: as many as the drafter makes."""
+
+    kind: ClassVar[str] = "steady"
+    nodes: int | None = Field(None, ge=0)
+
+    def start(self, facts: Facts) -> PaceState:
+        return _SteadyState(self)
+
+
+class _SteadyState(PaceState):
+    def __init__(self, pace: Steady) -> None:
+        self.pace = pace
+
+    def next(self, most: int) -> int:
+        return most if self.pace.nodes is None else min(most, self.pace.nodes)
+
+
+class Average(Pace):
+    """`more` than a moving average of what was accepted; all of it for a start (the adaptive length of DiffuSpec, arXiv
+    2510.02358). share: of the last round in the average."""
+
+    kind: ClassVar[str] = "average"
+    share: float = Field(0.3, gt=0, le=1)
+    more: int = Field(2, ge=1)
+
+    def start(self, facts: Facts) -> PaceState:
+        return _AverageState(self)
+
+
+class _AverageState(PaceState):
+    def __init__(self, pace: Average) -> None:
+        self.pace = pace
+        self.accepted: float | None = None
+
+    def next(self, most: int) -> int:
+        return most if self.accepted is None else min(most, math.ceil(self.accepted) + self.pace.more)
+
+    def learn(self, done: Round) -> None:
+        drafted = [(written - 1) for nodes, written in zip(done.drafted, done.written, strict=True) if nodes]
+        if drafted:
+            last = sum(drafted) / len(drafted)
+            before = last if self.accepted is None else self.accepted
+            self.accepted = before + self.pace.share * (last - before)
+
+
+class Goodput(Pace):
+    """The number that writes most tokens per second (SmartSpec, arXiv 2406.14066), none at all included.
+
+    Expected tokens of a round with n drafts: one, and for each rank up to n how often the draft of this rank was accepted,
+    a moving average over some `memory` rounds. Its time is measured on this machine: the median of the last rounds of each
+    size, and a line through them for sizes that were not tried. Where no draft pays, one round in `probe` tries again, and
+    ever fewer (twice as many rounds in between, up to `rare`) while it keeps failing.
+
+    Differs: SmartSpec fits its times offline, and assumes one acceptance rate for all positions.
+    """
+
+    kind: ClassVar[str] = "goodput"
+    memory: int = Field(20, ge=1)
+    probe: int = Field(8, ge=2)
+    rare: int = Field(128, ge=2)
+
+    def start(self, facts: Facts) -> PaceState:
+        return GoodputState(self)
+
+
+class GoodputState(PaceState):
+    """The state of `Goodput`.
+
+    ranks: for each rank from 1, how often the draft of this rank was accepted. times: size -> seconds of the last rounds
+    in which the model read so many drafts; `drafting`: seconds of proposing.
+    """
+
+    WARM = 2
+    """Rounds without drafts at the start, for their time; the first of them is slower than others and not counted."""
+
+    def __init__(self, pace: Goodput) -> None:
+        self.pace = pace
+        self.ranks: list[float] = []
+        self.times: dict[int, deque[float]] = {}
+        self.drafting: deque[float] = deque(maxlen=9)
+        self.rounds = self.idle = self.drafted = 0
+        self.wait = pace.probe
+
+    def next(self, most: int) -> int:
+        self.rounds += 1
+        if most == 0 or self.rounds <= self.WARM:
+            return 0
+        if not self.ranks:
+            return most
+        best = max(sizes(most), key=self.goodput)
+        if best or self.idle < self.wait:
+            return best
+        self.wait = min(2 * self.wait, self.pace.rare)
+        return max(sizes(most)[1:], key=self.goodput)
+
+    def goodput(self, nodes: int) -> float:
+        """Expected tokens per second of a round with so many drafts."""
+        gain = 1 + sum(self.ranks[:nodes])
+        return gain / max(self.seconds(nodes) + (self.draft_seconds if nodes else 0.0), 1e-9)
+
+    @property
+    def draft_seconds(self) -> float:
+        return median(self.drafting) if self.drafting else 0.0
+
+    def seconds(self, nodes: int) -> float:
+        """Of the model's reading so many drafts, with the verdict and the commit. Measured, else on the line between or
+        beyond what was measured."""
+        known = {size: median(times) for size, times in self.times.items()}
+        if nodes in known or not known:
+            return known.get(nodes, 1.0)
+        below = max((size for size in known if size < nodes), default=None)
+        above = min((size for size in known if size > nodes), default=None)
+        if below is None or above is None:
+            if len(known) < 2:
+                return next(iter(known.values()))
+            low, high = min(known), max(known)
+        else:
+            low, high = below, above
+        slope = max(0.0, known[high] - known[low]) / (high - low)
+        return known[low] + slope * (nodes - low)
+
+    def learn(self, done: Round) -> None:
+        if self.rounds > 1:
+            self.times.setdefault(done.nodes, deque(maxlen=9)).append(done.verify + done.commit)
+        self.idle = 0 if done.asked else self.idle + 1
+        if not done.asked:
+            return
+        self.drafting.append(done.draft)
+        if done.written and max(done.written) > 1:
+            self.wait = self.pace.probe
+        self.drafted += 1
+        share = max(1 / self.pace.memory, 1 / (self.drafted + 2))
+        while len(self.ranks) < done.asked:
+            self.ranks.append(0.5 * self.ranks[-1] if self.ranks else 0.5)
+        for rank in range(done.asked):
+            accepted = done.ranks[rank] if rank < len(done.ranks) else 0
+            self.ranks[rank] += share * (accepted / max(1, done.rows) - self.ranks[rank])
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of drafts worth comparing: none, the powers of two, and `most`."""
+    return [0, *(1 << power for power in range(most.bit_length()) if 1 << power < most), most]

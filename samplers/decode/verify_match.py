@@ -1,0 +1,65 @@
+"""Verification by comparing: what the model would write behind a node, or has drawn there, is looked for among its children.
+
+Exact for tokens chosen in any way, because what is written never depends on what was drafted.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.samplers.decode.proposal import Proposal, path_to, sample
+from hasten.samplers.decode.protocols import Facts, Target, Verdict, Verifier, VerifierState
+
+
+class GreedyTree(Verifier):
+    """The longest path of the model's most probable tokens (SpecInfer, arXiv 2305.09781; Medusa, arXiv 2401.10774).
+
+    Token by token the text of greedy decoding. Where tokens are sampled it is `SampleMatch`.
+    """
+
+    kind: ClassVar[str] = "greedy-tree"
+
+    def start(self, facts: Facts) -> VerifierState:
+        return _MatchState()
+
+
+class SampleMatch(Verifier):
+    """Draw a token behind every node from the model's law, and follow the drafts that equal it.
+
+    As transformers does with candidates that have no law. On points it accepts as often as `MultiRound`; on drawn drafts
+    less often, because it does not use that they were drawn from something like the model's law.
+    """
+
+    kind: ClassVar[str] = "sample-match"
+
+    def start(self, facts: Facts) -> VerifierState:
+        return _MatchState()
+
+
+class _MatchState(VerifierState):
+    def verify(self, proposal: Proposal, target: Target) -> Verdict:
+        return follow(proposal, chosen(target))
+
+
+def chosen(target: Target) -> Tensor:
+    """What the model writes behind every node, int64 [B, N]: drawn, or the most probable token."""
+    return sample(target.law(), 1, "iid")[..., 0] if target.sampled else target.best()
+
+
+def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
+    """The longest path on which each node's token is the one in `tokens` int64 [B, N] of its parent."""
+    right = proposal.verified & (proposal.tokens == tokens.gather(1, proposal.parent.clamp(min=0)))
+    return longest(proposal, right, tokens)
+
+
+def longest(proposal: Proposal, right: Tensor, tokens: Tensor) -> Verdict:
+    """The longest path from node 0 through nodes that are `right` bool [B, N], and the token behind it."""
+    above = proposal.ancestors()
+    stands = right | (proposal.parent < 0)
+    alive = ~(above & ~stands[:, None, :]).any(-1)
+    depth = torch.where(alive, above.sum(-1) - 1, -1)
+    count, at = depth.max(1)
+    return Verdict(path_to(at, above), count, tokens.gather(1, at[:, None])[:, 0])
