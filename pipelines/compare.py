@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from hasten import metrics
-from hasten.errors import UsageError
+from hasten.errors import HastenError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.accelerate import accelerate
 from hasten.pipelines.generate import Prompt, Request, frames_of, plan
@@ -104,7 +105,7 @@ def compare(
 
     recipes: names, `Recipe`s or YAML paths. call: further arguments of the pipeline, such as
     `num_inference_steps=50`. repeats: how often each run is timed, in turns; its time is their median. on_sample: is given every run as soon as it is done, plain ones included.
-    The first row is the plain one. `seconds` is the median wall time of a call after a warm-up, `speedup`
+    The first row is the plain one. `seconds` is the median wall time of a call after a warm-up of its own, `speedup`
     the median of plain over accelerated for the same prompt and seed; quality is against the plain run
     with the same noise, on raw frames. Raises as `accelerate` does, and `UsageError` for arguments that
     the pipeline does not take, before anything is run.
@@ -119,7 +120,7 @@ def compare(
     todo = tuple(Prompt(text, seed, index) for index, (text, seed) in enumerate(_pairs(prompts, seeds)))
     arguments = plan(pipe, Request(todo, extra=call), limits)
     plain, scores = Score(), [Score() for _ in chosen]
-    _warm_up(pipe, todo[0], arguments)
+    _warm_up(pipe, chosen, todo[0], arguments, limits)
     for prompt in todo:
         reference = _sample(pipe, find_recipe("plain"), "plain", prompt, arguments, limits)
         plain.add(reference, reference)
@@ -152,10 +153,15 @@ def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, 
     return ((text, seed) for text in prompts for seed in seeds)
 
 
-def _warm_up(pipe: Any, prompt: Prompt, arguments: dict[str, Any]) -> None:
-    """Two steps, so that the first timed run does not pay for lazy initialisation."""
-    short = {"num_inference_steps": min(2, int(arguments.get("num_inference_steps", 2)))}
-    pipe(prompt=prompt.text, generator=torch.Generator("cpu").manual_seed(prompt.seed), **(arguments | short))
+def _warm_up(pipe: Any, recipes: Sequence[Recipe], prompt: Prompt, arguments: dict[str, Any], limits: Limits | None) -> None:
+    """Two steps plain and two with each recipe, so that no timed run pays for lazy initialisation or for shapes of its own."""
+    short = arguments | {"num_inference_steps": min(2, int(arguments.get("num_inference_steps", 2)))}
+    pipe(prompt=prompt.text, generator=torch.Generator("cpu").manual_seed(prompt.seed), **short)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two steps leave nothing to skip; what a session has to say is said of its timed run
+        for recipe in recipes:
+            with suppress(HastenError), accelerate(pipe, recipe, limits=limits):  # so is what is wrong with it
+                pipe(prompt=prompt.text, generator=torch.Generator("cpu").manual_seed(prompt.seed), **short)
 
 
 def _sample(
