@@ -56,11 +56,11 @@ REMOTE = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Remote("video", 29, 15, "Apache-2.0"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": Remote("video", 34, 24, "Apache-2.0"),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": Remote("video", 80, 40, "Apache-2.0"),
-    "black-forest-labs/FLUX.1-schnell": Remote("image", 34, 34, "Apache-2.0", "Gated: accept its terms on the hub once."),
+    "black-forest-labs/FLUX.1-schnell": Remote("image", 34, 34, "Apache-2.0", "The hub may ask you to accept its terms once."),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": Remote("image", 22, 11, "CreativeML Open RAIL++-M"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Remote("image", 5, 3, "CreativeML Open RAIL-M"),
 }
-"""Models that are known to run without code of their own. Sizes are estimates, and said to be."""
+"""Models that are known to run without code of their own. Sizes and licences are as known here, and said to be."""
 
 
 class Models:
@@ -129,20 +129,39 @@ class Models:
     def _remote(self, name: str) -> Card:
         about, ready = REMOTE[name], fetched(name) is not None
         fits, words = fit(int(about.memory * GB))
-        note = " ".join(part for part in (about.note, "" if ready else "Sizes are estimates.") if part)
+        note = " ".join(part for part in (about.note, "" if ready else "Sizes and licence are as we know them; the button asks the hub for the true size.") if part)
         return Card(name, about.kind, "remote", int(about.size * GB), int(about.memory * GB), about.licence, ready, fits, words, note)
 
 
+INDEX = ("model_index.json", "config.json")
+"""Files that make a folder a model. They are fetched last."""
+
+
+def endpoint() -> str | None:
+    """The hub's address as `HF_ENDPOINT` says it now; None for the usual one."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def cache() -> Path:
+    """Where fetched models lie, as `HF_HUB_CACHE` or `HF_HOME` say it now, else the usual folder."""
+    from huggingface_hub import constants
+
+    if named := os.environ.get("HF_HUB_CACHE"):
+        return Path(named).expanduser().absolute()
+    home = os.environ.get("HF_HOME")
+    return Path(home).expanduser().absolute() / "hub" if home else Path(constants.HF_HUB_CACHE)
+
+
 def fetched(name: str) -> Path | None:
-    """The folder of a remote model that is on this disk; None where it is not. Asks nobody."""
+    """The folder of a remote model that is on this disk; None where it is not, or not as a whole. Asks nobody."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, local_files_only=True, cache_dir=cache()))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-    return folder if (folder / "model_index.json").is_file() or (folder / "config.json").is_file() else None
+    return folder if any((folder / index).is_file() for index in INDEX) else None
 
 
 def is_offline(place: Place) -> bool:

@@ -53,7 +53,7 @@ def facts(rows: Sequence[tuple[str, str]], name: str) -> str:
 
 def model_words(card: Mapping[str, Any]) -> str:
     """What a picker says of a model: where it is, its licence, whether it fits."""
-    size = f"{card['bytes'] / 1e9:.1f} GB" if card["bytes"] >= 1e8 else f"{card['bytes'] / 1e6:.1f} MB"
+    size = f"{card['bytes'] / 1e9:.{0 if card['where'] == 'remote' else 1}f} GB" if card["bytes"] >= 1e8 else f"{card['bytes'] / 1e6:.1f} MB"
     where = {"bundled": "Comes with hasten", "folder": "In your models folder"}.get(card["where"], "On this disk" if card["ready"] else "Not on this disk")
     parts = [f"{where}, {'about ' if card['where'] == 'remote' else ''}{size}.", f"Licence: {card['licence']}." if card["licence"] else "", str(card["fit"])]
     if card["where"] == "remote":
