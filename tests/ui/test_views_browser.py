@@ -235,6 +235,32 @@ def test_a_text_fills_in_step_by_step(page: Any) -> None:
     assert PROMPT in page.locator(".hv-words").inner_text()
 
 
+def test_a_text_is_watched_again_and_stops_at_a_touch(page: Any) -> None:
+    slider = page.get_by_role("slider", name="Step")
+    page.get_by_role("button", name="Watch it being written").click()
+    page.wait_for_function("0 < document.querySelector('[data-keep=canvas-step]').value && document.querySelectorAll('.hv-words .hv-masked').length")
+    slider.press("Home")
+    page.wait_for_timeout(600)
+    assert slider.input_value() == "0", "who moves it is not fought with"
+    page.get_by_role("button", name="Watch it being written").click()
+    page.wait_for_function("document.querySelector('[data-keep=canvas-step]').value === '10'")
+    assert page.locator(".hv-words .hv-masked").count() == 0
+
+
+def test_a_text_that_grows_is_shown_to_its_end(page: Any) -> None:
+    """A slider at its end follows it; one that was moved stays."""
+    tokens = [{"text": f"w{at}", "step": at} for at in range(6)]
+    short, long = canvas({"tokens": tokens[:2]}), canvas({"tokens": tokens})
+    page.evaluate("document.body.append(Object.assign(document.createElement('div'), {id: 'slot'}))")
+    put = "html => hastenViews.replace(document.getElementById('slot'), html)"
+    page.evaluate(put, short)
+    page.evaluate(put, long)
+    assert page.locator("#slot .hv-words .hv-masked").count() == 0
+    page.locator("#slot").get_by_role("slider", name="Step").fill("3")
+    page.evaluate(put, long.replace("Written", "Told"))
+    assert page.locator("#slot .hv-words .hv-masked").count() == 3
+
+
 def test_the_gallery_filters_by_words(page: Any) -> None:
     page.get_by_role("searchbox").fill("MOVING sev")
     assert page.locator(".hv-results li:visible").count() == 1 and page.locator('[data-part="count"]').inner_text() == "1 result"

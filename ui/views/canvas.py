@@ -12,7 +12,8 @@ def canvas(about: Mapping[str, Any]) -> str:
     """HTML of one text.
 
     about: `tokens` ([{"text", "step"}]; step counts from 0, None or negative where it is still masked; `given`: true for the
-    prompt) and `steps` (default: as many as there were). The slider shows the text as it stood after each step.
+    prompt), `steps` (default: as many as there were) and `play` (true: it is shown being written, once). The slider and its button
+    show the text as it stood after each step.
     """
     tokens: Sequence[Mapping[str, Any]] = about.get("tokens") or ()
     if not tokens:
@@ -25,11 +26,12 @@ def canvas(about: Mapping[str, Any]) -> str:
         f'<output class="hv-number" data-part="said">{len(revealed)} of {sum(not t.get("given") for t in tokens)} tokens</output></div>'
         f'<p class="hv-words">{words}</p>'
         f'<div class="hv-row hv-time"><span class="hv-number">step</span><input type="range" class="hv-range" data-keep="canvas-step" min="0" max="{steps}"'
-        f' step="1" value="{steps}" aria-label="Step"><output class="hv-number" data-part="step">{steps} / {steps}</output></div>'
-        '<p class="hv-scale" aria-hidden="true"><span>first step</span><i class="hv-order"></i><span>last step</span>'
-        '<b class="hv-token hv-masked">mask</b><span>still masked</span></p>'
+        f' step="1" value="{steps}" aria-label="Step"><output class="hv-number" data-part="step">{steps} / {steps}</output>'
+        '<button type="button" class="hv-button" data-replay>Watch it being written</button></div>'
+        f'<p class="hv-scale" aria-hidden="true"><span>step 1</span><i class="hv-order"></i><span>step {steps}</span>'
+        '<b class="hv-token hv-masked">mask</b><span>not yet</span><b class="hv-given">grey</b><span>your prompt</span></p>'
     )
-    return view("canvas", "Text, coloured by step", inner, steps=str(steps))
+    return view("canvas", "Text, coloured by step", inner, steps=str(steps), play="once" if about.get("play") else None)
 
 
 def _step(token: Mapping[str, Any]) -> int | None:

@@ -16,8 +16,8 @@ from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.canvas import canvas
 from hasten.ui.views.component import shown
 
-PROMPT = "sort: i p m d n k j . ="
-"""Of the bundled model: a few steps, in an order that is worth looking at."""
+PROMPT = "shuffle: j m n c g e b i ="
+"""Of the bundled model, which sorts at once. Here many answers are right, so it decides token by token, and in no order."""
 
 
 class TextTab:
@@ -95,11 +95,11 @@ class TextTab:
         return {self.canvas: canvas({"tokens": tokens, "title": "Writing"}), self.facts: "", self.text: gr.update(visible=False)} if tokens else {}
 
     def over(self, job: Job) -> Updates:
-        return self.shown(self.shelf.result(job.result["output"]))
+        return self.shown(self.shelf.result(job.result["output"]), fresh=True)
 
-    def shown(self, found: dict[str, Any]) -> Updates:
-        """A text, also one of the history."""
+    def shown(self, found: dict[str, Any], fresh: bool = False) -> Updates:
+        """A text, also one of the history. fresh: it is shown being written, for it may have been quicker than the eye."""
         return {
-            self.canvas: canvas({"tokens": found["tokens"], "steps": int(found["row"].get("nfe") or 0)}), self.facts: generated(found),
+            self.canvas: canvas({"tokens": found["tokens"], "steps": int(found["row"].get("nfe") or 0), "play": fresh}), self.facts: generated(found),
             self.text: gr.update(value=found["text"], visible=True),
         }  # fmt: skip

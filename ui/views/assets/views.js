@@ -51,17 +51,21 @@
     }
   }
 
+  // A slider that stood at its end stands at the end of what has grown since.
+  const atEnd = (each) => each.type === "range" && each.value === each.max;
+
   function keep(slot) {
     const open = [...slot.querySelectorAll("details")].map((each) => each.open);
     const left = [...slot.querySelectorAll(".hv-scroll")].map((each) => each.scrollLeft);
-    const typed = new Map([...slot.querySelectorAll("[data-keep]")].map((each) => [each.dataset.keep, [each.value, each.checked]]));
+    const typed = new Map([...slot.querySelectorAll("[data-keep]")].map((each) => [each.dataset.keep, [atEnd(each) ? null : each.value, each.checked]]));
     const focus = slot.contains(document.activeElement) ? document.activeElement.dataset.keep : null;
     return () => {
       slot.querySelectorAll("details").forEach((each, at) => (each.open = open[at] ?? each.open));
       slot.querySelectorAll(".hv-scroll").forEach((each, at) => (each.scrollLeft = left[at] ?? 0));
       for (const each of slot.querySelectorAll("[data-keep]")) {
         if (!typed.has(each.dataset.keep)) continue;
-        [each.value, each.checked] = typed.get(each.dataset.keep);
+        const [value, checked] = typed.get(each.dataset.keep);
+        [each.value, each.checked] = [value ?? each.max, checked];
         each.dispatchEvent(new Event("input", { bubbles: true }));
         if (each.dataset.keep === focus) each.focus();
       }
