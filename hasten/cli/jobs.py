@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,8 +17,9 @@ from hasten.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from hasten.ui.engine import Engine, Job
+    from hasten.ui.engine.jobs import Where
 
-app = typer.Typer(no_args_is_help=True, help="The queue behind `hasten ui`: list, submit, cancel, retry, remove, run.")
+app = typer.Typer(no_args_is_help=True, help="The queue behind `hasten ui`: list, submit, move, pause, resume, cancel, retry, remove, run.")
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Of a job, as `hasten jobs list` shows it.")]
 Models = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Models of your own, as for `hasten ui`.")]
 
@@ -43,6 +44,8 @@ def list_(
         known = get_args(State)
         if state is not None and state not in known:
             raise UsageError(f"--state {state}: allowed are {', '.join(known)}.")
+        if engine.jobs.paused:
+            output.say("The queue is paused; hasten jobs resume lets it go on.")
         rows = [row_of(job) for job in engine.jobs.list(limit, (state,) if state else known)]
         if rows:
             output.table(rows, COLUMNS)
@@ -97,11 +100,39 @@ def remove(job: JobId, home: Home = None, json: JsonOption = None) -> None:
         output.finish([])
 
 
+@app.command("pause")
+def pause(home: Home = None, json: JsonOption = None) -> None:
+    """Begin nothing more, in whatever process, until `resume`; what runs goes on."""
+    with _queue("jobs pause", home, json) as (output, engine):
+        engine.pause()
+        output.say(f"The queue is paused; {len(engine.jobs.queue())} jobs wait.")
+        output.finish([row_of(job) for job in engine.jobs.queue()])
+
+
+@app.command("resume")
+def resume(home: Home = None, json: JsonOption = None) -> None:
+    """Go on with what waits."""
+    with _queue("jobs resume", home, json) as (output, engine):
+        engine.resume()
+        output.say(f"The queue goes on; {len(engine.jobs.queue())} jobs wait.")
+        output.finish([row_of(job) for job in engine.jobs.queue()])
+
+
+@app.command("move")
+def move(job: JobId, to: Annotated[str, typer.Argument(metavar="WHERE", help="first, up, down or last.")], home: Home = None, json: JsonOption = None) -> None:
+    """Another turn for a job that waits."""
+    with _queue("jobs move", home, json) as (output, engine):
+        engine.move(job, cast("Where", to))
+        rows = [row_of(found) for found in engine.jobs.queue()]
+        output.table(rows, COLUMNS)
+        output.finish(rows)
+
+
 @app.command("run")
 def run(home: Home = None, models: Models = None, json: JsonOption = None) -> None:
     """Work on the queue until nothing waits, without a page."""
     with _queue("jobs run", home, json, models) as (output, engine):
-        waiting = [job.id for job in reversed(engine.jobs.list(engine.limits.max_queue, ("queued", "running")))]
+        waiting = [job.id for job in (*engine.jobs.list(1, ("running",)), *engine.jobs.queue())]
         done = _done(output, engine, waiting)
         output.finish([row_of(job) for job in done])
 
@@ -139,6 +170,8 @@ def _done(output: Output, engine: Engine, jobs: list[str]) -> list[Job]:
         engine.start()
         for job in jobs:
             while not (found := engine.job(job)).over:
+                if found.state == "queued" and engine.jobs.paused:
+                    raise RefusedError(f"The queue is paused, and job {job} waits in it. hasten jobs resume lets it go on.")
                 if ended.wait(0.2):
                     engine.stop()
                     raise KeyboardInterrupt

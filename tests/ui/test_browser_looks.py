@@ -54,6 +54,9 @@ def test_axe_finds_nothing_serious_of_ours(browser: Any, served: Page, scheme: s
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_tab_fits_a_phone(browser: Any, served: Page, scheme: str) -> None:
     with visit(browser, served.url, viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True) as tab:
+        row = [tab.get_by_role("tab", name=name, exact=True).bounding_box() for name in TABS]
+        assert len({box["y"] for box in row}) == 1, "all in one row"
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] >= 32 for box in row)
         for name in TABS:
             show(tab, name)
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390, name

@@ -208,3 +208,55 @@ def test_a_broken_or_newer_table_is_said(tmp_path: Path) -> None:
         opened.execute("PRAGMA user_version = 99")
     with pytest.raises(OutputError, match="newer hasten"):
         Database(newer)
+
+
+# --- turns and pauses ---------------------------------------------------------------------------------------
+
+
+def test_a_waiting_job_is_moved_and_the_order_survives_a_restart(jobs: Jobs, database: Database, lease: Lease) -> None:
+    running, one, two, three = (jobs.submit(ASKED).id for _ in range(4))
+    assert jobs.start(lease.holder).id == running  # type: ignore[union-attr]
+
+    def order() -> list[str]:
+        return [job.id for job in Jobs(Database(database.file)).queue()]
+
+    for moved, to, after in (
+        (three, "first", [three, one, two]), (one, "down", [three, two, one]), (one, "up", [three, one, two]), (three, "up", [three, one, two]),
+        (two, "down", [three, one, two]), (three, "last", [one, two, three]),
+    ):  # fmt: skip
+        jobs.move(moved, to)  # type: ignore[arg-type]
+        assert order() == after
+    assert jobs.ahead(three) == 3, "what runs is before all that wait"
+    newest = jobs.submit(ASKED).id
+    assert order()[-1] == newest and jobs.list(1)[0].id == newest, "a later one stands behind what was moved"
+    assert [jobs.start(lease.holder).id for _ in range(4)] == [one, two, three, newest]  # type: ignore[union-attr]
+    for wrong, to in ((running, "first"), ("0" * 16, "up"), (one, "aside")):
+        with pytest.raises(UsageError):
+            jobs.move(wrong, to)  # type: ignore[arg-type]
+
+
+def test_a_paused_queue_begins_nothing_in_any_process_until_it_goes_on(jobs: Jobs, database: Database, lease: Lease) -> None:
+    jobs.pause()
+    jobs.pause()
+    name = jobs.submit(ASKED).id
+    others = Jobs(Database(database.file))
+    assert others.paused and not others.waiting() and others.start(lease.holder) is None
+    others.resume()
+    assert not jobs.paused and jobs.waiting() and jobs.start(lease.holder).id == name  # type: ignore[union-attr]
+
+
+def test_an_engine_does_its_jobs_in_the_new_order_and_stays_paused(tmp_path: Path) -> None:
+    with Engine(tmp_path) as engine:
+        engine.pause()
+        asked = {"kind": "generate", "model": "tiny-image", "prompt": "a three", "steps": 3, "recipe": "plain", "preview": False}
+        first, second = (engine.submit(asked).id for _ in range(2))
+        time.sleep(1.0)
+        assert [engine.snapshot(job).note for job in (first, second)] == ["the queue is paused", "1 before it, the queue is paused"]
+        engine.move(second, "first")
+        engine.resume()
+        began = [engine.wait(job).began or 0.0 for job in (second, first)]
+        assert began == sorted(began)
+        engine.pause()
+    again = Engine(tmp_path)
+    assert again.jobs.paused
+    again.close()

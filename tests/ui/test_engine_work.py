@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,7 +18,9 @@ import torch
 import hasten
 from hasten.errors import ModelError
 from hasten.pipelines.generate import frames_of
-from hasten.ui.engine import Engine, Snapshot, read
+from hasten.ui.engine import Engine, RequestError, Snapshot, read
+from hasten.ui.page.results import compared
+from hasten.ui.page.tabs.text import PROMPT
 from tests.ui.engines import IMAGE, TEXT, VIDEO, done, until
 
 
@@ -110,6 +113,24 @@ def test_comparisons_keep_every_run(engine: Engine) -> None:
         assert json.loads(engine.outputs.file(job.result["output"], run["trace"]).read_text())["events"]
 
 
+def test_every_run_of_a_comparison_is_warm_and_timed_as_often_as_asked(engine: Engine) -> None:
+    done(engine, IMAGE)
+    network, counted = engine._worker._desk._warm["tiny-image", None].transformer, [0]
+
+    def count(*_: Any) -> None:
+        counted[0] += 1
+
+    with network.register_forward_pre_hook(count):
+        job = done(engine, {"kind": "compare", "model": "tiny-image", "prompt": "a three", "steps": 4, "recipes": ["fastest"], "repeats": 3})
+    plain, floor, student, warm = 3 * 4, 4, 3 * 1, 2 + 1
+    assert counted[0] == plain + floor + student + warm, "two steps of the plain run and the student's own call come before the clock"
+    found = job.result | {"request": job.asked}
+    assert job.result["repeats"] == 3 and "timed 3 times after a warm-up" in compared(found, "a three")
+    assert "timed once" in compared(found | {"repeats": 1}, "a three")
+    with pytest.raises(RequestError, match="repeats"):
+        engine.submit(job.asked | {"repeats": 0})
+
+
 def test_texts_say_which_step_revealed_each_token(engine: Engine) -> None:
     job = done(engine, TEXT)
     tokens, row = job.result["tokens"], job.result["row"]
@@ -118,6 +139,12 @@ def test_texts_say_which_step_revealed_each_token(engine: Engine) -> None:
     assert given and all(token["step"] is None for token in given)
     assert len(steps) == row["tokens"] and set(steps) == set(range(row["nfe"]))
     assert "d i j k m n p" in job.result["text"]
+
+
+def test_the_prompt_that_the_page_begins_with_fills_its_canvas_in_several_steps(engine: Engine) -> None:
+    job = done(engine, {"kind": "text", "model": "tiny-dllm", "prompt": PROMPT})
+    steps = [token["step"] for token in job.result["tokens"] if not token["given"]]
+    assert len(set(steps)) >= 6 and steps != sorted(steps), "several, and not from left to right"
 
 
 def test_canvases_are_seen_while_a_text_is_written(engine: Engine) -> None:

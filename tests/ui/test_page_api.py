@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,29 +13,20 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from hasten.ui.engine import ENDED, Engine
-from hasten.ui.page import build, launch_options
+from tests.ui.pages import launched
+from tests.ui.students import trained
 
 SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left", "recipes": ["balanced"], "steps": 4}
 """In place of the first comparison, which takes longer."""
 
-ENDPOINTS = {"/generate", "/compare", "/text", "/tune", "/status", "/result", "/cancel"}
+ENDPOINTS = {"/generate", "/compare", "/text", "/tune", "/status", "/result", "/cancel", "/queue", "/pause", "/resume", "/move"}
 PATIENT = 240.0
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, str]]:
-    """An engine with one comparison in its queue, and the address of its page."""
-    keep = pytest.MonkeyPatch()
-    keep.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    keep.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-    keep.chdir(tmp_path_factory.mktemp("empty"))
-    with Engine(tmp_path_factory.mktemp("home")) as engine:
-        engine.submit(SMALL)
-        page = build(engine)
-        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, **launch_options(engine))
-        yield engine, url
-        page.close(verbose=False)
-    keep.undo()
+    with launched(tmp_path_factory, SMALL) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +83,27 @@ def test_a_text_says_which_step_wrote_each_token(client: Client) -> None:
     told, _ = client.predict(job, api_name="/result")
     written = [token for token in told["result"]["tokens"] if not token["given"]]
     assert written and all(token["step"] is not None for token in written)
+
+
+def test_a_student_that_was_trained_here_draws_in_one_call_and_the_report_says_so(client: Client, served: tuple[Engine, str]) -> None:
+    recipe = trained(served[0])
+    job = client.predict(prompt="a three", model="tiny-image", recipe=recipe, api_name="/generate")
+    assert over(client, job)["state"] == "done"
+    told, files = client.predict(job, api_name="/result")
+    trace = json.loads(next(Path(file) for file in files if file.endswith("trace.json")).read_text())
+    assert told["result"]["row"]["nfe"] == trace["nfe"] == 1 < told["result"]["usual_steps"]
+
+
+def test_the_queue_is_paused_put_in_another_order_and_goes_on(client: Client) -> None:
+    assert client.predict(api_name="/pause")["paused"]
+    first, second = (client.predict(prompt="a three", model="tiny-image", steps=3, recipe="plain", api_name="/generate") for _ in range(2))
+    assert client.predict(job=second, to="first", api_name="/move") == {"paused": True, "waiting": [second, first]}
+    with pytest.raises(AppError, match="cannot be moved 'aside'"):
+        client.predict(job=second, to="aside", api_name="/move")
+    assert client.predict(job=first, api_name="/status")["note"] == "1 before it, the queue is paused"
+    assert not client.predict(api_name="/resume")["paused"]
+    assert {over(client, job)["state"] for job in (first, second)} == {"done"}
+    assert client.predict(api_name="/queue") == {"paused": False, "waiting": []}
 
 
 def test_a_study_is_started_and_stopped(client: Client) -> None:

@@ -2,75 +2,42 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from hasten.ui.engine import Engine
-from hasten.ui.page import build, launch_options
+from tests.ui.browsers import MARKS, PATIENT, chromium, opened, show, visit
+from tests.ui.browsers import sync_api as found_sync_api
+from tests.ui.pages import launched
+from tests.ui.students import trained
 
-CHROMIUM = shutil.which("chromium")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium"),
-]
+sync_api = found_sync_api()
+pytestmark = MARKS
 
 SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left", "recipes": ["balanced", "fast:student=false"], "steps": 6}
-PATIENT = 120_000
-"""Milliseconds, on a machine that is busy with other tests."""
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, str]]:
     """An engine with one comparison that is done, and the address of its page."""
-    keep = pytest.MonkeyPatch()
-    keep.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    keep.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-    keep.chdir(tmp_path_factory.mktemp("empty"))
-    with Engine(tmp_path_factory.mktemp("home")) as engine:
-        assert engine.wait(engine.submit(SMALL).id).state == "done"
-        page = build(engine)
-        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, **launch_options(engine))
+    with launched(tmp_path_factory, SMALL) as (engine, url):
+        assert engine.wait(engine.jobs.list(1)[0].id).state == "done"
         yield engine, url
-        page.close(verbose=False)
-    keep.undo()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        started = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
 def tab(browser: Any, served: tuple[Engine, str]) -> Iterator[Any]:
     """A page in a browser of its own, which must not complain."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(PATIENT)
-    wrong: list[str] = []
-    page = opened(context, served[1])
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    yield page
-    context.close()
-    assert not wrong
-
-
-def opened(context: Any, url: str) -> Any:
-    """A page whose first jobs are found again."""
-    page = context.new_page()
-    page.goto(url)
-    page.locator("#compare-player video").first.wait_for(timeout=PATIENT)
-    return page
-
-
-def show(page: Any, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-    page.locator("button.go:visible").wait_for()
+    with visit(browser, served[1].rstrip("/")) as page:
+        yield page
 
 
 def expect(locator: Any) -> Any:
@@ -146,7 +113,8 @@ def test_a_reload_and_a_second_tab_find_the_run_again(tab: Any, served: tuple[En
     expect(tab.locator("button.halt:visible")).to_be_enabled(timeout=PATIENT)
     job = served[0].jobs.list(1)[0].id
     tab.reload()
-    second = opened(tab.context, served[1])
+    second = tab.context.new_page()
+    opened(second, served[1].rstrip("/"))
     for page in (tab, second):
         show(page, "Generate")
         expect(page.locator("#generate-result video")).to_be_visible(timeout=2 * PATIENT)
@@ -154,9 +122,40 @@ def test_a_reload_and_a_second_tab_find_the_run_again(tab: Any, served: tuple[En
     assert [each.id for each in served[0].jobs.list(5, kinds=["generate"])].count(job) == 1
 
 
+def test_a_finished_training_draws_in_generate_by_one_click(tab: Any, served: tuple[Engine, str]) -> None:
+    trained(served[0])
+    show(tab, "History")
+    tab.get_by_role("button", name="Train: pairs").or_(tab.locator("#history-gallery button", has_text="Train")).first.click()
+    tab.get_by_role("button", name="Open", exact=True).click()
+    expect(tab.get_by_text("The student is ready")).to_be_visible()
+    tab.get_by_role("button", name="Use the student in Generate").click()
+    expect(tab.locator("#generate-result img")).to_be_visible(timeout=PATIENT)
+    facts = tab.locator(".hv-facts:visible")
+    expect(facts).to_contain_text("1 instead of")
+    expect(tab.locator("#generate-recipe input")).to_have_value(re.compile("Your student|trained:"))
+    job = served[0].jobs.list(1)[0]
+    assert job.result["row"]["nfe"] == 1 and job.asked["recipe"].startswith("trained:")
+
+
+def test_the_queue_is_paused_and_put_in_another_order(tab: Any, served: tuple[Engine, str]) -> None:
+    engine = served[0]
+    show(tab, "History")
+    tab.locator("#history-pause").click()
+    expect(tab.locator("#history-pause")).to_have_text("Go on with the queue")
+    asked = {"kind": "generate", "model": "tiny-image", "steps": 3, "recipe": "plain", "preview": False}
+    first, second = (engine.submit(asked | {"prompt": prompt}).id for prompt in ("a one", "a two"))
+    tab.get_by_role("button", name="Look again").click()
+    tab.locator("#history-queue").get_by_role("button", name="Generate: a two").click()
+    tab.get_by_role("button", name="First", exact=True).click()
+    expect(tab.locator("#history-queue .hv-is-queued button")).to_have_text(["Generate: a two", "Generate: a one"])
+    assert [job.id for job in engine.jobs.queue()] == [second, first]
+    expect(tab.locator(".hp-line")).to_contain_text("2 waiting · the queue is paused")
+    tab.locator("#history-pause").click()
+    expect(tab.locator("#history-pause")).to_have_text("Pause the queue")
+    assert engine.wait(first).state == "done"
+
+
 def test_it_fits_a_phone(browser: Any, served: tuple[Engine, str]) -> None:
-    context = browser.new_context(viewport={"width": 390, "height": 844})
-    page = opened(context, served[1])
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    expect(page.locator("button.go:visible")).to_be_visible()
-    context.close()
+    with visit(browser, served[1].rstrip("/"), viewport={"width": 390, "height": 844}) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        expect(page.locator("button.go:visible")).to_be_visible()

@@ -35,7 +35,7 @@ ASKED: list[dict[str, Any]] = [
     {"kind": "generate", "model": "tiny-video", "prompt": EVIL, "seed": 7, "steps": 12, "guidance": 2.5, "recipe": "easycache:limit=0.1"},
     {"kind": "generate", "model": "tiny-image", "prompt": "a three", "recipe": "\n", "preview": False},
     {"kind": "compare", "model": "tiny-video", "prompt": "a seven", "recipes": ["balanced", "fastest"], "frames": 9, "negative": "blur"},
-    {"kind": "compare", "model": "tiny-image", "prompt": "a seven", "recipes": ["fast:student=false"]},
+    {"kind": "compare", "model": "tiny-image", "prompt": "a seven", "recipes": ["fast:student=false"], "repeats": 3, "decoding": "tiles"},
     {"kind": "text", "model": "tiny-dllm", "prompt": "sort: b a =", "length": 12, "recipe": "text-fast"},
     {"kind": "tune", "model": "tiny-video", "prompts": ["a", "b", "c", "d"], "budget": "psnr>=34", "seconds": 33.0, "steps": 10},
     {"kind": "train", "method": "pairs", "model": "tiny-image", "prompts": ["a three"], "minutes": 2.0, "settings": {"train.steps": 5, "train.lr": 0.001}},
@@ -67,11 +67,11 @@ def asks(tab: Any, updates: dict[Any, Any]) -> dict[str, Any]:
     if isinstance(tab, GenerateTab):
         inputs = [tab.recipe, tab.edited, *tab.settings.inputs]
     elif isinstance(tab, CompareTab):
-        inputs = [tab.speed.slider, tab.more, *tab.settings.inputs]
+        inputs = [tab.speed.slider, tab.more, tab.repeats, *tab.settings.inputs]
     elif isinstance(tab, TextTab):
         inputs = [tab.picker.model, tab.prompt, tab.recipe, tab.length, tab.seed]
     elif isinstance(tab, TuneTab):
-        inputs = [tab.picker.model, tab.prompts, tab.budget, tab.seconds, tab.steps]
+        inputs = [tab.picker.model, tab.prompts, tab.budget, tab.seconds, tab.steps, tab.students]
     else:
         inputs = [tab.picker.model, tab.method, tab.prompts, tab.minutes, *tab._settings]
     found: dict[str, Any] = tab.request(*(value(component) for component in inputs))
@@ -251,7 +251,7 @@ def test_what_a_failed_job_may_be_tried_with_becomes_buttons(engine: Engine, tab
         table.execute("UPDATE jobs SET state = 'failed', error = ? WHERE id = ?", (_json(trouble.to_dict()), job.id))
     updates = watch.updates(job.id, engine.snapshot(job.id))
     labels = [updates[button].get("value") for button in watch.remedies]
-    assert labels[0] == "Without previews" and labels[1].endswith("frames instead of 33")
+    assert labels[:2] == ["Without previews", "Decoded in tiles"] and labels[2].endswith("frames instead of 33")
     assert updates[watch.row]["visible"] and "Memory ran out while decoding" in updates[watch.progress]["value"]
     for asked in updates[watch.asked]:
         read(asked)
@@ -267,7 +267,8 @@ def test_an_interrupted_job_may_be_tried_again(engine: Engine) -> None:
     job = engine.submit(ASKED[4])
     with engine._database.transaction() as table:
         table.execute("UPDATE jobs SET state = 'interrupted' WHERE id = ?", (job.id,))
-    sentence, remedies = failure(engine.job(job.id))
+    remedies = engine.remedies(engine.job(job.id))
+    sentence = failure(engine.job(job.id), remedies)
     assert "ended in the middle" in sentence and [remedy["label"] for remedy in remedies] == ["Try again"]
     assert read(remedies[0]["request"]) == job.request
 
@@ -356,7 +357,7 @@ def test_the_first_comparison_is_asked_for_once(tmp_path: Path) -> None:
 def test_a_page_is_built_and_its_browser_memory_outlives_a_restart(engine: Engine) -> None:
     page = build(engine)
     names = {each.api_name for each in page.fns.values() if each.api_visibility == "public"}
-    assert names == {"generate", "compare", "text", "tune", "status", "result", "cancel"}
+    assert names == {"generate", "compare", "text", "tune", "status", "result", "cancel", "queue", "pause", "resume", "move"}
     file = engine.place.folder / "page.secret"
     assert _secret(file) == _secret(file) and stat.S_IMODE(file.stat().st_mode) == 0o600
 

@@ -113,6 +113,15 @@ def test_jobs_from_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [(row["id"], row["state"]) for row in rows("run")] == [(again["id"], "done")]
     assert [row["id"] for row in rows("list")] == [again["id"], first["id"]]
     assert [row["id"] for row in rows("list", "--state", "cancelled")] == [first["id"]]
+    assert rows("pause") == []
+    waiting = [str(rows("submit", str(file))[0]["id"]) for _ in range(2)]
+    assert [row["id"] for row in rows("move", waiting[1], "first")] == waiting[::-1]
+    assert main(["jobs", "run", *home]) == 1 and "The queue is paused" in capsys.readouterr().err
+    assert [row["id"] for row in rows("resume")] == waiting[::-1]
+    assert main(["jobs", "move", waiting[0], "aside", *home]) == 2 and "first, up, down, last" in capsys.readouterr().err
+    for job in waiting:
+        rows("cancel", job)
+        rows("remove", job)
     rows("remove", str(first["id"]))
     assert [row["id"] for row in rows("list")] == [again["id"]]
     assert main(["jobs", "list", *home]) == 0

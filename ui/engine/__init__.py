@@ -11,7 +11,8 @@
 (`generate`, `compare`, `text`, `tune`, `train`, `download`), strict, without paths. `recipes`: recipes by name or YAML text.
 `models`: models and LoRAs by id. `jobs`, `lease`: the queue in SQLite and who may work on it, shared by processes. `snapshot`:
 where a job stands, and following it. `worker`: a thread for the bundled models, a spawned process for others. `cancel`:
-stopping within one block of work. `work`: what each kind of job does. `preview`: pictures of latents. `outputs`: results by id,
+stopping within one block of work. `work`: what each kind of job does. `preview`: pictures of latents. `latents`: what was denoised,
+kept until its picture is whole. `standing`: where a job stands by its row. `outputs`: results by id,
 and settings back from their files. `trouble`: failures in words, with remedies. `export`: requests as Python and YAML.
 
 Every id that a page sends back (job, output, file, model, LoRA, preview) is looked up, never joined to a path.

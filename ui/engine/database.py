@@ -1,4 +1,4 @@
-"""One SQLite file for all processes: jobs and the lease. Opened by each, written in short transactions."""
+"""One SQLite file for all processes: jobs, the lease, and whether the queue is paused. Opened by each, written in short transactions."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, place);
 CREATE TABLE IF NOT EXISTS lease (
   only INTEGER PRIMARY KEY CHECK (only = 1), holder TEXT NOT NULL, pid INTEGER NOT NULL, born REAL NOT NULL, machine TEXT NOT NULL,
   beat REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS pause (only INTEGER PRIMARY KEY CHECK (only = 1));
 """
 
 

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from hasten.errors import OutputError, UsageError
-from hasten.ui.engine import export, preview, restore
+from hasten.ui.engine import export, latents, preview, restore
 from hasten.ui.engine.cancel import Cancelled
 from hasten.ui.engine.database import Database
-from hasten.ui.engine.jobs import Job, Jobs, State
+from hasten.ui.engine.jobs import Job, Jobs, State, Where
 from hasten.ui.engine.lease import BEAT, Lease
 from hasten.ui.engine.limits import Limits
 from hasten.ui.engine.models import Models
@@ -21,7 +21,8 @@ from hasten.ui.engine.outputs import Outputs
 from hasten.ui.engine.place import Place, usual_home
 from hasten.ui.engine.request import Request, read
 from hasten.ui.engine.snapshot import Board, Snapshot
-from hasten.ui.engine.trouble import Trouble
+from hasten.ui.engine.standing import of_row
+from hasten.ui.engine.trouble import Trouble, tried
 from hasten.ui.engine.worker import Failed, Worker
 
 WRITTEN = 0.5
@@ -119,6 +120,22 @@ class Engine:
         self._board.wake()
         return found
 
+    def move(self, job: str, to: Where) -> None:
+        """Another turn for a job that waits: first, up, down or last. Raises `UsageError` for one that does not wait."""
+        self.jobs.move(job, to)
+        self._board.wake()
+
+    def pause(self) -> None:
+        """Begin nothing more, in whatever process, until `resume`, also after a restart. What runs goes on."""
+        self.jobs.pause()
+        self._board.wake()
+
+    def resume(self) -> None:
+        """Go on with what waits."""
+        self.jobs.resume()
+        self._wake.set()
+        self._board.wake()
+
     def retry(self, job: str) -> Job:
         """The same again, as a new job."""
         found = self.jobs.retry(job)
@@ -128,6 +145,15 @@ class Engine:
     def remove(self, job: str) -> None:
         """Forget a job that does not run. Its results stay."""
         self.jobs.remove(job)
+        latents.remove(self.place, job)
+
+    def remedies(self, job: Job) -> list[dict[str, Any]]:
+        """What one click would try of a job that gave nothing: [{"label", "request"}]. Where it had denoised all, what is tried
+        first is to decode that again."""
+        if job.state not in ("failed", "interrupted"):
+            return []
+        full = job.error.get("kind") in ("memory", "crash", None)  # a system that is full ends processes without a word
+        return [*latents.remedies(self.place, job.id, job.asked, full), *tried(job.asked, job.error)]
 
     def follow(self, job: str) -> Iterator[Snapshot]:
         """Where the job stands, the newest each time, until it is over; the last has its final state. A slow reader misses
@@ -138,7 +164,7 @@ class Engine:
             if found is None:
                 stopped = self._ended.is_set() and self._running is None  # nobody here will say more
                 row = self.jobs.get(job)
-                found = self._of_row(row)
+                found = of_row(self.jobs, row)
                 if row.over or stopped:
                     yield found
                     return
@@ -160,7 +186,7 @@ class Engine:
 
     def snapshot(self, job: str) -> Snapshot:
         """Where it stands now."""
-        return self._board.get(job) or self._of_row(self.jobs.get(job))
+        return self._board.get(job) or of_row(self.jobs, self.jobs.get(job))
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -207,6 +233,7 @@ class Engine:
                 while not self._ended.is_set() and self.jobs.waiting() and self._lease.take():
                     if not self._holds:
                         self.outputs.sweep()  # only a holder makes results, so these are of one that was killed
+                        latents.sweep(self.place)
                     self._holds = True
                     job = self.jobs.start(self._lease.holder)
                     if job is not None:
@@ -275,20 +302,10 @@ class Engine:
         if last is not None:
             self.jobs.progress(job.id, last.to_dict())
         self.jobs.finish(job.id, self._lease.holder, state, result, error)
+        if state in ("done", "cancelled"):
+            latents.remove(self.place, job.id)
+        if state == "done" and job.asked.get("latents"):
+            latents.remove(self.place, job.asked["latents"])
         preview.remove(self.place, job.id)
         self._running = None
         self._board.drop(job.id)
-
-    def _of_row(self, row: Job) -> Snapshot:
-        """What a row says, for jobs that wait, are over, or run in another process."""
-        found = Snapshot.of({"job": row.id, **row.snapshot})
-        if row.state == "queued":
-            ahead = self.jobs.ahead(row.id)
-            return Snapshot(row.id, 0, "queued", "Waiting", note=f"{ahead} before it" if ahead else "")
-        number = found.number + 1 if row.over else found.number
-        return Snapshot.of(found.to_dict() | {"state": row.state, "number": number, "phase": _phase(row, found)})
-
-
-def _phase(row: Job, found: Snapshot) -> str:
-    words = {"done": "Done", "failed": "Failed", "cancelled": "Cancelled", "interrupted": "Interrupted"}
-    return words.get(row.state, found.phase or "Starting")

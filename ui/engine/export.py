@@ -8,7 +8,7 @@ from typing import Any
 from hasten.errors import UsageError
 from hasten.ui.engine.models import Card, Models
 from hasten.ui.engine.outputs import Outputs
-from hasten.ui.engine.recipes import TRAINED, named, recipe_of
+from hasten.ui.engine.recipes import TRAINED, absolute, named, recipe_of
 from hasten.ui.engine.request import Compare, Generate, Picture, Request, Shape, Text, Train, Tune, to_json
 
 
@@ -26,9 +26,9 @@ def yaml(ask: Request, models: Models, outputs: Outputs) -> str:
     """The recipe, which `--recipe FILE` takes; in its head the command, and the whole request for `restore`."""
     head = [f"# hasten {_version()}", f"# {command(ask, models)}", f"# hasten-request: {_ascii(ask)}"]
     if isinstance(ask, Generate | Text):
-        return "\n".join(head) + "\n" + recipe_of(ask.recipe, outputs.trained()).to_yaml()
+        return "\n".join(head) + "\n" + absolute(recipe_of(ask.recipe, outputs.trained())).to_yaml()
     if isinstance(ask, Compare):
-        parts = [recipe_of(text, outputs.trained()).to_yaml() for text in ask.recipes]
+        parts = [absolute(recipe_of(text, outputs.trained())).to_yaml() for text in ask.recipes]
         return "\n".join(head) + "\n" + parts[0] + "".join(_commented(part) for part in parts[1:])
     return "\n".join(head) + "\nversion: 1\n"
 
@@ -67,6 +67,7 @@ def _generate(ask: Generate, card: Card, models: Models, outputs: Outputs) -> li
         "from hasten.pipelines.generate import Prompt, Request, frames_of, plan", "",
         *recipe_lines,
         *_opened(ask, card, models),
+        *_tiled(ask),
         f"prompt = {ask.prompt!r}",
         f"call = plan(pipe, Request((Prompt(prompt, {ask.seed}),){_shape(ask)}))",
         f"with hasten.accelerate(pipe, {recipe}) as run:",
@@ -83,10 +84,11 @@ def _compare(ask: Compare, card: Card, models: Models, outputs: Outputs) -> list
         "import hasten", *_recipe_imports(ask.recipes), "from hasten.pipelines.generate import Prompt, Request, plan", "",
         *(line for _, lines in made for line in lines),
         *_opened(ask, card, models),
+        *_tiled(ask),
         f"prompt = {ask.prompt!r}",
         f"call = plan(pipe, Request((Prompt(prompt, {ask.seed}),){_shape(ask)}))",
         'call.pop("output_type")  # compare sets it itself',
-        f"rows = hasten.compare(pipe, [{', '.join(name for name, _ in made)}], [prompt], [{ask.seed}], **call)",
+        f"rows = hasten.compare(pipe, [{', '.join(name for name, _ in made)}], [prompt], [{ask.seed}], repeats={ask.repeats}, **call)",
         "for row in rows:",
         "    print(row)",
     ]  # fmt: skip
@@ -142,6 +144,10 @@ def _opened(ask: Picture | Tune, card: Card, models: Models) -> list[str]:
     return ["from hasten.pipelines.loading import open_pipeline", "", f"pipe = open_pipeline({_place(card, models)!r}{lora}, quiet=True)"]
 
 
+def _tiled(ask: Picture) -> list[str]:
+    return ["pipe.vae.enable_tiling()"] if ask.decoding == "tiles" else []
+
+
 def _place(card: Card, models: Models) -> str:
     """What Python opens: a bundled name, a folder, or the hub's id of a remote one."""
     return models.source(card.id) if card.where == "folder" else card.id
@@ -153,7 +159,7 @@ def _recipe(text: str, outputs: Outputs, name: str = "recipe") -> tuple[str, lis
         return repr(str(outputs.trained().get(text.partition(":")[2], ""))), []
     if "\n" not in text and ": " not in text:
         return repr(text), []
-    lines = recipe_of(text).to_yaml()
+    lines = absolute(recipe_of(text, outputs.trained())).to_yaml()
     return name, [f'{name} = from_yaml("""', *lines.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').splitlines(), f'""", {named(text)!r})', ""]
 
 

@@ -1,4 +1,4 @@
-"""The queue: rows of jobs in the order in which they came, with what was asked, how far it is, and what came of it."""
+"""The queue: rows of jobs with what was asked, how far it is, and what came of it. `place` is the order in which they are done."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from hasten.ui.engine.request import Request, read, to_json
 State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 ENDED: frozenset[str] = frozenset({"done", "failed", "cancelled", "interrupted"})
 """States in which nothing happens any more. interrupted: the process that ran it was killed; it may be tried again."""
+
+Where = Literal["first", "up", "down", "last"]
+"""Where a waiting job may be moved, among those that wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +91,43 @@ class Jobs:
         """Newest first."""
         chosen, named = tuple(states), tuple(kinds)
         where = f"state IN ({','.join('?' * len(chosen))})" + (f" AND kind IN ({','.join('?' * len(named))})" if named else "")
-        found = self._database.read(f"SELECT * FROM jobs WHERE {where} ORDER BY place DESC LIMIT ?", (*chosen, *named, limit))
+        found = self._database.read(f"SELECT * FROM jobs WHERE {where} ORDER BY made DESC, place DESC LIMIT ?", (*chosen, *named, limit))
         return [Job.of(row) for row in found]
+
+    def queue(self) -> list[Job]:
+        """Those that wait, the next one first."""
+        return [Job.of(row) for row in self._database.read("SELECT * FROM jobs WHERE state = 'queued' ORDER BY place")]
+
+    def move(self, job: str, to: Where) -> None:
+        """Another turn for a waiting job. Raises `UsageError` for one that does not wait, or a place that is none."""
+        if to not in get_args(Where):
+            raise UsageError(f"A job cannot be moved {str(to)[:32]!r}. Say one of {', '.join(get_args(Where))}.")
+        with self._database.transaction() as rows:
+            found = rows.execute("SELECT id, place FROM jobs WHERE state = 'queued' ORDER BY place").fetchall()
+            order = [row["id"] for row in found]
+            if job in order:
+                at = order.index(job)
+                order.insert({"first": 0, "up": max(0, at - 1), "down": at + 1, "last": len(order)}[to], order.pop(at))
+                # Places are unique at every moment, so they are all left before any is taken.
+                rows.executemany("UPDATE jobs SET place = ? WHERE id = ?", [(-1 - number, name) for number, name in enumerate(order)])
+                rows.executemany("UPDATE jobs SET place = ? WHERE id = ?", [(row["place"], name) for row, name in zip(found, order, strict=True)])
+                return
+        raise UsageError(f"Job {job} is {self.get(job).state}; only those that wait can be moved.")
+
+    @property
+    def paused(self) -> bool:
+        """Is nothing begun, whatever waits?"""
+        return bool(self._database.read("SELECT 1 FROM pause"))
+
+    def pause(self) -> None:
+        """Begin nothing more, in whatever process, until `resume`, also after a restart. What runs goes on."""
+        with self._database.transaction() as rows:
+            rows.execute("INSERT OR IGNORE INTO pause VALUES (1)")
+
+    def resume(self) -> None:
+        """Go on with what waits."""
+        with self._database.transaction() as rows:
+            rows.execute("DELETE FROM pause")
 
     def ahead(self, job: str) -> int:
         """How many jobs are before this one: running or waiting."""
@@ -121,13 +159,13 @@ class Jobs:
     # --- what the worker does ---------------------------------------------------------------------
 
     def start(self, holder: str) -> Job | None:
-        """Begin the oldest waiting job; None where none waits. holder: who has the lease. In one transaction, and only for a row
+        """Begin the first waiting job; None where none waits or the queue is paused. holder: who has the lease. In one transaction, and only for a row
         that still waits: a job that is cancelled while it is taken is never begun."""
         with self._database.transaction() as rows:
             query = (
                 "UPDATE jobs SET state = 'running', holder = ?, began = ?, snapshot = NULL WHERE place ="
                 " (SELECT min(place) FROM jobs WHERE state = 'queued') AND state = 'queued'"
-                " AND EXISTS (SELECT 1 FROM lease WHERE lease.holder = ?) RETURNING id"
+                " AND NOT EXISTS (SELECT 1 FROM pause) AND EXISTS (SELECT 1 FROM lease WHERE lease.holder = ?) RETURNING id"
             )
             found = rows.execute(query, (holder, time.time(), holder)).fetchone()
         return self.get(found["id"]) if found is not None else None
@@ -153,7 +191,7 @@ class Jobs:
 
     def waiting(self) -> bool:
         """Is there a job to begin?"""
-        return bool(self._database.read("SELECT 1 FROM jobs WHERE state = 'queued' LIMIT 1"))
+        return bool(self._database.read("SELECT 1 FROM jobs WHERE state = 'queued' AND NOT EXISTS (SELECT 1 FROM pause) LIMIT 1"))
 
 
 def _dict(text: str | None) -> dict[str, Any]:

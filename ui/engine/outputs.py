@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,15 @@ class Outputs:
         shutil.rmtree(gone, ignore_errors=True)
 
     def trained(self) -> dict[str, Path]:
-        """Id -> recipe file of the students that trainings here have made."""
-        return {entry.name: file for entry in os.scandir(self.folder) if (file := Path(entry.path) / "student" / "recipe.yaml").is_file()}
+        """Id -> recipe file of the students that trainings here have made, and that a recipe can bring along; oldest first."""
+        found: list[tuple[float, str, Path]] = []
+        for entry in os.scandir(self.folder):
+            file = Path(entry.path) / "student" / "recipe.yaml"
+            if ID.fullmatch(entry.name) and file.is_file():
+                with suppress(UsageError):  # it was removed a moment ago
+                    told = self.get(entry.name)
+                    found += [(told.get("made", 0.0), entry.name, file)] if told.get("recipe") else []
+        return {name: file for _, name, file in sorted(found)}
 
 
 class Making:

@@ -43,6 +43,11 @@ class Place:
         return self.folder / "previews"
 
     @property
+    def latents(self) -> Path:
+        """What runs that failed behind their loop had denoised."""
+        return self.folder / "latents"
+
+    @property
     def work(self) -> Path:
         """Studies and trainings, which are gone on with."""
         return self.folder / "work"
@@ -50,7 +55,7 @@ class Place:
     def make(self) -> None:
         """Make the folders, for this user alone. Raises `OutputError`."""
         try:
-            for folder in (self.folder, self.outputs, self.previews, self.work):
+            for folder in (self.folder, self.outputs, self.previews, self.latents, self.work):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"Cannot make the folder {self.folder}: {error.strerror}. Set HASTEN_HOME to one that can be written.") from error

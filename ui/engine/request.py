@@ -23,6 +23,9 @@ LoraId = Annotated[str, Field(pattern=rf"^{PART}$", max_length=100)]
 RecipeText = Annotated[str, Field(min_length=1, max_length=256 * 1024)]
 """A recipe's name (`balanced`, `auto:psnr=35`), `trained:ID` for a student of a training here, or the YAML text of a recipe."""
 
+StudentId = Annotated[str, Field(pattern=r"^trained:[0-9a-f]{16}$")]
+"""A student that a training here has made: the id of its output."""
+
 Setting = bool | int | float | str
 SETTINGS: dict[str, tuple[float, float]] = {
     "train.steps": (1, 1e7), "train.batch": (1, 4096), "train.accumulate": (1, 256), "train.lr": (1e-9, 10), "train.weight_decay": (0, 10),
@@ -56,7 +59,7 @@ class Shape(Ask):
 
 class Picture(Shape):
     """What pictures and clips are made of. negative: what to keep out. seed: of the noise. lora: an id of `Models.loras`.
-    preview: pictures of the latents while it runs."""
+    preview: pictures of the latents while it runs. decoding: at once, or in tiles, which need less memory and may show seams."""
 
     model: ModelId
     prompt: str
@@ -64,20 +67,25 @@ class Picture(Shape):
     seed: int = 0
     lora: LoraId | None = None
     preview: bool = True
+    decoding: Literal["whole", "tiles"] = "whole"
 
 
 class Generate(Picture):
-    """One picture or clip with one recipe."""
+    """One picture or clip with one recipe. latents: a job that did the same and failed behind its loop; what it had denoised
+    is decoded."""
 
     kind: Literal["generate"] = "generate"
     recipe: RecipeText = "balanced"
+    latents: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
 
 
 class Compare(Picture):
-    """The same noise plain and with each recipe; plain is always one and not named."""
+    """The same noise plain and with each recipe; plain is always one and not named. repeats: how often each run is timed, in
+    turns; its time is their median."""
 
     kind: Literal["compare"] = "compare"
     recipes: Annotated[tuple[RecipeText, ...], Field(min_length=1)] = ("balanced", "fast")
+    repeats: int = 1
 
 
 class Text(Ask):
@@ -92,12 +100,13 @@ class Text(Ask):
 
 
 class Tune(Shape):
-    """The fastest recipe that keeps `budget` (`psnr>=30`) on `prompts`, within `seconds`. The same request goes on with the
-    same study."""
+    """The fastest recipe that keeps `budget` (`psnr>=30`) on `prompts`, within `seconds`. students: `trained:ID` of students to
+    try besides. The same request goes on with the same study."""
 
     kind: Literal["tune"] = "tune"
     model: ModelId
     prompts: tuple[str, ...]
+    students: tuple[StudentId, ...] = ()
     budget: Annotated[str, Field(max_length=60)] = "psnr>=30"
     seconds: float = 120.0
     seed: int = 0
@@ -238,6 +247,8 @@ def _check_study(found: Tune | Train, limits: Limits) -> None:
     if isinstance(found, Train):
         _within("minutes", found.minutes, 0.01, limits.max_minutes)
         return
+    if len(found.students) > limits.max_recipes:
+        raise RequestError("students", len(found.students), f"at most {limits.max_recipes}", "Leave some out.")
     if len(found.prompts) < 4:
         raise RequestError("prompts", len(found.prompts), "four or more, of which every third is held out", "Add some.")
     _within("seconds", found.seconds, 1, limits.max_seconds)
@@ -270,6 +281,7 @@ def _check_recipes(found: Request, limits: Limits) -> None:
         _recipe("recipe", found.recipe)
     if not isinstance(found, Compare):
         return
+    _within("repeats", found.repeats, 1, limits.max_repeats)
     if len(found.recipes) > limits.max_recipes:
         raise RequestError("recipes", len(found.recipes), f"at most {limits.max_recipes}", "Leave some out.")
     names = []

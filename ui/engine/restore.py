@@ -101,10 +101,10 @@ def _of_recipe(text: str, limits: Limits) -> Request:
     """A recipe says nothing of a prompt: it is tried on a bundled model with one of its own."""
     from hasten.pipelines import tiny_models
     from hasten.pipelines.recipes import acts_on
-    from hasten.ui.engine.recipes import recipe_of
+    from hasten.ui.engine.recipes import parsed
 
     try:
-        kind, model = ("text", "tiny-dllm") if acts_on(recipe_of(text)) == "text diffusion" else ("generate", "tiny-video")
+        kind, model = ("text", "tiny-dllm") if acts_on(parsed(text)) == "text diffusion" else ("generate", "tiny-video")
     except RecipeError as error:
         raise RequestError("file", text, ACCEPTED, str(error)) from None
     return read({"kind": kind, "model": model, "prompt": tiny_models.card(model)["prompts"][0], "recipe": text}, limits)

@@ -66,10 +66,18 @@ def again(request: Request) -> Remedy:
     return Remedy("Try again", _values(request))
 
 
+def tried(asked: dict[str, Any], error: dict[str, Any]) -> list[dict[str, Any]]:
+    """What to try of a job that failed with `error` (`to_dict`; {} where it was interrupted): [{"label", "request"}]. What was
+    refused would be again."""
+    return list(error.get("remedies") or []) or ([] if error.get("kind") == "refused" else [{"label": "Try again", "request": asked}])
+
+
 def smaller(request: Request) -> Iterator[Remedy]:
     """Requests that need less memory, the least change first. Nothing is ever made smaller without a click."""
     if isinstance(request, Picture) and request.preview:
         yield Remedy("Without previews", _values(request, preview=False))
+    if isinstance(request, Picture) and request.decoding == "whole":
+        yield Remedy("Decoded in tiles", _values(request, decoding="tiles"))
     if isinstance(request, Shape):
         if request.frames is not None and request.frames > 1:
             fewer = max(1, (request.frames // 2 - 1) // 4 * 4 + 1)

@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from gradio.events import api
 
 from hasten.ui.engine import Engine
+from hasten.ui.engine.jobs import Where
 from hasten.ui.page.results import own_files
 from hasten.ui.page.watch import in_words
 
@@ -32,6 +33,27 @@ def publish(engine: Engine) -> None:
         engine.cancel(job)
         return _told(engine, job)
 
+    def queue() -> dict:  # type: ignore[type-arg]
+        """Whether the queue is paused, and the ids of the jobs that wait, the next one first."""
+        return {"paused": engine.jobs.paused, "waiting": [job.id for job in engine.jobs.queue()]}
+
+    def pause() -> dict:  # type: ignore[type-arg]
+        """Begin nothing more until /resume, also after a restart; what runs goes on. Gives what /queue gives."""
+        engine.pause()
+        return queue()
+
+    def resume() -> dict:  # type: ignore[type-arg]
+        """Go on with what waits. Gives what /queue gives."""
+        engine.resume()
+        return queue()
+
+    def move(job: str, to: str) -> dict:  # type: ignore[type-arg]
+        """Another turn for a job that waits. to: first, up, down or last. Gives what /queue gives."""
+        engine.move(job, cast(Where, to))
+        return queue()
+
+    for each in (queue, pause, resume, move):
+        api(in_words(each), api_name=each.__name__, concurrency_limit=None)
     api(in_words(status), api_name="status", concurrency_limit=None)
     api(in_words(cancel), api_name="cancel", concurrency_limit=None)
     _result(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ def build(engine: Engine) -> gr.Blocks:
         kept = gr.BrowserState({}, storage_key="hasten-jobs", secret=_secret(engine.place.folder / "page.secret"))
         shown(heading())
         status = Status(engine)
-        with gr.Tabs(selected="compare", elem_id="tabs") as tabs:
-            with gr.Tab(TABS["compare"], id="compare"):
+        with gr.Tabs(selected="compare", elem_id="tabs", overflow_behavior="wrap") as tabs:
+            with gr.Tab(TABS["compare"], id="compare") as comparing:
                 compare = CompareTab(engine, kept)
-            with gr.Tab(TABS["generate"], id="generate"):
+            with gr.Tab(TABS["generate"], id="generate") as generating:
                 generate = GenerateTab(engine, kept)
             with gr.Tab(TABS["text"], id="text"):
                 text = TextTab(engine, kept)
-            with gr.Tab(TABS["tune"], id="tune"):
+            with gr.Tab(TABS["tune"], id="tune") as tuning:
                 tune = TuneTab(engine, kept)
             with gr.Tab(TABS["train"], id="train"):
                 train = TrainTab(engine, kept)
@@ -54,6 +55,9 @@ def build(engine: Engine) -> gr.Blocks:
                 export = ExportTab(engine)
         opened.select(history.look, None, history.looks, queue=False, **HIDDEN)
         exporting.select(export.look, [export.which], export.outputs, queue=False, **HIDDEN)
+        for chosen, box, now in ((generating, generate.recipe, generate), (comparing, compare.more, compare)):
+            chosen.select(_choices(now), None, [box], queue=False, **HIDDEN)
+        tuning.select(tune.offered, None, [tune.students], queue=False, **HIDDEN)
         connect(tabs, compare, generate, text, tune, train, history, export)
         _found_again(page, kept, [compare.watch, generate.watch, text.watch, tune.watch, train.watch])
         status.begin(page)
@@ -74,6 +78,10 @@ def launch_options(engine: Engine | None = None) -> dict[str, Any]:
         "show_error": True, "share": False, "mcp_server": False, "max_file_size": engine.limits.max_upload if engine is not None else "64mb",
         "allowed_paths": [str(engine.place.outputs)] if engine is not None else [],
     }  # fmt: skip
+
+
+def _choices(tab: GenerateTab | CompareTab) -> Callable[[], Any]:
+    return lambda: gr.update(choices=tab.choices())
 
 
 def _found_again(page: gr.Blocks, kept: gr.BrowserState, watches: list[Watch]) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from hasten.errors import UsageError
 from hasten.ui.engine import Engine, Job, Snapshot
 from hasten.ui.engine.outputs import MANIFEST
+from hasten.ui.engine.recipes import TRAINED, named
 from hasten.ui.page.sentences import facts, headline, picture
 from hasten.ui.views.markup import decibel, number, seconds, share
 
@@ -57,15 +58,12 @@ def standing(snapshot: Snapshot) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def failure(job: Job) -> tuple[str, list[dict[str, Any]]]:
-    """Why a job gave nothing, and what one click would try: [{"label", "request"}]."""
-    again = [{"label": "Try again", "request": job.asked}]
+def failure(job: Job, remedies: list[dict[str, Any]]) -> str:
+    """Why a job gave nothing, and what is not lost. remedies: `Engine.remedies` of it."""
+    kept = " What it had denoised is kept, and decoding it again takes a moment." if any(each["request"].get("latents") for each in remedies) else ""
     if job.state == "interrupted":
-        return "The process that did it was ended in the middle. Nothing else is lost.", again
-    if job.state != "failed":
-        return "", []
-    refused = job.error.get("kind") == "refused"  # the same would be refused again
-    return str(job.error.get("sentence", "It failed.")), list(job.error.get("remedies") or []) or ([] if refused else again)
+        return f"The process that did it was ended in the middle.{kept or ' Nothing else is lost.'}"
+    return f"{job.error.get('sentence', 'It failed.')}{kept}" if job.state == "failed" else ""
 
 
 def title(asked: Mapping[str, Any]) -> str:
@@ -77,7 +75,7 @@ def title(asked: Mapping[str, Any]) -> str:
 def recipe_words(asked: Mapping[str, Any]) -> str:
     """Which recipes, short."""
     found = [asked["recipe"]] if asked.get("recipe") else list(asked.get("recipes") or ())
-    return ", ".join("edited recipe" if "\n" in name else str(name) for name in found)
+    return ", ".join("edited recipe" if "\n" in name else named(name) if TRAINED.fullmatch(name) else str(name) for name in found)
 
 
 class Shelf:
@@ -187,17 +185,28 @@ def compared(found: Mapping[str, Any], prompt: str) -> str:
         f"{share(round(done, 3) if done is not None else None)} of the work was done",
         f"likeness to the plain run {like}" + (f" (another seed: {decibel(floor)})" if floor is not None else ""),
     ]
+    if "repeats" in found:
+        words.append(f"timed {times(int(found['repeats']))}")
     return headline(f"{speedup:.3g}× as fast" if speedup else str(best["recipe"]), " · ".join(words), prompt)
+
+
+def times(repeats: int) -> str:
+    """How often each run of a comparison was timed."""
+    if repeats > 1:
+        return f"{repeats} times after a warm-up, the median"
+    return "once after a warm-up, so a busy machine may shift it"
 
 
 def generated(found: Mapping[str, Any]) -> str:
     """A single result in numbers."""
-    row = found.get("row", {})
-    fraction = number(row, "computed_fraction") if "tokens_per_forward" not in row else None
+    row, steps, usual = found.get("row", {}), number(found, "steps"), number(found, "usual_steps")
+    few = steps is not None and usual is not None and steps < usual  # all of so few calls is not all of the work
+    fraction = number(row, "computed_fraction") if "tokens_per_forward" not in row and not few else None
     return facts(
         [
             ("recipe", str(row.get("recipe", ""))), ("took", seconds(number(row, "seconds"))), ("work done", share(fraction)),
             ("skipped", share(1 - fraction) if fraction is not None else "–"),
+            ("steps", f"{steps:g} instead of {usual:g}" if few else ""),
             ("calls of the network", f"{row['nfe']:g}" if number(row, "nfe") is not None else ""),
             ("tokens per call", f"{row['tokens_per_forward']:.3g}" if number(row, "tokens_per_forward") is not None else ""),
         ],

@@ -12,6 +12,7 @@ from gradio.components import Component
 from hasten.errors import HastenError, UsageError
 from hasten.ui.engine import Engine, RequestError
 from hasten.ui.engine.models import Card
+from hasten.ui.engine.recipes import TRAINED, check, named, portable, recipe_of
 from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.sentences import model_words, said
 from hasten.ui.page.speed import PICTURES as PICTURE_LEVELS
@@ -84,7 +85,7 @@ class Speed:
         """For a model and a recipe, however they were chosen."""
         found = self.levels(model)
         at = place_of(recipe, found)
-        words = level_words(found[at]) if at is not None else said(f"Recipe: {'edited below' if chr(10) in recipe else recipe}.")
+        words = level_words(found[at]) if at is not None else said(_other(recipe))
         most = len(found) - 1
         slider = gr.update(maximum=most) if at is None else gr.update(maximum=most, value=max(self.lowest, at))
         return {self.slider: slider, self.words: words}
@@ -115,22 +116,25 @@ class Settings:
             self.guidance = box("Guidance", usual(card, "guidance"), elem_id=f"{self.name}-guidance")
         with gr.Row():
             self.lora = gr.Dropdown(loras(self.engine), value="", label="LoRA", min_width=160)
-            self.preview = gr.Checkbox(True, label="Show a preview while it runs", min_width=160)
+            with gr.Column(min_width=160):
+                self.preview = gr.Checkbox(True, label="Show a preview while it runs", container=False)
+                self.tiles = gr.Checkbox(False, label="Decode in tiles, for less memory", container=False)
         self.dice.click(lambda: secrets.randbelow(2**31), None, [self.seed], queue=False, **HIDDEN)
         self.reuse.click(in_words(self._last_seed), None, [self.seed], **TOLD)
 
     @property
     def inputs(self) -> list[Component]:
         """In the order of `request`."""
-        return [self.picker.model, self.prompt, self.seed, self.negative, *self.numbers.values(), self.guidance, self.lora, self.preview]
+        return [self.picker.model, self.prompt, self.seed, self.negative, *self.numbers.values(), self.guidance, self.lora, self.preview, self.tiles]
 
     def request(self, model: str, prompt: str, seed: int | None, negative: str, *more: Any) -> dict[str, Any]:
         """A request without kind and recipe. What was left empty is left out."""
-        guidance, lora, preview = more[len(NUMBERS) :]
+        guidance, lora, preview, tiles = more[len(NUMBERS) :]
         numbers = {key: read(key, typed) for key, typed in zip(NUMBERS, more, strict=False)}
         given = {**numbers, "guidance": read("guidance", guidance, whole=False), "lora": lora or None}
         return {
             "model": model, "prompt": prompt, "seed": int(seed or 0), "negative": negative or "", "preview": bool(preview),
+            "decoding": "tiles" if tiles else "whole",
             **{key: value for key, value in given.items() if value is not None},
         }  # fmt: skip
 
@@ -143,7 +147,7 @@ class Settings:
         return {
             self.picker.model: card.id, **self.picker.updates(card.id), self.prompt: asked["prompt"], self.seed: asked.get("seed", 0),
             self.negative: asked.get("negative", ""), self.guidance: written(asked.get("guidance")), self.lora: style,
-            self.preview: asked.get("preview", True), **{each: written(asked.get(key)) for key, each in self.numbers.items()},
+            self.preview: asked.get("preview", True), self.tiles: asked.get("decoding") == "tiles", **{each: written(asked.get(key)) for key, each in self.numbers.items()},
         }  # fmt: skip
 
     def for_model(self, model: str, prompt: str) -> Updates:
@@ -171,16 +175,20 @@ def recipe_choices(engine: Engine, kind: str) -> list[tuple[str, str]]:
 
     wanted = "text diffusion" if kind == "text" else "diffusion models"
     first = [(f"{level.label} ({level.recipe})", level.recipe) for level in (TEXTS if kind == "text" else PICTURE_LEVELS)]
-    mine = [] if kind == "text" else [(f"Your student {name[:6]}", f"trained:{name}") for name in sorted(engine.outputs.trained())]
+    mine = [] if kind == "text" else students(engine)
     have = {name for _, name in first}
     others = [(entry.name, entry.name) for entry in catalogue() if entry.name not in have and acts_on(entry.recipe) == wanted]
     return first + mine + others
 
 
+def students(engine: Engine) -> list[tuple[str, str]]:
+    """(label, recipe) of the students trained here, the newest first."""
+    asked = {name: engine.outputs.get(name)["request"] for name in reversed(engine.outputs.trained())}
+    return [(f"Your student {name[:6]}: {each['method']} of {each['model']}", f"trained:{name}") for name, each in asked.items()]
+
+
 def checked(engine: Engine, recipe: str) -> str:
     """An edited recipe's state in words: used, or what is wrong with it and where."""
-    from hasten.ui.engine.recipes import check, named
-
     if not recipe.strip():
         return said("Empty: the recipe chosen above is used.")
     try:
@@ -192,10 +200,9 @@ def checked(engine: Engine, recipe: str) -> str:
 
 def as_yaml(engine: Engine, recipe: str) -> str:
     """The text of a recipe, ready to be edited. Raises `RequestError` for one that is none."""
-    from hasten.ui.engine.recipes import recipe_of
-
     try:
-        return recipe_of(recipe, engine.outputs.trained()).to_yaml()
+        known = engine.outputs.trained()
+        return portable(recipe_of(recipe, known), known).to_yaml()
     except HastenError as error:
         raise RequestError("recipe", recipe, str(error)) from None
 
@@ -219,6 +226,13 @@ def usual(card: Card, key: str) -> str:
     """What is usual for a model, as a placeholder."""
     value = card.call.get(CALLED[key])
     return f"{value:g}" if isinstance(value, int | float) else "usual"
+
+
+def _other(recipe: str) -> str:
+    """What the slider says of a recipe that has no place on it."""
+    if TRAINED.fullmatch(recipe):
+        return f"Your {named(recipe)} draws it, in as few calls as it has learnt."
+    return f"Recipe: {'edited below' if chr(10) in recipe else recipe}."
 
 
 def level_words(level: Level) -> str:

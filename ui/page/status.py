@@ -34,7 +34,8 @@ class Status:
         jobs = self.engine.jobs.list(100, states=("running", "queued"))
         running = next((job for job in jobs if job.state == "running"), None)
         waiting = sum(job.state == "queued" for job in jobs)
-        more = f"{waiting} waiting" if waiting else ""
+        paused = self.engine.jobs.paused
+        more = " · ".join(filter(None, (f"{waiting} waiting" if waiting else "", "the queue is paused" if paused else "")))
         if running is None:
             return _line("idle", "Nothing is running", more)
         snapshot = self.engine.snapshot(running.id)

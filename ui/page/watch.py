@@ -56,15 +56,16 @@ def in_words(function: Callable[..., Any]) -> Callable[..., Any]:
 
 async def snapshots(engine: Engine, job: str, wanted: Callable[[], bool]) -> AsyncIterator[Snapshot | None]:
     """Where the job stands, the newest each time, until it is over, gone or not wanted any more; None is a sign of life."""
-    seen: tuple[int, str] | None = None
+    seen: tuple[int, str, str] | None = None
     told = time.monotonic()
     while wanted():
         try:
             found = await asyncio.to_thread(engine.snapshot, job)
         except UsageError:  # somebody has removed it
             return
-        if (found.number, found.state) != seen:
-            seen, told = (found.number, found.state), time.monotonic()
+        now = (found.number, found.state, found.note)  # what is said of its turn changes while it waits
+        if now != seen:
+            seen, told = now, time.monotonic()
             yield found
             if found.state in ENDED:
                 return
@@ -168,7 +169,8 @@ class Watch:
         if snapshot.state not in ENDED:
             return {**self._standing(snapshot, []), **self._running(snapshot)}
         found = self.engine.job(job)
-        sentence, remedies = failure(found)
+        remedies = self.engine.remedies(found)[:REMEDIES]
+        sentence = failure(found, remedies)
         changed = self._standing(snapshot.but(note=sentence or snapshot.note), remedies)
         return {**changed, **(self._over(found) if found.state == "done" else {})}
 

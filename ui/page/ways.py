@@ -42,6 +42,7 @@ def connect(
     goes(generate.compare.click, "compare", _versus(compare, generate), [generate.output])
     goes(tune.compare.click, "compare", tune.compared, [tune.chosen])
     goes(train.compare.click, "compare", train.compared, [train.student])
+    _studying(tabs, train, tune)
     goes(tune.use.click, "generate", tune.used, [tune.chosen])
     goes(train.use.click, "generate", train.used, [train.student])
     _restoring(tabs, kinds, history)
@@ -59,6 +60,17 @@ def connect(
         return exported(found.get("output", ""))
 
     tune.export.click(in_words(study), [tune.found], [tabs, *export.outputs], **TOLD)
+
+
+def _studying(tabs: gr.Tabs, train: TrainTab, tune: TuneTab) -> None:
+    """A student into the Tune tab. Nothing is started: prompts and time are chosen there."""
+
+    def fill(student: dict[str, Any]) -> Updates:
+        gr.Info("The student is chosen. Look at the prompts, then start the study.")
+        prompts = tune.examples(train.used(student)["model"])
+        return {**tune.filled(train.studied(student, prompts)), tabs: gr.update(selected="tune")}
+
+    train.tune.click(in_words(fill), [train.student], [tabs, *tune.fills], **TOLD)
 
 
 def _versus(compare: CompareTab, generate: GenerateTab) -> Callable[[str], dict[str, Any]]:

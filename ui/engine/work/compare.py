@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from hasten.ui.engine.desk import Desk
+from hasten.ui.engine.latents import tiled
 from hasten.ui.engine.outputs import Making, safe
 from hasten.ui.engine.report import Report
 from hasten.ui.engine.request import Compare
@@ -19,7 +20,7 @@ OTHER_SEED = 7919
 
 
 def compare(ask: Compare, desk: Desk, report: Report) -> dict[str, Any]:
-    """Result: {"output", "runs": [{"recipe", "media", "trace", "row", "psnr", "warnings"}], "noise_floor", "thumb", "fps"}.
+    """Result: {"output", "runs": [{"recipe", "media", "trace", "row", "psnr", "warnings"}], "noise_floor", "repeats", "thumb", "fps"}.
 
     The first run is the plain one. psnr: of each frame against it, None where identical. noise_floor: PSNR in dB of another seed
     against it, which is what likeness is without any common noise.
@@ -28,18 +29,18 @@ def compare(ask: Compare, desk: Desk, report: Report) -> dict[str, Any]:
     from hasten.pipelines.generate import plan
 
     recipes = [desk.recipe(text) for text in ask.recipes]
-    with desk.pipeline(ask.model, ask.lora, report, lambda: _where(pipe, report)) as pipe, desk.outputs.making(ask) as out:
+    with desk.pipeline(ask.model, ask.lora, report, lambda: _where(pipe, report)) as pipe, tiled(pipe, ask.decoding == "tiles"), desk.outputs.making(ask) as out:
         check_pictures(pipe, ask.model)
         call = plan(pipe, call_of(ask), desk.limits)
         runs = _Runs(ask, out, report, call, ["plain", *(recipe.name for recipe in recipes)])
         runs.begin()
         values = {key: value for key, value in call.items() if key != "output_type"}
-        rows = service(pipe, recipes, [ask.prompt], [ask.seed], limits=desk.limits, on_sample=runs.keep, **values)
+        rows = service(pipe, recipes, [ask.prompt], [ask.seed], repeats=ask.repeats, limits=desk.limits, on_sample=runs.keep, **values)
         report.phase("Noise floor", runs.steps)
         floor = runs.floor(pipe, call)
         out.facts = {
             "runs": [{**run, "row": {"model": ask.model, **row, **read}} for run, row, read in zip(runs.done, rows, runs.readings(desk), strict=True)],
-            "noise_floor": floor, "thumb": out.thumb(runs.samples[0].frames), "fps": rate(len(runs.samples[0].frames)),
+            "noise_floor": floor, "repeats": ask.repeats, "thumb": out.thumb(runs.samples[0].frames), "fps": rate(len(runs.samples[0].frames)),
         }  # fmt: skip
     return {"output": out.id, **out.facts}
 
@@ -54,10 +55,13 @@ class _Runs:
         self.done: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Say which run is next."""
+        """Say which run is next. The first one comes behind two steps of each, which are not timed."""
         number = len(self.samples)
         if number < len(self.names):
-            self.report.phase(f"Run {number + 1} of {len(self.names)}: {self.names[number]}", self.steps)
+            warming = "Warming up, then run" if number == 0 else "Run"
+            self.report.phase(f"{warming} {number + 1} of {len(self.names)}: {self.names[number]}", self.steps)
+        elif self.ask.repeats > 1:
+            self.report.phase(f"Timing again, {self.ask.repeats - 1} x {len(self.names)} runs", self.steps)
 
     def keep(self, sample: Sample) -> None:
         """Write a run, and show it."""

@@ -18,6 +18,7 @@ def folder_of(place: Place, request: Request) -> Path:
     """Where its study or training lies. Raises `UsageError` for a kind that has none."""
     if not isinstance(request, Tune | Train):
         raise UsageError(f"A job of kind {request.kind} keeps nothing to go on with; tune and train do.")
-    asked = {key: value for key, value in json.loads(to_json(request)).items() if key not in TIMES}
+    given = json.loads(to_json(request))
+    asked = {key: value for key, value in given.items() if key not in TIMES and (key != "students" or value)}  # an older hasten had none
     name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     return place.work / f"{request.kind}-{name}"

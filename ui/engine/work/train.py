@@ -26,7 +26,7 @@ SHEETS = 6
 
 def train(ask: Train, desk: Desk, report: Report) -> dict[str, Any]:
     """Result: {"output", "loss", "samples", "steps", "step", "finished", "student", "recipe"}; recipe: what names the student in a
-    request, None where the method has none.
+    request, None where it is not finished, or a whole network of its own, which no recipe brings along.
 
     Told to stop, or out of time, it ends behind a step, with a checkpoint: the same request goes on from there.
     """
@@ -124,7 +124,9 @@ def thinned(points: list[list[float]]) -> list[list[float]]:
 
 
 def _kept(ask: Train, desk: Desk, folder: Path, watch: _Watch, finished: bool) -> dict[str, Any]:
-    """The result: curve, pictures, and the student, which recipes may name from now on."""
+    """The result: curve, pictures, and the student. Recipes may name it from now on, unless it is a whole network."""
+    from hasten.recipe import read
+
     sheets = sorted((folder / "samples").glob("*.png"))
     with desk.outputs.making(ask) as out:
         student = finished and (folder / "student").is_dir()
@@ -132,7 +134,8 @@ def _kept(ask: Train, desk: Desk, folder: Path, watch: _Watch, finished: bool) -
             shutil.copytree(folder / "student", out.folder / "student")
         for sheet in sheets:
             out.copy(sheet, f"sample-{sheet.name}")
-        usable = student and (folder / "student" / "recipe.yaml").is_file()
+        recipe = folder / "student" / "recipe.yaml"
+        usable = student and recipe.is_file() and read(recipe).adapter is not None
         out.facts = {
             "loss": thinned(watch.loss), "samples": [f"sample-{sheet.name}" for sheet in sheets], "steps": watch.steps, "step": watch.step,
             "finished": finished, "student": student, "recipe": f"trained:{out.id}" if usable else None, "model": ask.model,

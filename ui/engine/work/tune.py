@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UsageError
 from hasten.ui.engine.desk import Desk
+from hasten.ui.engine.recipes import portable
 from hasten.ui.engine.report import Report
 from hasten.ui.engine.request import Tune
 from hasten.ui.engine.work.generate import check_pictures
@@ -18,7 +19,10 @@ from hasten.ui.engine.work.study import folder_of
 
 if TYPE_CHECKING:
     from hasten.pipelines.tune.goal import Goal
+    from hasten.pipelines.tune.job import Job
+    from hasten.pipelines.tune.run import Tuning
     from hasten.pipelines.tune.study import Trial
+    from hasten.recipe import Recipe
 
 
 def tune(ask: Tune, desk: Desk, report: Report) -> dict[str, Any]:
@@ -38,13 +42,21 @@ def tune(ask: Tune, desk: Desk, report: Report) -> dict[str, Any]:
             guidance=ask.guidance,
         )  # fmt: skip
         call = {key: value for key, value in plan(pipe, asked, desk.limits).items() if key != "output_type"}
-        job = Job(goal, pairs, call, ask.seconds, ask.model, seed=ask.seed)
+        job = Job(goal, pairs, call, ask.seconds, ask.model, adapters=_students(ask, desk), seed=ask.seed)
         report.phase("Searching")
         with _Clock(report, ask.seconds):
             return _searched(ask, desk, report, pipe, job, goal, folder)
 
 
-def _searched(ask: Tune, desk: Desk, report: Report, pipe: Any, job: Any, goal: Goal, folder: Path) -> dict[str, Any]:
+def _students(ask: Tune, desk: Desk) -> tuple[str, ...]:
+    """Files of the students that are to be tried. Raises `RecipeError` for one that is not here."""
+    known = desk.outputs.trained()
+    for student in ask.students:
+        desk.recipe(student)
+    return tuple(str(known[student.partition(":")[2]]) for student in ask.students)
+
+
+def _searched(ask: Tune, desk: Desk, report: Report, pipe: Any, job: Job, goal: Goal, folder: Path) -> dict[str, Any]:
     from hasten.errors import OutputError
     from hasten.pipelines.tune import kept
 
@@ -53,6 +65,9 @@ def _searched(ask: Tune, desk: Desk, report: Report, pipe: Any, job: Any, goal: 
     def seen(trial: Trial) -> None:
         trials.append(point(trial, goal))
         report.data(trials=trials[-400:])
+
+    def written(recipe: Recipe) -> str:
+        return portable(recipe, desk.outputs.trained()).to_yaml()
 
     tuning = _tuning(pipe, job, folder, report.note, seen)
     for trial in tuning.study.trials():  # of an earlier start of the same study
@@ -65,9 +80,9 @@ def _searched(ask: Tune, desk: Desk, report: Report, pipe: Any, job: Any, goal: 
         except OutputError as error:  # a folder that cannot be written must not cost the result of a search
             notes.append(f"It is not kept for budgets: {error}")
     front = {trial.number for trial in found.front}
-    points = [point(trial, goal) | {"recipe": trial.recipe.to_yaml(), "front": trial.number in front} for trial in found.trials]
+    points = [point(trial, goal) | {"recipe": written(trial.recipe), "front": trial.number in front} for trial in found.trials]
     with desk.outputs.making(ask) as out:
-        recipe = found.recipe.to_yaml() if found.recipe is not None else None
+        recipe = written(found.recipe) if found.recipe is not None else None
         if recipe is not None:
             out.text("recipe.yaml", recipe)
         out.facts = {
@@ -88,17 +103,12 @@ def point(trial: Trial, goal: Goal) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tuning(pipe: Any, job: Any, folder: Path, say: Callable[[str], None], seen: Callable[[Trial], None]) -> Any:
-    """A `Tuning` that shows its trials, too. Made here, because its module takes seconds to import."""
-    from hasten.pipelines.tune.run import Tuning
-
-    class Shown(Tuning):
-        def _told(self, trial: Trial) -> None:
-            super()._told(trial)
-            seen(trial)
-
+def _tuning(pipe: Any, job: Job, folder: Path, say: Callable[[str], None], seen: Callable[[Trial], None]) -> Tuning:
+    """Imported when it is needed: it takes seconds."""
     try:
-        return Shown(pipe, job, folder, say)
+        from hasten.pipelines.tune.run import Tuning
+
+        return Tuning(pipe, job, folder, say, seen)
     except ModuleNotFoundError as error:
         raise UsageError(f"Tuning needs {error.name}. pip install 'hasten[tune]'.") from error
 

@@ -49,8 +49,12 @@ class CompareTab:
         with gr.Accordion("Advanced", open=False):
             self.settings.main(PROMPT)
             self.more = gr.Dropdown(
-                recipe_choices(self.engine, "video")[1:], label="Compare these instead", multiselect=True, allow_custom_value=True,
+                self.choices(), label="Compare these instead", multiselect=True, allow_custom_value=True,
                 max_choices=self.engine.limits.max_recipes, info="Empty: the one that the slider names.",
+            )  # fmt: skip
+            self.repeats = gr.Number(
+                1, label="Times each run is timed", precision=0, minimum=1, maximum=self.engine.limits.max_repeats, elem_id="compare-repeats",
+                info="In turns, and the median counts; more than once where the machine is busy or the difference small.",
             )  # fmt: skip
             self.settings.advanced()
 
@@ -59,7 +63,7 @@ class CompareTab:
         model = self.settings.picker.model
         own = [self.player, self.metrics, self.which, self.timeline, self.density, self.headline, self.result, model, *self.settings.picker.parts]
         self.watch.show(own, self.running, self.over)
-        self.watch.starts(self.run.click, self.request, [self.speed.slider, self.more, *self.settings.inputs])
+        self.watch.starts(self.run.click, self.request, [self.speed.slider, self.more, self.repeats, *self.settings.inputs])
         self.watch.starts(self.settings.picker.fetch.click, download, [model])
         self.which.input(self.left_out, [self.result, self.which], [self.timeline, self.density], queue=False, **HIDDEN)
         self.speed.slider.input(self.slid, [self.speed.slider, model], [self.speed.words], queue=False, **HIDDEN)
@@ -73,24 +77,28 @@ class CompareTab:
 
     # --- handlers ---------------------------------------------------------------------------------
 
-    def request(self, place: float, more: list[str] | None, *values: Any) -> dict[str, Any]:
+    def request(self, place: float, more: list[str] | None, repeats: int | None, *values: Any) -> dict[str, Any]:
         """What Run asks for."""
         asked = self.settings.request(*values)
-        return {"kind": "compare", **asked, "recipes": list(more or []) or [self.speed.recipe(place, asked["model"])]}
+        return {"kind": "compare", **asked, "repeats": int(repeats or 1), "recipes": list(more or []) or [self.speed.recipe(place, asked["model"])]}
 
     def filled(self, asked: dict[str, Any]) -> Updates:
         """The controls as a request has them."""
         recipes = list(asked.get("recipes") or [asked.get("recipe", "balanced")])
         alone = len(recipes) == 1 and recipes[0] in [level.recipe for level in self.speed.levels(asked["model"])]
         return {
-            **self.settings.filled(asked), **self.speed.updates(asked["model"], recipes[0]),
-            self.more: gr.update(value=[] if alone else [name for name in recipes if name != "plain"]),
+            **self.settings.filled(asked), **self.speed.updates(asked["model"], recipes[0]), self.repeats: asked.get("repeats", 1),
+            self.more: gr.update(choices=self.choices(), value=[] if alone else [name for name in recipes if name != "plain"]),
         }  # fmt: skip
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Recipes as they are now: a training may have made another one."""
+        return recipe_choices(self.engine, "video")[1:]
 
     @property
     def fills(self) -> list[Component]:
         """All that `filled` updates."""
-        return [*self.settings.outputs, *self.speed_parts, self.more]
+        return [*self.settings.outputs, *self.speed_parts, self.more, self.repeats]
 
     def other_model(self, model: str, prompt: str) -> Updates:
         return {**self.settings.for_model(model, prompt), **self.speed.updates(model, self.speed.recipe(USUAL, model))}

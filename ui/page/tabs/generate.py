@@ -49,7 +49,7 @@ class GenerateTab:
             self.run = gr.Button("Generate", variant="primary", elem_classes="go", elem_id="generate-run")
         with gr.Accordion("Advanced", open=False):
             self.recipe = gr.Dropdown(
-                recipe_choices(self.engine, "video"), value="balanced", label="Recipe", allow_custom_value=True, elem_id="generate-recipe",
+                self.choices(), value="balanced", label="Recipe", allow_custom_value=True, elem_id="generate-recipe",
                 info="Named after its paper; a name may carry arguments, such as easycache:limit=0.1",
             )  # fmt: skip
             self.settings.advanced()
@@ -93,8 +93,12 @@ class GenerateTab:
         edited = recipe if "\n" in recipe else ""
         return {
             **self.settings.filled(asked), **self.speed.updates(asked["model"], recipe), self.edited: edited,
-            self.recipe: "balanced" if edited else recipe,
+            self.recipe: gr.update(choices=self.choices(), value="balanced" if edited else recipe),
         }  # fmt: skip
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Recipes as they are now: a training may have made another one."""
+        return recipe_choices(self.engine, "video")
 
     @property
     def fills(self) -> list[Component]:

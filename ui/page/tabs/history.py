@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from hasten.errors import UsageError
-from hasten.ui.engine import Engine, RequestError
+from hasten.ui.engine import ENDED, Engine, RequestError
+from hasten.ui.engine.jobs import Where
 from hasten.ui.engine.request import to_json
 from hasten.ui.page.results import Shelf, recipe_words, title
 from hasten.ui.page.sentences import said
@@ -18,7 +20,10 @@ from hasten.ui.views.gallery import gallery
 from hasten.ui.views.progress import queue
 
 LISTED = 30
-"""Jobs in the list."""
+"""Jobs in the list; of those that wait, all."""
+
+MOVES: dict[str, Where] = {"First": "first", "Up": "up", "Down": "down"}
+"""Buttons for a job that waits."""
 
 
 class HistoryTab:
@@ -44,15 +49,22 @@ class HistoryTab:
                 self.queue = shown(queue({}), elem_id="history-queue")
                 with gr.Row(visible=False, elem_classes="buttons chosen") as self.job_actions:
                     self.job_words = shown()
+                    with gr.Row(visible=False, elem_classes="buttons") as self.moves:
+                        self.moved = [gr.Button(label, size="sm", min_width=70) for label in MOVES]
                     self.cancel = gr.Button("Stop it", size="sm", min_width=80)
                     self.again = gr.Button("Try again", size="sm", min_width=80)
                     self.forget = gr.Button("Remove", size="sm", min_width=80)
-                self.refresh = gr.Button("Look again", size="sm")
+                with gr.Row(elem_classes="buttons"):
+                    self.pause = gr.Button(**self._pause_words(), size="sm", min_width=120, elem_id="history-pause")
+                    self.refresh = gr.Button("Look again", size="sm", min_width=100)
         self._events()
 
     def _events(self) -> None:
         self.gallery.select(in_words(self.choose), None, [self.output, self.actions, self.words], **TOLD)
-        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words], **TOLD)
+        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words, self.moves], **TOLD)
+        for button, to in zip(self.moved, MOVES.values(), strict=True):
+            button.click(in_words(functools.partial(self.move, to)), [self.job], [self.queue, self.moves], **TOLD)
+        self.pause.click(in_words(self.paused), None, [self.pause, self.queue], **TOLD)
         self.refresh.click(self.look, None, self.looks, queue=False, **HIDDEN)
         self.remove.click(in_words(self.removed), [self.output], self.looks, **TOLD)
         for button, act in ((self.cancel, self.engine.cancel), (self.again, self.engine.retry), (self.forget, self.engine.remove)):
@@ -61,25 +73,51 @@ class HistoryTab:
     @property
     def looks(self) -> list[Component]:
         """All that `look` updates."""
-        return [self.gallery, self.queue, self.actions, self.job_actions]
+        return [self.gallery, self.queue, self.actions, self.job_actions, self.pause]
 
     # --- handlers ---------------------------------------------------------------------------------
 
     def look(self) -> tuple[Any, ...]:
         """Both lists as they are now; nothing is chosen."""
-        jobs = sorted(self.engine.jobs.list(LISTED), key=lambda job: (job.state not in ("running", "queued"), -job.made))
-        listed = [{"id": job.id, "title": title(job.asked), "state": job.state} for job in jobs]
-        return gallery(self.shelf.gallery()), queue({"jobs": listed}), gr.update(visible=False), gr.update(visible=False)
+        hidden = gr.update(visible=False)
+        return gallery(self.shelf.gallery()), self.listed(), hidden, hidden, gr.update(**self._pause_words())
+
+    def listed(self) -> str:
+        """What runs, what waits in the order of its turns, then what is over, the newest first."""
+        waiting = self.engine.jobs.queue()
+        others = self.engine.jobs.list(LISTED, states=("running", *ENDED))
+        jobs = [*(job for job in others if not job.over), *waiting, *(job for job in others if job.over)][: max(LISTED, len(waiting))]
+        return queue({"jobs": [{"id": job.id, "title": title(job.asked), "state": job.state} for job in jobs]})
+
+    def _pause_words(self) -> dict[str, Any]:
+        paused = self.engine.jobs.paused
+        return {"value": "Go on with the queue" if paused else "Pause the queue", "variant": "primary" if paused else "secondary"}
+
+    def paused(self) -> tuple[Any, str]:
+        """The other way round than it is. What runs goes on."""
+        if self.engine.jobs.paused:
+            self.engine.resume()
+        else:
+            self.engine.pause()
+        return gr.update(**self._pause_words()), self.listed()
+
+    def move(self, to: Where, job: str) -> tuple[str, Any]:
+        """Another turn for the job that is chosen, which stays chosen."""
+        if not job:
+            raise UsageError("Choose a job of the list first.")
+        self.engine.move(job, to)
+        return self.listed(), gr.update(visible=True)
 
     def choose(self, event: gr.EventData) -> tuple[str, Any, str]:
         """A card of the gallery."""
         found = self.shelf.result(str(event.id))
         return found["output"], gr.update(visible=True), said(title(found["request"]))
 
-    def choose_job(self, event: gr.EventData) -> tuple[str, Any, str]:
+    def choose_job(self, event: gr.EventData) -> tuple[str, Any, str, Any]:
         """A row of the queue."""
         job = self.engine.job(str(event.id))
-        return job.id, gr.update(visible=True), said(str(job.error.get("sentence") or f"{title(job.asked)} ({recipe_words(job.asked) or job.kind})"))
+        words = str(job.error.get("sentence") or f"{title(job.asked)} ({recipe_words(job.asked) or job.kind})")
+        return job.id, gr.update(visible=True), said(words), gr.update(visible=job.state == "queued")
 
     def chosen(self, output: str) -> dict[str, Any]:
         """The result that is chosen, with its request. Raises `UsageError` where none is."""

@@ -31,6 +31,8 @@ SHEETS = 4
 """Newest sheets of pictures that are shown while it runs."""
 
 DONE = "The student is ready: it is a recipe now, in Generate and everywhere else."
+WHOLE = "It is trained: a whole network, which no recipe can bring along. The README.md in its folder says how to load it."
+TRAINED = "It is trained; this method makes no student that a recipe can bring along."
 UNFINISHED = "Time was up before the last step. The same training goes on from its checkpoint."
 
 
@@ -49,6 +51,7 @@ class TrainTab:
                 with gr.Row(visible=False, elem_classes="buttons") as self.next:
                     self.use = gr.Button("Use the student in Generate", variant="primary", size="sm")
                     self.compare = gr.Button("Compare it with the model", size="sm")
+                    self.tune = gr.Button("Try it in a study", size="sm")
         with self.buttons:
             self.watch.stop_button()
         self._events()
@@ -128,7 +131,7 @@ class TrainTab:
         prompts = found["request"].get("prompts") or self.picker.card(found["model"]).prompts or ("a seven moving left, slowly",)
         return {
             self.plot: loss({"rows": _rows(found["loss"]), "samples": sheets}), self.next: gr.update(visible=recipe is not None),
-            self.note: said(DONE if recipe else UNFINISHED if not found.get("finished") else "It is trained.", "good" if recipe else "note"),
+            self.note: said(DONE if recipe else UNFINISHED if not found.get("finished") else WHOLE if found.get("student") else TRAINED, "good" if recipe else "note"),
             self.student: {"model": found["model"], "prompt": prompts[0], "recipe": recipe} if recipe else {},
         }  # fmt: skip
 
@@ -142,6 +145,11 @@ class TrainTab:
         """What Compare is to ask for."""
         asked = self.used(student)
         return {"kind": "compare", "model": asked["model"], "prompt": asked["prompt"], "recipes": [asked["recipe"]]}
+
+    def studied(self, student: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
+        """What Tune is to ask for on these prompts."""
+        asked = self.used(student)
+        return {"kind": "tune", "model": asked["model"], "prompts": prompts, "students": [asked["recipe"]]}
 
     def _sheet(self, job: str, name: str) -> dict[str, Any] | None:
         try:

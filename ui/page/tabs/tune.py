@@ -12,7 +12,7 @@ from hasten.ui.engine import Engine, Job, Snapshot
 from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.results import Shelf
 from hasten.ui.page.sentences import said
-from hasten.ui.page.settings import PICTURES, Picker
+from hasten.ui.page.settings import PICTURES, Picker, students
 from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.component import shown
 from hasten.ui.views.front import front
@@ -50,12 +50,16 @@ class TuneTab:
     def _controls(self) -> None:
         self.picker = Picker(self.engine, PICTURES, "tune")
         self.prompts = gr.Textbox(
-            "\n".join(self._examples(self.picker.cards()[0].id)), label="Prompts, one in a line", lines=6, max_lines=14, elem_id="tune-prompts",
+            "\n".join(self.examples(self.picker.cards()[0].id)), label="Prompts, one in a line", lines=6, max_lines=14, elem_id="tune-prompts",
             info="Four or more. Every third is held out: the result is checked on those.",
         )  # fmt: skip
         self.budget = gr.Slider(20, 50, value=30, step=1, label="Likeness to keep", info="PSNR in dB against the plain run, in the worst case", buttons=[])
         self.seconds = gr.Number(300, label="Seconds to search", minimum=1, maximum=self.engine.limits.max_seconds, min_width=120)
         self.steps = box("Steps of a run", elem_id="tune-steps")
+        self.students = gr.Dropdown(
+            students(self.engine), value=[], label="Students to try, too", multiselect=True, max_choices=self.engine.limits.max_recipes,
+            visible=bool(students(self.engine)), info="Made by trainings here; they draw other pictures than the plain run, so few keep a likeness.",
+        )  # fmt: skip
         with gr.Row(elem_classes="buttons") as self.buttons:
             self.run = gr.Button("Find the fastest recipe", variant="primary", elem_classes="go", elem_id="tune-run")
 
@@ -63,16 +67,16 @@ class TuneTab:
         self.found = gr.State({})
         self.chosen = gr.State({})
         self.watch.show([self.front, self.note, self.point, self.code, self.found, self.chosen], self.running, self.over)
-        self.watch.starts(self.run.click, self.request, [self.picker.model, self.prompts, self.budget, self.seconds, self.steps])
+        self.watch.starts(self.run.click, self.request, [self.picker.model, self.prompts, self.budget, self.seconds, self.steps, self.students])
         self.picker.model.input(in_words(self.other_model), [self.picker.model], [*self.picker.parts, self.prompts], **TOLD)
         self.front.select(self.choose, [self.found], [self.note, self.point, self.code, self.chosen], queue=False, **HIDDEN)
 
     # --- handlers ---------------------------------------------------------------------------------
 
-    def request(self, model: str, prompts: str, budget: float, seconds: float | None, steps: str) -> dict[str, Any]:
+    def request(self, model: str, prompts: str, budget: float, seconds: float | None, steps: str, tried: list[str] | None) -> dict[str, Any]:
         """What Start asks for."""
         count = read("steps", steps)
-        more = {"steps": count} if count is not None else {}
+        more = {"students": list(tried or []), **({"steps": count} if count is not None else {})}
         lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
         return {"kind": "tune", "model": model, "prompts": lines, "budget": f"psnr>={budget:g}", "seconds": float(seconds or 300), **more}
 
@@ -82,16 +86,23 @@ class TuneTab:
         return {
             self.picker.model: self.picker.card(asked["model"]).id, self.prompts: "\n".join(asked["prompts"]),
             self.budget: float(budget) if budget.replace(".", "").isdigit() else 30, self.seconds: asked.get("seconds", 300),
-            self.steps: written(asked.get("steps")), **self.picker.updates(asked["model"]),
+            self.steps: written(asked.get("steps")), self.students: self.offered(asked.get("students") or []), **self.picker.updates(asked["model"]),
         }  # fmt: skip
+
+    def offered(self, tried: list[str] | None = None) -> Any:
+        """The students as they are now. tried: those to be chosen; None leaves that as it is. Raises `UsageError` for one that is gone."""
+        found = students(self.engine)
+        if gone := next((name for name in tried or () if name not in [each for _, each in found]), None):
+            raise UsageError(f"It was made with {gone!r}, a student that is not here any more. Train it again, or leave it out.")
+        return gr.update(choices=found, visible=bool(found), **({"value": tried} if tried is not None else {}))
 
     @property
     def fills(self) -> list[Component]:
         """All that `filled` updates."""
-        return [self.picker.model, *self.picker.parts, self.prompts, self.budget, self.seconds, self.steps]
+        return [self.picker.model, *self.picker.parts, self.prompts, self.budget, self.seconds, self.steps, self.students]
 
     def other_model(self, model: str) -> Updates:
-        return {**self.picker.updates(model), self.prompts: "\n".join(self._examples(model))}
+        return {**self.picker.updates(model), self.prompts: "\n".join(self.examples(model))}
 
     def running(self, snapshot: Snapshot) -> Updates:
         trials = snapshot.data.get("trials") or []
@@ -140,7 +151,8 @@ class TuneTab:
         steps = {"steps": found["steps"]} if found.get("steps") is not None else {}
         return {"model": found["model"], "prompt": found["prompt"], "recipe": recipe, **steps}
 
-    def _examples(self, model: str) -> list[str]:
+    def examples(self, model: str) -> list[str]:
+        """Prompts for a study of a model: its own, and more where those are too few."""
         own = self.picker.card(model).prompts
         return list(dict.fromkeys((*own, *FALLBACK) if len(own) < FEWEST else own))[:6]
 
