@@ -62,6 +62,8 @@ THINKING = 0.02
 FEW = 3
 """Held-out samples below which the verdict has no interval, and is told to be weak."""
 
+UNFITTED = "No solver is fitted: the pipeline hands out no latents, or its plain run does not begin at nearly all noise."
+
 RECORDED = 3
 """Tuning samples whose plain runs are recorded for judging schedules."""
 
@@ -168,7 +170,7 @@ class Tuning:
             bench = Bench(self.pipe, self.job.call, tuning, self._recorded)
             fitting = Fitting.on(bench, lambda: share * self.job.seconds - self.used())
             if fitting is None:
-                self.say("No solver is fitted: the pipeline hands out no latents, or its plain run does not begin at nearly all noise.")
+                self.say(UNFITTED)
             space = self._space(fitting)
             self._measurable(bench)
             try:
@@ -220,7 +222,7 @@ class Tuning:
         )  # fmt: skip
 
     def _remarks(self, space: Space) -> list[str]:
-        found = []
+        found = [] if space.fit is not None else [UNFITTED]
         if not space.signals:
             found.append(f"Schedules could not be judged beforehand: {self.recorders[0].why}. Only whole families were searched.")
         if not space.guided:

@@ -88,6 +88,7 @@ def test_end_to_end(tmp_path: Path, few_trials: None) -> None:
     told = found.sentences()
     assert re.search(r"x on 1 held-out prompts, of which 100% keep psnr >= 25 dB", told[0]) and "noise floor" in told[1]
     assert any("1 held-out prompt shows little" in sentence for sentence in found.why)
+    assert module.UNFITTED in found.why and module.UNFITTED in said, "six steps of this scheduler begin at 0.83"
     rows = found.rows()
     assert {row["where"] for row in rows} == {"tuning", "held out"} and all(row["n"] for row in rows)
     if len(found.recipe.axes) == 2:
@@ -105,6 +106,7 @@ def test_one_branch(tmp_path: Path, few_trials: None) -> None:
     found, said = tuned(small_flux(layers=1, single_layers=1), FLUX_CALL, tmp_path, "latent_error<=0.5")
     assert any("one branch per step, so guidance was not searched" in sentence for sentence in found.why)
     assert found.trials and not any("both" in line for line in said)
+    assert module.UNFITTED not in [*found.why, *said]
 
 
 def test_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
