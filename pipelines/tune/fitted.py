@@ -22,6 +22,7 @@ from torch import Tensor
 from hasten.pipelines.bench.candidates import Candidate, ours
 from hasten.pipelines.bench.shots import shoot
 from hasten.pipelines.tune.few import Few, start
+from hasten.pipelines.tune.prefix import Prefix
 from hasten.pipelines.tune.trials import MANY, Bench
 from hasten.recipe import Guidance, Recipe
 from hasten.scheduler import is_flow
@@ -64,6 +65,7 @@ class Fitting:
     levels: tuple[float, ...]
     left: Callable[[], float] = lambda: math.inf
     known: dict[tuple[int, Guidance | None], tuple[Few, float]] = field(default_factory=dict)
+    prefix: Prefix = field(default_factory=Prefix)
 
     @classmethod
     def on(cls, bench: Bench, left: Callable[[], float]) -> Fitting | None:
@@ -93,6 +95,7 @@ class Fitting:
                 few, residual = nearer, left
             if float(residual.square().sum()) > ENOUGH * before:
                 break
+        self.prefix.forget()
         return best[1].rounded, best[0]
 
     @property
@@ -131,7 +134,7 @@ class Fitting:
             for by in (step, -step):  # a level close above another one can be moved one way only
                 changed = few.moved([by if number == index else 0.0 for number in range(few.size)])
                 if changed is not None:
-                    columns.append((residual - self._residual(changed)) / by)
+                    columns.append((residual - self._residual(changed, keep=False)) / by)
                     break
             else:
                 columns.append(torch.zeros_like(residual))
@@ -151,27 +154,28 @@ class Fitting:
                 return way, trial, after
         return None
 
-    def _residual(self, few: Few, samples: Sequence[int] | None = None) -> Tensor:
+    def _residual(self, few: Few, samples: Sequence[int] | None = None, keep: bool = True) -> Tensor:
         """float64 [M]: what is missing to the plain runs' final latents, of the fitted samples where none are named, each times its
         own root mean square: a budget is missed by the worst sample, so that fourth powers are added up. Infinite where a run
         gives no numbers."""
         chosen = self._fitted() if samples is None else samples
         candidate, parts = ours("fit", few.recipe), []
         for number in chosen:
-            found, plain = self._latents(candidate, number), self.bench.plain[number].latents
+            found, plain = self._latents(candidate, number, keep), self.bench.plain[number].latents
             assert found is not None and plain is not None
             missing = (plain.double() - found.double()).flatten().cpu()
             parts.append(missing * missing.square().mean().sqrt())
         return torch.cat(parts).nan_to_num(nan=math.inf)
 
-    def _latents(self, candidate: Candidate, number: int) -> Tensor | None:
-        """Of a run that is not decoded."""
-        return shoot(self.bench.pipe, self.bench.samples[number], self.bench.call, candidate, decoded=False).latents
+    def _latents(self, candidate: Candidate, number: int, keep: bool) -> Tensor | None:
+        """Of a run that is not decoded, and makes no evaluation that the last kept one of the sample has made."""
+        with self.prefix.beside(self.bench.pipe, number, keep):
+            return shoot(self.bench.pipe, self.bench.samples[number], self.bench.call, candidate, decoded=False).latents
 
     def _fitted(self) -> list[int]:
         return [number for number in range(len(self.bench.samples)) if number not in self.watched]
 
     def _seconds(self, count: int, num: int) -> float:
-        """About what a round takes."""
+        """About what a round takes: of the runs that differ in one number, half is known (`Prefix`)."""
         share: float = (num + 1) / self.bench.call["num_inference_steps"]
-        return (count + 1) * len(self._fitted()) * share * self.bench.seconds
+        return (count / 2 + 1) * len(self._fitted()) * share * self.bench.seconds
