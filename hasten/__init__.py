@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hasten.limits import Limits
     from hasten.pipelines.accelerate import accelerate
     from hasten.pipelines.compare import compare
+    from hasten.pipelines.handover.sglang import to_sglang
+    from hasten.pipelines.handover.vllm import to_vllm
     from hasten.pipelines.noise_search import search_noise
     from hasten.pipelines.recipes import recipe
     from hasten.pipelines.session import Session
@@ -69,6 +71,8 @@ _HOME = {
     "load": "hasten.pipelines.tiny_models",
     "recipe": "hasten.pipelines.recipes",
     "search_noise": "hasten.pipelines.noise_search",
+    "to_sglang": "hasten.pipelines.handover.sglang",
+    "to_vllm": "hasten.pipelines.handover.vllm",
     "tune": "hasten.pipelines.tune.run",
 }
 """Public name -> the module that defines it."""
@@ -98,6 +102,8 @@ __all__ = [
     "load",
     "recipe",
     "search_noise",
+    "to_sglang",
+    "to_vllm",
     "tune",
 ]
 

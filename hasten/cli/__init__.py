@@ -18,6 +18,7 @@ from hasten.cli import (
     compare,
     demo,
     doctor,
+    export,
     generate,
     jobs,
     profile,
@@ -51,6 +52,7 @@ bench.app.command("compose")(bench_compose.compose)
 bench.app.command("distill")(bench_distill.distill)
 bench.app.command("dllm")(bench_dllm.dllm)
 app.add_typer(bench.app, name="bench")
+app.add_typer(export.app, name="export")
 app.add_typer(train.app, name="train")
 app.add_typer(jobs.app, name="jobs")
 
