@@ -28,7 +28,7 @@ from hasten.pipelines.tune.result import Tuned
 from hasten.pipelines.tune.run import Tuning
 from hasten.pipelines.tune.study import Trial
 from hasten.pipelines.tune.trials import Bench, Measured
-from hasten.pipelines.tune.verify import NEEDED, finalists, promising
+from hasten.pipelines.tune.verify import NEEDED, close, finalists, promising
 
 FASTER = 1.3
 """What a tuned composition should be faster by than the best of the others."""
@@ -99,12 +99,13 @@ def bench_compose(
 
 
 def _tuned(found: Contest, bench: Bench, trials: Sequence[Trial], psnr: float, exact: Sequence[Any], tell: Tell) -> None:
-    """The fastest compositions that keep a PSNR on the tuning prompts, until one does on held-out ones."""
-    goal, failed = Goal("psnr", psnr), list[Trial]()
+    """The fastest compositions that keep a PSNR on the tuning prompts, until one does on held-out ones; then those that are `close`
+    to it. Chosen is the fastest of all that are known to keep it."""
+    goal, failed, holding = Goal("psnr", psnr), list[Trial](), list[Trial]()
     for trial in finalists(trials, goal):
         if len(failed) >= TRIED:
-            return
-        if not promising(trial, failed, goal):
+            break
+        if not promising(trial, failed, goal) or not all(close(trial, other) for other in holding):
             continue
         known = next((entry for entry in found.entries if entry.trial == trial.number), None)
         entry = known or measured(bench, ours(trial.recipe.name, trial.recipe), "tuned", exact, trial.recipe.to_yaml())
@@ -112,10 +113,10 @@ def _tuned(found: Contest, bench: Bench, trials: Sequence[Trial], psnr: float, e
             entry.trial = trial.number
             found.entries.append(entry)
         tell(f"tuned for {psnr:g} dB: {trial.recipe.name}: {entry.measured.why or f'{entry.measured.speedup:.2f}x'}")
-        if entry.keeps(psnr):
-            found.chosen[psnr] = trial.recipe.name
-            return
-        failed.append(trial)
+        (holding if entry.keeps(psnr) else failed).append(trial)
+    best = found.best("tuned", psnr)
+    if best is not None:
+        found.chosen[psnr] = best.measured.name
 
 
 def _others(pipe: Any, call: dict[str, Any], steps: int, thin: int) -> list[tuple[Candidate, str]]:

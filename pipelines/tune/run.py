@@ -32,6 +32,7 @@ from hasten.pipelines.tune.verify import (
     THIN,
     Verdict,
     against,
+    fastest,
     finalists,
     in_turn,
     interactions,
@@ -253,7 +254,7 @@ class Tuning:
         self.say(f"{len(ready)} compositions keep {goal} on the tuning prompts; the fastest meet {len(self.held)} others.")
         held = Bench(self.pipe, self.job.call, self.held)
         found.verdicts = verified(held, ready, goal, self._over, self._verdict)
-        found.best = next((verdict for verdict in found.verdicts if verdict.holds(goal)), None)
+        found.best = fastest(found.verdicts, goal)
         found.control = self._control(held, ready, found.verdicts)
         found.noise_floor = noise_floor(held, held.samples[0])
         if found.best is None:

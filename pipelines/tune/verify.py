@@ -22,6 +22,10 @@ from hasten.samplers.solver import Solver
 NEEDED = 0.95
 """Share of held-out samples that must keep the budget."""
 
+CLOCK = 1.25
+"""What is slower by no more than this on the tuning samples, with fewer evaluations, may be faster: the clock has noise, counting
+has none."""
+
 ROUNDS = 1000
 
 THIN = 2
@@ -52,6 +56,12 @@ def promising(trial: Trial, failed: Sequence[Trial], goal: Goal) -> bool:
     return all(level > goal.better(other.measured.counted(goal)) for other in failed)
 
 
+def close(trial: Trial, chosen: Trial) -> bool:
+    """Whether a finalist may be faster than one that was measured to be faster than it."""
+    fewer = trial.measured.nfe < chosen.measured.nfe
+    return fewer and trial.measured.speedup * CLOCK > chosen.measured.speedup
+
+
 def is_control(trial: Trial) -> bool:
     """Is it nothing but fewer steps of a solver? Then it is the control that a composition must beat."""
     sampler = trial.recipe.sampler
@@ -61,17 +71,24 @@ def is_control(trial: Trial) -> bool:
 def verified(
     bench: Bench, candidates: Sequence[Trial], goal: Goal, until: Callable[[], bool], told: Callable[[Verdict], None] = lambda _: None
 ) -> list[Verdict]:
-    """The candidates on held-out samples, in order, until one keeps the budget there, or `until` says that time is over. Left
-    out is what is not `promising`."""
+    """The candidates on held-out samples, in order, until one keeps the budget there; after that only those that are `close` to
+    it. Ends where `until` says that time is over. Left out is what is not `promising`."""
     found: list[Verdict] = []
     for trial in candidates:
-        if not promising(trial, [verdict.trial for verdict in found], goal):
+        holding = [verdict.trial for verdict in found if verdict.holds(goal)]
+        failed = [verdict.trial for verdict in found if not verdict.holds(goal)]
+        if not promising(trial, failed, goal) or not all(close(trial, other) for other in holding):
             continue
         found.append(Verdict(trial, bench.measure(trial.recipe.name, trial.recipe, again=True)))
         told(found[-1])
-        if found[-1].holds(goal) or until():
+        if until():
             break
     return found
+
+
+def fastest(verdicts: Sequence[Verdict], goal: Goal) -> Verdict | None:
+    """Of those that keep the budget on the held-out samples, the one that was fastest there; None where none keeps it."""
+    return max((each for each in verdicts if each.holds(goal)), key=lambda each: each.measured.speedup, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from hasten.pipelines.tune.job import Job
 from hasten.pipelines.tune.space import Space, first_guesses, parts_alone
 from hasten.pipelines.tune.study import Trial, front
 from hasten.pipelines.tune.trials import Measured, Outcome
-from hasten.pipelines.tune.verify import Interaction, finalists, interval, is_control
+from hasten.pipelines.tune.verify import Interaction, fastest, finalists, interval, is_control, verified
 from hasten.recipe import Recipe, from_yaml
 from tests.pipelines.tune.test_tune_plan import recorded
 
@@ -101,6 +101,32 @@ def test_every_trial_is_on_the_front_or_beaten(pairs: list[tuple[float, float]])
         assert better
     speeds = [trial.measured.speedup for trial in kept]
     assert speeds == sorted(speeds)
+
+
+def counted(speedup: float, nfe: float, psnr: float = 40, number: int = 0) -> Trial:
+    outcomes = (Outcome(speedup, 1 / speedup, psnr, None, None, nfe, 0),)
+    return Trial(number, {}, Recipe(name=f"r{number}"), Measured(f"r{number}", outcomes))
+
+
+def test_what_makes_fewer_evaluations_is_measured_too_where_the_clock_may_be_wrong() -> None:
+    """On held-out samples r1 is the fastest of those that keep the budget, though r0 seemed to be."""
+    trials = [counted(8.8, 11, 32, 0), counted(8.4, 10, 35, 1), counted(8.0, 12, 39, 2), counted(6.0, 9, 41, 3), counted(7.5, 8, 31, 4)]
+    held = {"r0": (6.4, 32.0), "r1": (8.1, 34.0), "r4": (9.0, 29.0)}
+    asked = []
+
+    class Toy:
+        def measure(self, name: str, recipe: Recipe, again: bool) -> Measured:
+            asked.append(name)
+            speedup, psnr = held[name]
+            return Measured(name, (Outcome(speedup, 1 / speedup, psnr, None, None, 10, 0),))
+
+    found = verified(Toy(), trials, PSNR, lambda: False)  # type: ignore[arg-type]
+    assert asked == ["r0", "r1", "r4"], "r2 makes more evaluations than r1, r3 is too slow for that to be the clock"
+    best = fastest(found, PSNR)
+    assert best is not None and best.trial.number == 1
+    assert fastest(found[2:], PSNR) is None
+    asked.clear()
+    assert len(verified(Toy(), trials, PSNR, lambda: True)) == 1 and asked == ["r0"]  # type: ignore[arg-type]
 
 
 def test_finalists_keep_the_goal_on_all_samples_and_come_fastest_first() -> None:
