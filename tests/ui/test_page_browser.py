@@ -127,11 +127,10 @@ def test_a_finished_training_draws_in_generate_by_one_click(tab: Any, served: tu
     show(tab, "History")
     tab.get_by_role("button", name="Train: pairs").or_(tab.locator("#history-gallery button", has_text="Train")).first.click()
     tab.get_by_role("button", name="Open", exact=True).click()
-    expect(tab.get_by_text("The student is ready")).to_be_visible()
+    expect(tab.get_by_text("The student is ready")).to_be_visible(timeout=PATIENT)
     tab.get_by_role("button", name="Use the student in Generate").click()
     expect(tab.locator("#generate-result img")).to_be_visible(timeout=PATIENT)
-    facts = tab.locator(".hv-facts:visible")
-    expect(facts).to_contain_text("1 instead of")
+    expect(tab.get_by_role("region", name="The run in numbers")).to_contain_text("1 instead of", timeout=PATIENT)
     expect(tab.locator("#generate-recipe input")).to_have_value(re.compile("Your student|trained:"))
     job = served[0].jobs.list(1)[0]
     assert job.result["row"]["nfe"] == 1 and job.asked["recipe"].startswith("trained:")
@@ -141,17 +140,17 @@ def test_the_queue_is_paused_and_put_in_another_order(tab: Any, served: tuple[En
     engine = served[0]
     show(tab, "History")
     tab.locator("#history-pause").click()
-    expect(tab.locator("#history-pause")).to_have_text("Go on with the queue")
+    expect(tab.locator("#history-pause")).to_have_text("Go on with the queue", timeout=PATIENT)
     asked = {"kind": "generate", "model": "tiny-image", "steps": 3, "recipe": "plain", "preview": False}
     first, second = (engine.submit(asked | {"prompt": prompt}).id for prompt in ("a one", "a two"))
     tab.get_by_role("button", name="Look again").click()
     tab.locator("#history-queue").get_by_role("button", name="Generate: a two").click()
     tab.get_by_role("button", name="First", exact=True).click()
-    expect(tab.locator("#history-queue .hv-is-queued button")).to_have_text(["Generate: a two", "Generate: a one"])
+    expect(tab.locator("#history-queue .hv-is-queued button")).to_have_text(["Generate: a two", "Generate: a one"], timeout=PATIENT)
     assert [job.id for job in engine.jobs.queue()] == [second, first]
-    expect(tab.locator(".hp-line")).to_contain_text("2 waiting · the queue is paused")
+    expect(tab.locator(".hp-line")).to_contain_text("2 waiting · the queue is paused", timeout=PATIENT)
     tab.locator("#history-pause").click()
-    expect(tab.locator("#history-pause")).to_have_text("Pause the queue")
+    expect(tab.locator("#history-pause")).to_have_text("Pause the queue", timeout=PATIENT)
     assert engine.wait(first).state == "done"
 
 

@@ -236,15 +236,16 @@ def test_a_text_fills_in_step_by_step(page: Any) -> None:
 
 
 def test_a_text_is_watched_again_and_stops_at_a_touch(page: Any) -> None:
-    slider = page.get_by_role("slider", name="Step")
+    slider, masked = page.get_by_role("slider", name="Step"), page.locator(".hv-words .hv-masked")
     page.get_by_role("button", name="Watch it being written").click()
-    page.wait_for_function("0 < document.querySelector('[data-keep=canvas-step]').value && document.querySelectorAll('.hv-words .hv-masked').length")
+    sync_api.expect(masked).not_to_have_count(0)
+    sync_api.expect(slider).not_to_have_value("0")
     slider.press("Home")
-    page.wait_for_timeout(600)
+    page.wait_for_timeout(900)
     assert slider.input_value() == "0", "who moves it is not fought with"
     page.get_by_role("button", name="Watch it being written").click()
-    page.wait_for_function("document.querySelector('[data-keep=canvas-step]').value === '10'")
-    assert page.locator(".hv-words .hv-masked").count() == 0
+    sync_api.expect(slider).to_have_value("10", timeout=30_000)
+    assert masked.count() == 0
 
 
 def test_a_text_that_grows_is_shown_to_its_end(page: Any) -> None:

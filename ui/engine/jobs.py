@@ -94,9 +94,9 @@ class Jobs:
         found = self._database.read(f"SELECT * FROM jobs WHERE {where} ORDER BY made DESC, place DESC LIMIT ?", (*chosen, *named, limit))
         return [Job.of(row) for row in found]
 
-    def queue(self) -> list[Job]:
+    def queue(self) -> tuple[Job, ...]:
         """Those that wait, the next one first."""
-        return [Job.of(row) for row in self._database.read("SELECT * FROM jobs WHERE state = 'queued' ORDER BY place")]
+        return tuple(Job.of(row) for row in self._database.read("SELECT * FROM jobs WHERE state = 'queued' ORDER BY place"))
 
     def move(self, job: str, to: Where) -> None:
         """Another turn for a waiting job. Raises `UsageError` for one that does not wait, or a place that is none."""

@@ -146,9 +146,14 @@ class Settings:
             raise UsageError(f"It was made with the LoRA {style!r}, which is not here. Put its .safetensors file into the LoRA folder.")
         return {
             self.picker.model: card.id, **self.picker.updates(card.id), self.prompt: asked["prompt"], self.seed: asked.get("seed", 0),
-            self.negative: asked.get("negative", ""), self.guidance: written(asked.get("guidance")), self.lora: style,
-            self.preview: asked.get("preview", True), self.tiles: asked.get("decoding") == "tiles", **{each: written(asked.get(key)) for key, each in self.numbers.items()},
+            self.negative: asked.get("negative", ""), self.lora: style,
+            self.preview: asked.get("preview", True), self.tiles: asked.get("decoding") == "tiles", **self._boxes(card, asked),
         }  # fmt: skip
+
+    def _boxes(self, card: Card, asked: Mapping[str, Any]) -> Updates:
+        """The boxes for numbers, with what is usual for the model where they stay empty."""
+        named = {**self.numbers, "guidance": self.guidance}
+        return {each: gr.update(value=written(asked.get(key)), placeholder=usual(card, key)) for key, each in named.items()}
 
     def for_model(self, model: str, prompt: str) -> Updates:
         """What follows from another model: its words, its usual numbers, and an example where the prompt was one."""

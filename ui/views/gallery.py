@@ -21,7 +21,7 @@ def gallery(about: Mapping[str, Any]) -> str:
     inner = (
         '<div class="hv-head"><label class="hv-choice"><span>Search</span> <input type="search" data-keep="gallery-search"'
         ' placeholder="prompt, recipe, model" autocomplete="off"></label>'
-        f'<output class="hv-number" data-part="count" aria-live="polite">{len(items)} results</output></div>'
+        f'<output class="hv-number" data-part="count" aria-live="polite">{len(items)} result{"" if len(items) == 1 else "s"}</output></div>'
         f'<ul class="hv-results">{cards}</ul><p class="hv-empty" data-none hidden>No result has all these words.</p>'
     )
     return view("gallery", "History", inner)

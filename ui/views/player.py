@@ -35,7 +35,7 @@ def player(about: Mapping[str, Any]) -> str:
     frames, fps = int(about.get("frames") or 1), float(about.get("fps") or 16)
     pixelated = about.get("pixelated", width <= TINY)
     moving = kind == "video" and frames > 1
-    hint = "Arrow keys: frame. Space: play. C: swap. 1 to 4: view." if moving else "C: swap. 1 to 4: view."
+    hint = "Arrow keys: frame. Space: play. S: swap. 1 to 4: view." if moving else "S: swap. 1 to 4: view."
     wide = max(480, min(16 * width if pixelated else width, 800))
     inner = "".join(
         (
@@ -52,7 +52,7 @@ def player(about: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-_SWAP = '<button type="button" class="hv-button" data-do="swap" aria-keyshortcuts="c">Swap</button>'
+_SWAP = '<button type="button" class="hv-button" data-do="swap" aria-keyshortcuts="s">Swap</button>'
 
 
 def _stage(kind: str, runs: Sequence[Mapping[str, Any]], mode: str, width: int, height: int, pixelated: bool) -> str:

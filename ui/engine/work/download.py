@@ -10,6 +10,7 @@ import errno
 import hashlib
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,11 @@ def _fetched(model: str, report: Report) -> dict[str, Any]:
 
 def _wanted(siblings: list[Any]) -> list[Any]:
     """The files that are needed, an index of the whole last."""
-    from huggingface_hub.utils import filter_repo_objects
 
-    found = list(filter_repo_objects(siblings, allow_patterns=WANTED, ignore_patterns=LEFT_OUT, key=lambda file: file.rfilename))
+    def one_of(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    found = [file for file in siblings if one_of(file.rfilename, WANTED) and not one_of(file.rfilename, LEFT_OUT)]
     order = {name: number for number, name in enumerate(reversed(INDEX), 1)}
     return sorted(found, key=lambda file: (order.get(file.rfilename, 0), file.rfilename))
 
@@ -135,7 +138,7 @@ class _Counted:
 
     def bar(self) -> type:
         """A class that huggingface_hub shows progress by; it is told here, and stops the fetching."""
-        from huggingface_hub.utils import tqdm
+        from tqdm.auto import tqdm
 
         counted = self
 

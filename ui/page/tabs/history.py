@@ -49,8 +49,7 @@ class HistoryTab:
                 self.queue = shown(queue({}), elem_id="history-queue")
                 with gr.Row(visible=False, elem_classes="buttons chosen") as self.job_actions:
                     self.job_words = shown()
-                    with gr.Row(visible=False, elem_classes="buttons") as self.moves:
-                        self.moved = [gr.Button(label, size="sm", min_width=70) for label in MOVES]
+                    self.moves = [gr.Button(label, size="sm", min_width=60, visible=False) for label in MOVES]
                     self.cancel = gr.Button("Stop it", size="sm", min_width=80)
                     self.again = gr.Button("Try again", size="sm", min_width=80)
                     self.forget = gr.Button("Remove", size="sm", min_width=80)
@@ -61,9 +60,9 @@ class HistoryTab:
 
     def _events(self) -> None:
         self.gallery.select(in_words(self.choose), None, [self.output, self.actions, self.words], **TOLD)
-        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words, self.moves], **TOLD)
-        for button, to in zip(self.moved, MOVES.values(), strict=True):
-            button.click(in_words(functools.partial(self.move, to)), [self.job], [self.queue, self.moves], **TOLD)
+        self.queue.select(in_words(self.choose_job), None, [self.job, self.job_actions, self.job_words, *self.moves], **TOLD)
+        for button, to in zip(self.moves, MOVES.values(), strict=True):
+            button.click(in_words(functools.partial(self.move, to)), [self.job], [self.queue], **TOLD)
         self.pause.click(in_words(self.paused), None, [self.pause, self.queue], **TOLD)
         self.refresh.click(self.look, None, self.looks, queue=False, **HIDDEN)
         self.remove.click(in_words(self.removed), [self.output], self.looks, **TOLD)
@@ -101,23 +100,23 @@ class HistoryTab:
             self.engine.pause()
         return gr.update(**self._pause_words()), self.listed()
 
-    def move(self, to: Where, job: str) -> tuple[str, Any]:
+    def move(self, to: Where, job: str) -> str:
         """Another turn for the job that is chosen, which stays chosen."""
         if not job:
             raise UsageError("Choose a job of the list first.")
         self.engine.move(job, to)
-        return self.listed(), gr.update(visible=True)
+        return self.listed()
 
     def choose(self, event: gr.EventData) -> tuple[str, Any, str]:
         """A card of the gallery."""
         found = self.shelf.result(str(event.id))
         return found["output"], gr.update(visible=True), said(title(found["request"]))
 
-    def choose_job(self, event: gr.EventData) -> tuple[str, Any, str, Any]:
+    def choose_job(self, event: gr.EventData) -> tuple[Any, ...]:
         """A row of the queue."""
         job = self.engine.job(str(event.id))
         words = str(job.error.get("sentence") or f"{title(job.asked)} ({recipe_words(job.asked) or job.kind})")
-        return job.id, gr.update(visible=True), said(words), gr.update(visible=job.state == "queued")
+        return job.id, gr.update(visible=True), said(words), *(gr.update(visible=job.state == "queued") for _ in MOVES)
 
     def chosen(self, output: str) -> dict[str, Any]:
         """The result that is chosen, with its request. Raises `UsageError` where none is."""

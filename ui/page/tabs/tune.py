@@ -94,7 +94,8 @@ class TuneTab:
         found = students(self.engine)
         if gone := next((name for name in tried or () if name not in [each for _, each in found]), None):
             raise UsageError(f"It was made with {gone!r}, a student that is not here any more. Train it again, or leave it out.")
-        return gr.update(choices=found, visible=bool(found), **({"value": tried} if tried is not None else {}))
+        chosen: dict[str, Any] = {"value": tried} if tried is not None else {}
+        return gr.update(choices=found, visible=bool(found), **chosen)
 
     @property
     def fills(self) -> list[Component]:
