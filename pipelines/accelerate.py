@@ -9,6 +9,7 @@ from torch import nn
 
 from hasten.agree import group_of
 from hasten.budget import Budget
+from hasten.caching.decode.kept import KeptCache
 from hasten.errors import HastenError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.host import denoisers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from hasten.pipelines.causal.session import TextSession
     from hasten.pipelines.decode.session import DecodeSession
+    from hasten.pipelines.decode_kv.session import KVSession
     from hasten.pipelines.text.llada2 import LLaDA2Session
     from hasten.pipelines.text.pipeline import TextPipeline
     from hasten.pipelines.text.session import TextDiffusionSession
@@ -40,7 +42,7 @@ def accelerate(
 @overload
 def accelerate(  # type: ignore[overload-cannot-match]
     host: PreTrainedModel, recipe: str | Path | Recipe | Budget, *, scheduler: None = None, limits: Limits | None = None
-) -> TextSession | DecodeSession: ...
+) -> TextSession | DecodeSession | KVSession: ...
 @overload
 def accelerate(  # type: ignore[overload-cannot-match]
     host: nn.Module, recipe: str | Path | Recipe | Budget, *,
@@ -53,13 +55,13 @@ def accelerate(
     scheduler: Any = None,
     limits: Limits | None = None,
     group: Any = None,
-) -> Session | TextSession | DecodeSession | TextDiffusionSession | LLaDA2Session:
+) -> Session | TextSession | DecodeSession | KVSession | TextDiffusionSession | LLaDA2Session:
     """Make `host` generate faster while the returned session is open.
 
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
     `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
     YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it and
-    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding); on a causal language model it has `attention`, or drafts (`draft`, `verify`, `pace`), on text diffusion those of
+    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding); on a causal language model it has `attention`, or drafts (`draft`, `verify`, `pace`), or a cache (`kv` of kind `kept`), on text diffusion those of
     `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
@@ -85,6 +87,10 @@ def accelerate(
             from hasten.pipelines.decode.attach import attach as attach_drafts
 
             return attach_drafts(getattr(host, "_orig_mod", host), found, limits)
+        if isinstance(found.kv, KeptCache):
+            from hasten.pipelines.decode_kv.session import attach as attach_kv
+
+            return attach_kv(getattr(host, "_orig_mod", host), found, limits)
         if found.commit is not None or found.kv is not None:
             raise UsageError(
                 f"Recipe {found.name!r} is for texts that are written in any order, which takes a loop of its own. Use"

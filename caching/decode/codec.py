@@ -75,7 +75,8 @@ class PerToken:
         return PerToken(codes, scale, low, self.bits, self.dtype)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PerToken:
-        return PerToken(*map(change, self.tensors()), self.bits, self.dtype)
+        codes, scale, low = map(change, self.tensors())
+        return PerToken(codes, scale, low, self.bits, self.dtype)
 
     def tensors(self) -> list[Tensor]:
         return [self.codes, self.scale, self.low]
@@ -99,7 +100,7 @@ class PerChannel:
 
     @classmethod
     def of(cls, x: Tensor, bits: int, group: int) -> PerChannel:
-        b, heads, tokens, channels = x.shape
+        b, heads, _, channels = x.shape
         codes, scale, low = rounded(x.reshape(b, heads, -1, group, channels).float(), bits, 3)
         return cls(nibbles(codes.reshape(x.shape), bits), scale[:, :, :, 0], low[:, :, :, 0], bits, x.dtype, group)
 

@@ -31,7 +31,8 @@ class Kivi(Codec):
     values with a scale per token and 32 channels; the newest `residual` tokens exact.
 
     Unlike transformers' quantised cache, nothing is rounded twice: a group is packed once, and eviction takes its codes
-    along. An odd head dimension is stored in whole bytes.
+    along. An odd head dimension is stored in whole bytes. In a batch with padding a group may begin in the padding, so that
+    a text's rounding depends on how long the others are.
     """
 
     kind: ClassVar[str] = "kivi"

@@ -45,7 +45,7 @@ class Pruned:
         count = max(1, channels - int(share * channels))
         kept = x.abs().topk(count, dim=-1).indices.sort(dim=-1).values
         present = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, kept, 1)
-        present = torch.nn.functional.pad(present, (0, -channels % 8)).unflatten(-1, (-1, 8))
+        present = torch.nn.functional.pad(present, (0, -channels % 8)).view(*x.shape[:-1], -1, 8)
         bits = (present << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8)
         return cls(bits, x.gather(-1, kept), channels)
 

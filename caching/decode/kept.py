@@ -16,10 +16,22 @@ from torch import Tensor
 
 from hasten.caching.decode.amount import Amount, HeadBudget, LayerBudget, OwnHeads, SameLayers
 from hasten.caching.decode.codec import Codec
+from hasten.caching.decode.prompt import PromptChoice
 from hasten.caching.decode.score import Recency, Seen, SlotScore, SlotScoreState
 from hasten.caching.decode.slots import Slots
 from hasten.errors import RecipeError
+from hasten.part import Part
 from hasten.recipe import KVPolicy
+
+
+class Shared(Part):
+    """Prefixes that rows share are computed and held once, and read for all of these rows by one matrix product (Hydragen,
+    2402.05099): the samples of one prompt, the beams of a search, and what all prompts of a batch begin with.
+
+    least: tokens of a common beginning that is worth it.
+    """
+
+    least: int = Field(64, ge=1)
 
 
 class KeptCache(KVPolicy):
@@ -29,7 +41,8 @@ class KeptCache(KVPolicy):
     case, and the newest `window` or, where that is more, the share `recent` of what stays: they are part of the amount.
     when: "prompt": after each piece of a prompt (a turn of a conversation), and what is generated stays; "always": while
     generating, too, once there are `every` more than the amount. layers, heads: who gets how much of the amount. codec: the
-    form of what is older than its residual. Without amount and codec the cache is the model's own, token for token.
+    form of what is older than its residual. shared: prefixes that are held once; prompt: which tokens of a prompt are read at
+    all; both for `generate` alone. Without amount and codec the cache is the model's own, token for token.
 
     Positions stay those of the text: what is left is not moved together, as far as the model can tell.
     """
@@ -45,6 +58,8 @@ class KeptCache(KVPolicy):
     layers: LayerBudget = SameLayers()
     heads: HeadBudget = OwnHeads()
     codec: Codec | None = None
+    shared: Shared | None = None
+    prompt: PromptChoice | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> KeptCache:
@@ -52,6 +67,11 @@ class KeptCache(KVPolicy):
             raise RecipeError(
                 f"heads of kind {self.heads.kind!r} hold different numbers of tokens, which codecs cannot pack. Take heads of"
                 " kind 'own' or 'together' with a codec."
+            )
+        if self.shared is not None and (self.amount, self.codec, self.prompt) != (None, None, None):
+            raise RecipeError(
+                "a shared prefix is held once for several rows, and rows choose, evict and pack for themselves. Take `shared`"
+                " without amount, codec and prompt."
             )
         return self
 
@@ -149,7 +169,8 @@ class KeptState:
         ]
         first, newest = (torch.tensor(x, device=device)[:, None, None] for x in (sinks, near))
         sure = (place < first) | (place >= newest)
-        sure, worth = torch.broadcast_tensors(sure, worth)
+        planes = max(sure.shape[1], worth.shape[1])
+        sure, worth = sure.expand(-1, planes, -1), worth.expand(-1, planes, -1)
         held = (place >= 0).expand(-1, max(place.shape[1], 1), -1)
         return part.heads.choose(worth.masked_fill(sure, math.inf), held, torch.tensor(goals, device=device))
 

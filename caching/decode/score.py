@@ -122,5 +122,7 @@ class _AnyOf(SlotScoreState):
         from hasten.noise import uniform
 
         place = slots.place.long()
-        heads = uniform(torch.full_like(place, self.seed), torch.full_like(place, seen.layer), place, seen.k.shape[1])
-        return heads[:, 0].movedim(-1, 1).float() if place.shape[1] == 1 else heads.diagonal(dim1=1, dim2=3).movedim(-1, 1).float()
+        seed, layer = torch.full_like(place, self.seed), torch.full_like(place, seen.layer)
+        each = uniform(seed, layer, place, seen.k.shape[1])
+        own: Tensor = each[:, 0] if place.shape[1] == 1 else each.diagonal(dim1=1, dim2=3)  # [B, S, Hk]
+        return own.movedim(-1, 1).float()

@@ -118,8 +118,13 @@ class _LastQueries(SlotScoreState):
         width = self.part.smooth
         if width == 1:
             return got
-        padded = torch.nn.functional.pad(got, (width // 2, (width - 1) // 2))
-        return torch.nn.functional.avg_pool1d(padded, width, stride=1)
+        padded = (width // 2, (width - 1) // 2)
+        if not slots.holes:
+            return torch.nn.functional.avg_pool1d(torch.nn.functional.pad(got, padded), width, stride=1)
+        # Neighbours are tokens, not slots: those that hold nothing stand behind all others meanwhile.
+        order = (slots.place < 0).to(torch.uint8).argsort(dim=-1, stable=True).expand_as(got)
+        smooth = torch.nn.functional.avg_pool1d(torch.nn.functional.pad(got.gather(-1, order), padded), width, stride=1)
+        return torch.empty_like(got).scatter_(-1, order, smooth)
 
     def rows(self, index: Tensor) -> None:
         if self.q.numel():

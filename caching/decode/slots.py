@@ -20,8 +20,8 @@ from hasten.caching.decode.packed import NONE, Flat, Growing, Packed, gathered, 
 from hasten.caching.store import numbered
 from hasten.errors import UsageError
 
-GROW = 64
-"""Slots that a full buffer grows by, so that a new token need not copy all others."""
+GROW = 8
+"""A full buffer grows by an eighth, and by this many slots at least, so that a new token need not copy all others."""
 
 EVEN = 0.95
 """Heads that hold at least this share of what they would, were they all as long as the longest, stay a rectangle."""
@@ -125,7 +125,7 @@ class Slots:
         """See to it that the buffer has so many columns."""
         if columns <= self.k.shape[2]:
             return
-        columns += GROW if self.used else 0
+        columns += max(GROW, self.used // 8) if self.used else 0
         for name in ("k", "v"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], columns, old.shape[3])
@@ -300,6 +300,16 @@ class Slots:
         self.used = max(self.ends)
         self.place = self.place[..., : self.slots]
         self.notes = {name: note[..., : self.slots] for name, note in self.notes.items()}
+
+    def restore(self, k: Tensor, v: Tensor, place: Tensor) -> None:
+        """Hold what another store held: k [B, Hk, S, D], v [B, Hk, S, Dv], place int [B, P, S], of rows that are filled to
+        the end; this one must be empty."""
+        if self.ends:
+            raise UsageError("Slots.restore(): this store holds something already. Take a new one.")
+        self.k, self.v, self.place = k, v, place.to(torch.int32)
+        self.used = k.shape[2]
+        self.ends, self.holes = [self.used] * k.shape[0], bool((place < 0).any())
+        self.tokens = [float(count) for count in (place >= 0).sum(-1).float().mean(-1).tolist()]
 
     # --- packing ------------------------------------------------------------------------------------
 

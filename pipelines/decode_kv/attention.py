@@ -5,6 +5,7 @@ Shapes: see `hasten.caching.decode`; G = Hq / Hk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hasten.caching.decode.mass import allowed
 from hasten.caching.decode.slots import View
+from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.text.exact import LOGITS, attend_all, attend_some
 
@@ -59,15 +61,36 @@ def attend_with_lse(q: Tensor, view: View, at: Tensor, scale: float, window: int
     return Output(o.reshape(b, hq, n, -1).to(q.dtype), lse.reshape(b, hq, n).float())
 
 
+def attend_shared(q: Tensor, level: View, scale: float) -> Output:
+    """Attention of q [B, Hq, N, D] over what B / Bs rows that stand next to each other share, `level` of Bs rows: their
+    queries are one matrix, so that each key is read once for all of them (Hydragen, 2402.05099)."""
+    (b, hq, n, d), (shared, hk) = q.shape, level.k.shape[:2]
+    each, groups = b // shared, hq // hk
+    rows = q.reshape(shared, each, hk, groups * n, d).transpose(1, 2).reshape(shared, hk, each * groups * n, d)
+    if level.holes:
+        o, lse = attend_some(rows, level.k, level.v, scale, (level.place >= 0)[:, :, None])
+    else:
+        o, lse = attend_all(rows, level.k, level.v, scale)
+    o = o.reshape(shared, hk, each, groups * n, -1).transpose(1, 2).reshape(b, hq, n, -1)
+    return Output(o.to(q.dtype), lse.reshape(shared, hk, each, groups * n).transpose(1, 2).reshape(b, hq, n).float())
+
+
+def attend_levels(q: Tensor, levels: Sequence[View], view: View, at: Tensor, scale: float) -> Tensor:
+    """o [B, N, Hq, Dv] over shared levels and what each row has of its own, merged by their LSE: exact."""
+    parts = [attend_shared(q, level, scale) for level in levels] + [attend_with_lse(q, view, at, scale, None)]
+    return merge([(part.o, part.lse) for part in parts])[0].transpose(1, 2).contiguous()
+
+
 def _some(rows: Tensor, view: View, mask: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
     """In slices of queries, so that few logits are held at once. mask: bool [B, P, N, S + N]."""
     n = mask.shape[2]
     step = max(1, LOGITS // max(1, rows.shape[0] * rows.shape[1] * groups * view.k.shape[2]))
-    q = rows.unflatten(2, (groups, n))
+    (b, hk), d = rows.shape[:2], rows.shape[3]
+    q = rows.view(b, hk, groups, n, d)
     parts = []
     for start in range(0, n, step):
         piece = q[:, :, :, start : start + step]
         seen = mask[:, :, start : start + step].repeat(1, 1, groups, 1)
         o, lse = attend_some(piece.flatten(2, 3), view.k, view.v, scale, seen)
-        parts.append((o.unflatten(2, (groups, -1)), lse.unflatten(2, (groups, -1))))
+        parts.append((o.view(b, hk, groups, piece.shape[3], -1), lse.view(b, hk, groups, piece.shape[3])))
     return torch.cat([o for o, _ in parts], 3).flatten(2, 3), torch.cat([lse for _, lse in parts], 3).flatten(2, 3)

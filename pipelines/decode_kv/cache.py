@@ -19,13 +19,20 @@ from hasten.caching.decode.packed import NONE
 from hasten.caching.decode.score import Seen
 from hasten.caching.decode.slots import Slots, View
 from hasten.errors import UsageError
+from hasten.sparse_attn.text.reader import ReaderState
 
 if TYPE_CHECKING:
     from hasten.pipelines.decode_kv.session import KVSession
 
 
-class KVLayer(CacheLayerMixin):
-    """One layer: what transformers asks of it, answered from `slots`. view: what its attention is about to read."""
+LATE = 32
+"""Tokens that a layer with a window may hold beyond it, so that not every new token moves all others."""
+
+
+class KVLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer: what transformers asks of it, answered from `slots`. levels: what several rows share, read before what
+    they have of their own. view: what its attention is about to read. reader: state of what reads some of it; selected:
+    its calls."""
 
     is_sliding = False
     is_croppable = True
@@ -33,8 +40,11 @@ class KVLayer(CacheLayerMixin):
     def __init__(self, cache: KVCache, number: int) -> None:
         super().__init__()
         self.cache, self.number, self.slots = cache, number, Slots()
+        self.levels: list[Slots] = []
         self.view: View | None = None
         self.pending: Seen | None = None
+        self.reader: ReaderState | None = None
+        self.selected = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -97,16 +107,19 @@ class Now:
     drafted: bool
 
 
-class KVCache(Cache):
+class KVCache(Cache):  # type: ignore[misc]
     """What a session gives `generate` in the place of a `DynamicCache`; `session.cache()` makes one by hand.
 
     lengths: tokens of each row so far, padding not counted; columns: tokens with padding, which transformers counts.
+    from_generate: did `generate` make it, which reads the logits of the last token alone?
+    choosing: is a prompt read for the sake of choosing its tokens? repacked: do positions follow what was chosen?
     A draft: `draft(reads, depth)`, one call of the model, `commit(index)` or `discard()`.
     """
 
     def __init__(self, session: KVSession, layers: int, part: KeptCache) -> None:
         self.session, self.part = session, part
         self.now: Now | None = None
+        self.from_generate = False
         super().__init__(layers=[KVLayer(self, number) for number in range(layers)])
         self.clear()
 
@@ -117,8 +130,11 @@ class KVCache(Cache):
         self.state: KeptState = self.part.start(len(self.layers))
         self._next: tuple[Tensor, Tensor] | None = None
         self._open: Now | None = None
+        self._wrote = self._broken = False
+        self.choosing = self.repacked = False
         for layer in self.layers:
-            layer.slots, layer.view, layer.pending = Slots(), None, None
+            layer.slots, layer.levels, layer.view, layer.pending = Slots(), [], None, None
+            layer.reader, layer.selected = None, 0
 
     # --- one call of the model ----------------------------------------------------------------------
 
@@ -126,6 +142,8 @@ class KVCache(Cache):
         """A call with n new tokens for each of `batch` rows; valid: bool [B, n], False where there is padding."""
         if self._open is not None:
             raise UsageError("This cache has an open draft. Commit or discard it before the model is called again.")
+        if self._broken:
+            raise UsageError("A call of the model with this cache failed half-way, and layers have gone apart. Start with a new cache.")
         if not self.lengths:
             self.lengths = [0] * batch
         if len(self.lengths) != batch:
@@ -151,9 +169,10 @@ class KVCache(Cache):
         return Now(base + depth, False, reads, [], False, True)
 
     def end(self, done: bool) -> None:
-        """The call is over; done=False: it failed, and what it wrote is gone."""
+        """The call is over; done=False: it failed, and the cache with it if a layer had committed its tokens."""
         now, self.now = self.now, None
         assert now is not None
+        self._broken, self._wrote = self._wrote and not done, False
         for layer in self.layers:
             layer.view = None
             if not done and layer.slots.tail is not None:
@@ -173,13 +192,24 @@ class KVCache(Cache):
             layer.pending = seen
             return
         layer.slots.commit()
+        self._wrote = True
         self._after(layer, seen, [length + new for length, new in zip(self.lengths, now.new, strict=True)])
 
     def _after(self, layer: KVLayer, seen: Seen, lengths: Sequence[int]) -> None:
+        if seen.window is not None and any(held > seen.window + (0 if seen.prompt else LATE) for held in layer.slots.tokens):
+            out = torch.tensor(lengths, device=seen.q.device)[:, None, None] - seen.window
+            layer.slots.keep(layer.slots.place >= out)
         view = layer.slots.view() if self.state.evicts else None
         if view is not None:
             seen = replace(seen, k=view.k, v=view.v)
         self.state.after(layer.slots, seen, lengths)
+
+    def share(self, times: int) -> None:
+        """What each row holds is shared by `times` rows from now on, which stand next to each other (Hydragen)."""
+        for layer in self.layers:
+            layer.levels.append(layer.slots)
+            layer.slots = Slots()
+        self.lengths = [length for length in self.lengths for _ in range(times)]
 
     # --- drafts -------------------------------------------------------------------------------------
 
@@ -222,6 +252,10 @@ class KVCache(Cache):
     def rows(self, index: Tensor) -> None:
         """These rows, int64 [m], a row perhaps several times."""
         order = index.tolist()
+        for level in self.layers[0].levels:
+            each = len(self.lengths) // len(level.ends)
+            if len(order) != len(self.lengths) or any(row // each != place // each for place, row in enumerate(order)):
+                raise UsageError("Rows that share a prefix cannot change places with rows that do not. Leave `shared` out of the recipe.")
         self.lengths = [self.lengths[row] for row in order]
         for layer in self.layers:
             if layer.is_initialized:
@@ -230,6 +264,8 @@ class KVCache(Cache):
 
     def shorten(self, tokens: int) -> None:
         """Take the newest tokens of every row back; what was evicted because of them does not return."""
+        if self.layers[0].levels and any(held < tokens for held in self.layers[0].slots.tokens):
+            raise UsageError("A shared prefix cannot be taken back. Leave `shared` out of the recipe.")
         self.lengths = [length - tokens for length in self.lengths]
         self.columns -= tokens
         for layer in self.layers:
@@ -240,4 +276,6 @@ class KVCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes of memory held: slots, their places and notes, and what scores remember."""
-        return sum(layer.slots.bytes for layer in self.layers) + self.state.bytes
+        slots = [slots for layer in self.layers for slots in (*layer.levels, layer.slots)]
+        held: int = sum(each.bytes for each in slots) + self.state.bytes
+        return held

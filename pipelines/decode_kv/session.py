@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,17 +22,27 @@ from hasten.caching.decode.score import Seen
 from hasten.errors import RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.causal.attention import attention_modules
-from hasten.pipelines.decode_kv.attention import attend
+from hasten.pipelines.decode_kv.attention import attend, attend_levels
 from hasten.pipelines.decode_kv.cache import KVCache, KVLayer
 from hasten.pipelines.decode_kv.report import KVReport, report_of
+from hasten.pipelines.decode_kv.shared import in_stages
 from hasten.recipe import Recipe
 from hasten.session import Attachment
+from hasten.sparse_attn.text.causal import CausalAttention
 
 NAME = "hasten-kv"
 """Of our function in transformers' registry of attention functions, and of SDPA's masks in that of masks."""
 
 CALL = "hasten_kv_call"
 """Keyword that an attached module's forward hands through to our attention function: which site, cache and input."""
+
+
+class Chosen(Exception):
+    """What the layer that decides has seen: its queries and keys [B, H, n, D], and the scale of its logits."""
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
+        super().__init__()
+        self.q, self.k, self.scale = q, k, scale
 
 
 @dataclass(slots=True)
@@ -50,12 +59,12 @@ class Site:
         def forward(*args: Any, **kwargs: Any) -> Any:
             cache = next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
             ours = cache if isinstance(cache, KVCache) and cache.session is self.session else None
-            hidden = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
             return own(*args, **kwargs, **{CALL: (self, ours, hidden, kwargs)})
 
         return forward
 
-    def attend(self, q: Tensor, cache: KVCache, scale: float | None, hidden: Tensor, named: Any, extra: dict[str, Any]) -> Tensor:
+    def attend(self, q: Tensor, cache: KVCache, scale: float | None, hidden: Any, named: Any, extra: dict[str, Any]) -> Tensor:
         """o [B, N, Hq, Dv] over what the cache holds; then the policy has its say."""
         for name in ("softcap", "s_aux", "position_bias"):
             if extra.get(name) is not None:
@@ -65,6 +74,8 @@ class Site:
         layer = cache.layers[int(self.module.layer_idx)]  # type: ignore[arg-type]
         assert isinstance(layer, KVLayer) and layer.view is not None and cache.now is not None
         view, now = layer.view, cache.now
+        if cache.choosing and layer.number == self.session.deciding:
+            raise Chosen(q, view.k, q.shape[-1] ** -0.5 if scale is None else scale)
         window = extra.pop("sliding_window", None)
         o = self.session.read(self, q, layer, scale, window, extra)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -81,16 +92,21 @@ class KVSession:
 
     def __init__(self, model: Any, recipe: Recipe, limits: Limits | None = None) -> None:
         self.host, self.recipe, self.limits = model, recipe, limits or Limits()
-        self.part = _part(recipe)
+        self.part, self.reader = _part(recipe), _reader(recipe)
         self.last: KVCache | None = None
         self.notes: list[str] = []
         self._attachment = Attachment()
         self._closed = False
         modules = attention_modules(model)
-        if any(module.config._attn_implementation.startswith("hasten") for module in modules.values()):  # type: ignore[union-attr]
+        if any(module.config._attn_implementation.startswith("hasten") for module in modules.values()):  # type: ignore[union-attr, operator]
             raise UsageError(f"This {type(model).__name__} is accelerated already. Close the other session first.")
         self.layers = 1 + max(int(module.layer_idx) for module in modules.values())  # type: ignore[arg-type]
-        self.window_layers = [getattr(module, "sliding_window", None) for module in modules.values()]
+        self.deciding = -1 if self.part.prompt is None else self.part.prompt.at(self.layers)
+        if self.part.shared is not None and any(_slides(module.config) for module in modules.values()):
+            raise RefusedError(
+                f"{type(model).__name__} has layers with a sliding window, in which a shared prefix goes out of sight row by row."
+                " Leave `shared` out of the recipe."
+            )
         _register()
         try:
             self._attach(modules)
@@ -116,7 +132,8 @@ class KVSession:
         base = self.host.base_model
         self._attachment.replace(base, "forward", self._around(base.forward))
         if hasattr(self.host, "_prepare_cache_for_generation"):
-            prepare = self._prepare(self.host._prepare_cache_for_generation)
+            own: Any = self.host._prepare_cache_for_generation
+            prepare = self._prepare(own)
             self._attachment.replace(self.host, "_prepare_cache_for_generation", prepare)
 
     def _prepare(self, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +145,8 @@ class KVSession:
             found = own(generation_config, model_kwargs, *args, **kwargs)
             made = model_kwargs.get("past_key_values")
             if given is None and type(made) is DynamicCache:
-                model_kwargs["past_key_values"] = self.cache()
+                cache = model_kwargs["past_key_values"] = self.cache()
+                cache.from_generate = True
             elif not isinstance(made, KVCache):
                 kind = type(made).__name__ if made is not None else "no cache"
                 self.note(f"Generation with {kind} is the model's own: the policy acts on the cache that generate makes by default.")
@@ -156,7 +174,7 @@ class KVSession:
         """One call of the decoder with our cache."""
         tokens = kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        batch, n = tokens.shape[:2]
+        n = tokens.shape[1]
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise UsageError(
@@ -164,10 +182,21 @@ class KVSession:
                 " with cache.draft()."
             )
         valid = None if mask is None else mask[:, -n:].bool()
-        now = cache.begin(batch, n, valid, tokens.device)
+        if cache.from_generate and not cache.lengths and kwargs.get("input_ids") is not None:
+            if self.part.shared is not None:
+                return self._shared(cache, own, kwargs, valid)
+            if self.part.prompt is not None and n > 1:
+                return self._filtered(cache, own, kwargs, valid)
+        return self._once(cache, own, kwargs, valid)
+
+    def _once(self, cache: KVCache, own: Callable[..., Any], kwargs: dict[str, Any], valid: Tensor | None) -> Any:
+        """One call; valid: bool [B, n], False where there is padding."""
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        now = cache.begin(tokens.shape[0], tokens.shape[1], valid, tokens.device)
         # Masks of four dimensions are passed on as they are: this one says nothing, and costs nothing.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-        if kwargs.get("position_ids") is None:
+        if kwargs.get("position_ids") is None or cache.repacked:
             kwargs["position_ids"] = now.at.clamp(min=0)
         done = False
         try:
@@ -178,12 +207,79 @@ class KVSession:
         self._heed_limits(cache)
         return found
 
+    def _shared(self, cache: KVCache, own: Callable[..., Any], kwargs: dict[str, Any], valid: Tensor | None) -> Any:
+        """A prompt of several rows: what they share is computed and held once. The output is that of each row's rest."""
+        assert self.part.shared is not None
+        columns = kwargs["input_ids"].shape[1]
+        stages = in_stages(kwargs["input_ids"], valid, self.part.shared.least)
+        for stage in stages[:-1]:
+            self._once(cache, own, {**kwargs, "input_ids": stage.ids, "position_ids": None}, stage.valid)
+            cache.share(stage.times)
+        last = stages[-1]
+        found = self._once(cache, own, {**kwargs, "input_ids": last.ids, "position_ids": None}, last.valid)
+        cache.columns = columns
+        return found
+
+    def _filtered(self, cache: KVCache, own: Callable[..., Any], kwargs: dict[str, Any], valid: Tensor | None) -> Any:
+        """A prompt: its first layers choose tokens, and the whole model reads these. The output is theirs."""
+        assert self.part.prompt is not None
+        ids, first = kwargs["input_ids"], KVCache(self, self.layers, KeptCache())
+        first.choosing = True
+        try:
+            self._once(first, own, {**kwargs, "past_key_values": first}, valid)
+            raise AssertionError("the layer that decides was not reached")
+        except Chosen as seen:
+            real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+            place = (real.cumsum(1) - 1).masked_fill(~real, -1)
+            mask = self.part.prompt.choose(seen.q, seen.k, place, place, real.sum(1).tolist(), seen.scale)
+        width = int(mask.sum(1).max())
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, ids.shape[1] - width :]
+        cache.repacked = True
+        found = self._once(cache, own, {**kwargs, "input_ids": ids.gather(1, order)}, mask.gather(1, order))
+        cache.columns = ids.shape[1]
+        return found
+
     def read(
         self, site: Site, q: Tensor, layer: KVLayer, scale: float | None, window: int | None, extra: dict[str, Any]
     ) -> Tensor:
         """What a layer reads: o [B, N, Hq, Dv]."""
         assert layer.view is not None and layer.cache.now is not None
+        if self.reader is not None:
+            found = self._selected(q, layer, scale, window)
+            if found is not None:
+                return found
+        if layer.levels:
+            levels = [level.view() for level in layer.levels]
+            return attend_levels(q, levels, layer.view, layer.cache.now.at, q.shape[-1] ** -0.5 if scale is None else scale)
         return attend(site.module, q, layer.view, layer.cache.now.at, scale, window, extra)
+
+    def _selected(self, q: Tensor, layer: KVLayer, scale: float | None, window: int | None) -> Tensor | None:
+        """What a reader of the `attention` axis makes of it; None where it has no say: prompts, windows, rows of several
+        lengths, and what the recipe keeps dense."""
+        assert self.reader is not None and self.reader.cache is not None and layer.view is not None
+        view, now = layer.view, layer.cache.now
+        assert now is not None
+        keys, scale = view.k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+        drafted = view.reads is not None and view.reads.shape[0] > 1
+        if window is not None or layer.levels or drafted or not self.reader.acts_on(layer.number, self.layers):
+            return None
+        first = None
+        if view.holes:
+            first = (view.place >= 0).int().argmax(-1).amin(1)
+            if bool(((view.place >= 0).sum(-1) != keys - first[:, None]).any()):
+                self.note("Rows hold different numbers of tokens, which readers of the attention axis do not know; they are read in full.")
+                return None
+        if layer.reader is None or now.prompt:
+            layer.reader = self.reader.cache.start()
+            if now.prompt:
+                layer.reader.prepare(q, view.k, view.v, first, scale)
+                return None
+        if keys < self.reader.min_tokens:
+            return None
+        tree = None if view.reads is None else view.reads[0]
+        o = layer.reader.attend(q, view.k, view.v, first, scale, tree).o
+        layer.selected += 1
+        return o.transpose(1, 2).contiguous()
 
     def _heed_limits(self, cache: KVCache) -> None:
         cap = self.limits.max_cache_bytes
@@ -240,14 +336,32 @@ def attach(model: Any, recipe: Recipe | KeptCache, limits: Limits | None = None)
     return KVSession(model, recipe, limits)
 
 
+def _slides(config: Any) -> bool:
+    """Do any of the model's layers forget what is out of a window?"""
+    kinds = getattr(config, "layer_types", None)
+    return bool(getattr(config, "sliding_window", None)) and (kinds is None or "sliding_attention" in kinds)
+
+
 def _part(recipe: Recipe) -> KeptCache:
     if not isinstance(recipe.kv, KeptCache):
         kind = recipe.kv.kind if recipe.kv is not None else None
         raise UsageError(f"A causal language model takes kv of kind {KeptCache.kind!r}, got {kind!r}.")
-    others = [axis for axis in recipe.axes if axis not in ("kv",)]
+    others = [axis for axis in recipe.axes if axis not in ("kv", "attention")]
     if others:
         raise UsageError(f"This recipe sets {' and '.join(others)} beside kv, which have no seam here. Take a recipe with kv alone.")
     return recipe.kv
+
+
+def _reader(recipe: Recipe) -> CausalAttention | None:
+    """What the recipe reads of what is kept; None: everything."""
+    if recipe.attention is None:
+        return None
+    if not isinstance(recipe.attention, CausalAttention) or recipe.attention.prompt is not None or recipe.attention.cache is None:
+        raise UsageError(
+            "Beside a cache policy, attention may say what new tokens read of the cache (a `causal` part with `cache` alone, as"
+            " token-select has); this recipe's says something else."
+        )
+    return recipe.attention
 
 
 def _attention(

@@ -17,12 +17,14 @@ import yaml
 from pydantic import ValidationError
 
 from hasten.budget import Budget
+from hasten.caching.decode.kept import KeptCache
 from hasten.errors import RecipeError, nearest
 from hasten.pipelines.recipes import (
     attention,
     attention_text,
     blocks,
     decode,
+    decode_kv,
     diffusion,
     modules,
     network,
@@ -40,7 +42,7 @@ from hasten.sparse_attn.text.causal import CausalAttention
 
 MODULES = (
     diffusion, sequences, resolutions, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches,
-    text_images, text_ours, decode,
+    text_images, text_ours, decode, decode_kv,
 )  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def acts_on(recipe: Recipe) -> str:
     """The kind of model that `recipe` is made for, in words. Text diffusion has masked language models."""
     if not recipe.axes:
         return "any model"
-    if recipe.draft is not None:
+    if recipe.draft is not None or isinstance(recipe.kv, KeptCache):
         return "language models"
     if not TEXT_DIFFUSION.isdisjoint(recipe.axes):
         return "text diffusion"

@@ -22,6 +22,7 @@ from hasten.sparse_attn.text.delta import Delta, Runs
 from hasten.sparse_attn.text.hierarchical import Hierarchical
 from hasten.sparse_attn.text.hierarchical import Tree as Halving
 from hasten.sparse_attn.text.lookup import Lookup
+from hasten.sparse_attn.text.pages import Pages
 from hasten.sparse_attn.text.reader import Recent
 from hasten.sparse_attn.text.votes import Votes
 
@@ -111,6 +112,18 @@ def token_select(
     """TokenSelect: heads vote for the tokens of the cache that all of them read."""
     cache = Votes(top=top, sinks=sinks, window=window, similarity=similarity)
     return Recipe(attention=CausalAttention(cache=cache, min_tokens=min_tokens), paper="TokenSelect, arXiv 2411.02886")
+
+
+def quest(top: int = 64, page: int = 16, min_tokens: int = 4096) -> Recipe:
+    """Quest: of a cache in pages those whose bounds promise most to a query (the paper: 64 to 256 pages of 16)."""
+    cache = Pages(page=page, top=top, by="bounds")
+    return Recipe(attention=CausalAttention(cache=cache, min_tokens=min_tokens), paper="Quest, arXiv 2406.10774")
+
+
+def shadow_kv(top: int = 256, page: int = 8, outliers: int = 48, min_tokens: int = 4096) -> Recipe:
+    """ShadowKV's landmarks: of a cache in chunks those whose mean keys fit a query, and the odd ones; without its offloading."""
+    cache = Pages(page=page, top=top, by="means", outliers=outliers)
+    return Recipe(attention=CausalAttention(cache=cache, min_tokens=min_tokens), paper="ShadowKV, arXiv 2410.21465")
 
 
 def delta_llm(share: float = 0.25, window: int = 256, min_tokens: int = 4096) -> Recipe:

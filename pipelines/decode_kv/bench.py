@@ -1,0 +1,167 @@
+"""What cache policies cost in quality, and what they hold: the measurements behind `hasten bench decode`'s table of caches.
+
+Every policy reads the same prompts, then the same continuation token by token (teacher forcing), so that one wrong token
+does not decide the rest; the whole cache does the same in the same run. Text alone would crown windows, since what
+predicts code is mostly near; so passages are hidden in the prompt, too, and asked for at its end.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.caching.decode.kept import KeptCache
+from hasten.pipelines import python_sources
+from hasten.pipelines.decode_kv.session import attach
+from hasten.pipelines.recipes import recipe as find_recipe
+from hasten.recipe import Recipe
+
+SHARES = (0.10, 0.25, 0.50)
+EVICTING = (
+    "streaming-llm", "h2o", "keyformer", "snapkv", "pyramid-kv", "ada-kv", "knorm", "loop-serve", "zipvl", "random-kv",
+)  # fmt: skip
+PACKING = ("int8-kv", "fp8-kv", "kivi", "mustafar", "mustafar:keys=0.7,values=0.7")
+FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts int64 [B, n] of held-out code, and what really follows, int64 [B, m]."""
+
+    prompts: Tensor
+    following: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Needles:
+    """Prompts int64 [B, n] that hold a passage at some depth and begin it again at their end; answer int64 [B, m]: how it
+    goes on. without: the same prompts with another passage in its place, for what can be guessed."""
+
+    prompts: Tensor
+    without: Tensor
+    answer: Tensor
+
+
+def code(tokenizer: Any, count: int, given: int = 320, new: int = 64, seed: int = 5) -> Texts:
+    """`count` stretches of sources that the bundled models were not trained on."""
+    pieces = torch.tensor(list(_pieces(tokenizer, count, given + new, seed)))
+    return Texts(pieces[:, :given], pieces[:, given:])
+
+
+def needles(tokenizer: Any, count: int, given: int = 320, passage: int = 24, begun: int = 12, seed: int = 6) -> Needles:
+    """`count` prompts; passages stand at depths from 5 to 75 percent, and all but their last `begun` tokens are repeated."""
+    hay = list(_pieces(tokenizer, count, given - passage - begun, seed))
+    found, other = (list(_pieces(tokenizer, count, passage, seed + number)) for number in (1, 2))
+    prompts: list[list[int]] = []
+    without: list[list[int]] = []
+    for row in range(count):
+        at = int(len(hay[row]) * (0.05 + 0.70 * row / max(1, count - 1)))
+        for which, into in ((found, prompts), (other, without)):
+            into.append(hay[row][:at] + which[row] + hay[row][at:] + found[row][:begun])
+    answer = torch.tensor([row[begun:] for row in found])
+    return Needles(torch.tensor(prompts), torch.tensor(without), answer)
+
+
+def _pieces(tokenizer: Any, count: int, length: int, seed: int) -> Iterator[list[int]]:
+    dice = random.Random(seed)
+    files = [tokenizer(text, verbose=False).input_ids for text in python_sources.texts("validation")]
+    files = [ids for ids in files if len(ids) > length]
+    for _ in range(count):
+        ids = dice.choice(files)
+        at = dice.randrange(len(ids) - length)
+        yield ids[at : at + length]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """logits float32 [B, m, V] of what was read token by token; bytes: held at the end; share: of the whole cache."""
+
+    logits: Tensor
+    bytes: int
+    share: float
+    kept: float | None
+
+
+def read(model: Any, recipe: Recipe, prompts: Tensor, following: Tensor) -> Reading:
+    """`following` [B, m] token by token behind `prompts` [B, n], in batches as they are; logits that predict each of them."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", UserWarning)
+        with attach(model, recipe) as run:
+            cache = run.cache()
+            logits = [model(prompts, past_key_values=cache, logits_to_keep=1).logits]
+            for at in range(following.shape[1] - 1):
+                logits.append(model(following[:, at : at + 1], past_key_values=cache).logits)
+            report = run.report()
+    shares = [row.share for row in report.layers if row.share is not None]
+    return Reading(torch.cat(logits, 1).float(), report.bytes, report.share, min(shares) if shares else None)
+
+
+def row(name: str, budget: float | None, found: Reading, full: Reading, texts: Texts) -> dict[str, Any]:
+    """Numbers of one policy against the whole cache."""
+    p, q = full.logits.log_softmax(-1), found.logits.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    bits = -q.gather(-1, texts.following[..., None]) / math.log(2)
+    return {
+        "policy": name, "budget": budget, "n": int(texts.prompts.shape[0]), "tokens": int(kl.numel()), "kl": float(kl.mean()),
+        "kl_worst_text": float(kl.mean(1).max()), "agreement": float((p.argmax(-1) == q.argmax(-1)).float().mean()),
+        "bits_per_token": float(bits.mean()), "bytes_held": found.bytes, "bytes_share": found.share,
+        "attention_kept_least": found.kept,
+    }  # fmt: skip
+
+
+def found_again(model: Any, recipe: Recipe, hidden: Needles) -> float:
+    """Share of the answers' tokens that are the model's first choice, each after the right ones before it."""
+    got = read(model, recipe, hidden.prompts, hidden.answer).logits.argmax(-1)
+    return float((got == hidden.answer).float().mean())
+
+
+def budgeted(name: str, share: float) -> Recipe:
+    """A recipe with this share of the text as its amount."""
+    amount = f"most={share}" if name == "zipvl" else f"share={share}"
+    return find_recipe(f"{name}{',' if ':' in name else ':'}{amount}")
+
+
+def table(
+    model: Any, tokenizer: Any, *, count: int = 8, given: int = 320, new: int = 64, seed: int = 5, names: Sequence[str] = EVICTING,
+    shares: Sequence[float] = SHARES, packing: Sequence[str] = PACKING, told: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows for the whole cache, each policy at each share, and each codec. "needles": None where the model cannot find them
+    with the whole cache either (less than twice what it guesses without them, or less than half)."""
+    texts, hidden = code(tokenizer, count, given, new, seed), needles(tokenizer, 2 * count, given, seed=seed + 1)
+    everything = Recipe(kv=KeptCache())
+    told(FULL)
+    full = read(model, everything, texts.prompts, texts.following)
+    guessed = found_again(model, everything, Needles(hidden.without, hidden.without, hidden.answer))
+    seen = found_again(model, everything, hidden)
+    can = seen >= max(0.5, 2 * guessed)
+    rows = [row(FULL, None, full, full, texts) | {"needles": seen, "needles_guessed": guessed, "finds_needles": can}]
+    jobs: list[tuple[str, float | None, Recipe]] = [(name, share, budgeted(name, share)) for share in shares for name in names]
+    jobs += [(name, None, find_recipe(name)) for name in packing]
+    for name, share, policy in jobs:
+        told(name if share is None else f"{name} at {share:.0%}")
+        one = row(name, share, read(model, policy, texts.prompts, texts.following), full, texts)
+        rows.append(one | {"needles": found_again(model, policy, hidden) if can else None})
+    return rows
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of the docs."""
+    lines = [
+        "| policy | budget | KL | worst text | same first choice | bits per token | needles | bytes held |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in rows:
+        budget = "all" if one["budget"] is None else f"{one['budget']:.0%}"
+        needle = "-" if one["needles"] is None else f"{one['needles']:.0%}"
+        lines.append(
+            f"| `{one['policy']}` | {budget} | {one['kl']:.4f} | {one['kl_worst_text']:.4f} | {one['agreement']:.1%} |"
+            f" {one['bits_per_token']:.2f} | {needle} | {one['bytes_share']:.0%} |"
+        )
+    return "\n".join(lines)
