@@ -48,7 +48,8 @@ class Loop:
         prefill = self._prompt()
         facts = Facts(
             rows=self.rows.count, vocabulary=prefill.logits.shape[-1], device=prefill.logits.device,
-            sampled=self.processors.sampled, warp=self.processors, ends=tuple(self.rows.ends), host=self.model,
+            sampled=self.processors.sampled, warp=self.processors, ends=tuple(self.rows.ends), host=self.model, tail=self.tail,
+            kept=self.session.kept,
         )  # fmt: skip
         self.drafter, self.verifier = self.session.drafter.start(facts), self.session.verifier.start(facts)
         self.pace = self.session.pace_of(facts)
@@ -149,12 +150,13 @@ class Loop:
     def _read(self, proposal: Proposal) -> tuple[Tensor, dict[str, Tensor]]:
         """The model's logits [B, N, V] behind every node, and the hidden states that the drafter needs."""
         inputs = self.tail.inputs(proposal)
-        if proposal.vectors is None or proposal.prompt is None:
-            found = self._call(input_ids=proposal.tokens, **inputs)
-        else:
-            plain = self.model.get_input_embeddings()(proposal.tokens)
-            mixed = torch.where(proposal.prompt[..., None], proposal.vectors.to(plain.dtype), plain)
-            found = self._call(inputs_embeds=mixed, **inputs)
+        with self.drafter.reading(proposal):
+            if proposal.vectors is None or proposal.prompt is None:
+                found = self._call(input_ids=proposal.tokens, **inputs)
+            else:
+                plain = self.model.get_input_embeddings()(proposal.tokens)
+                mixed = torch.where(proposal.prompt[..., None], proposal.vectors.to(plain.dtype), plain)
+                found = self._call(inputs_embeds=mixed, **inputs)
         return found.logits, {f"hidden:{need}": each for need, each in zip(self.needs, self._hidden(found), strict=True)}
 
     def _call(self, **inputs: Any) -> Any:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class DecodeSession:
     """A context manager; `report()` says what was drafted, accepted, and whether the texts are the model's own.
 
-    drafter, verifier, pace: the recipe's parts. leads: for each greedy call in order, for each of its rows, by how much every
-    written token was ahead of the next best, in logits: where this is near 0, another order of adding may choose the other.
+    drafter, verifier, pace: the recipe's parts. kept: what the drafter remembers from call to call.
+    leads: for each greedy call in order, for each of its rows, by how much every written token was ahead of the next best, in
+    logits: where this is near 0, another order of adding may choose the other.
     """
 
     def __init__(self, model: Any, recipe: Recipe, drafter: Drafter, verifier: Verifier, pace: Pace, limits: Limits) -> None:
@@ -36,6 +37,7 @@ class DecodeSession:
         self.drafter, self.verifier, self.pace = drafter, verifier, pace
         self.trace = Trace()
         self.calls: dict[str, int] = {}
+        self.kept: dict[str, Any] = {}
         self._paces: dict[tuple[int, bool], PaceState] = {}
         self._leads: list[list[tuple[Tensor, list[int]]]] = []
         self._attachment = Attachment()

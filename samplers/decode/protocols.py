@@ -9,6 +9,7 @@ target)` -> the loop commits the path -> `drafter.observe(outcome)`, `pace.learn
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -27,7 +28,9 @@ class Facts:
 
     rows: texts in the batch. vocabulary: width of the logits. sampled: are tokens drawn, or the most probable ones taken?
     warp: logits processors and temperature of the call, for the drafter's own logits, too. ends: ids that end a row.
-    host: the model itself, for drafters that are made of it.
+    host: the model itself, for drafters that are made of it; tail: its keys and values of what is committed
+    (`hasten.pipelines.decode.tail.Tail`), for those that run it. What they add there they have to take back.
+    kept: what drafters keep by name from call to call; it lives as long as the session.
     """
 
     rows: int
@@ -37,6 +40,8 @@ class Facts:
     warp: Warp
     ends: tuple[int, ...] = ()
     host: Any = None
+    tail: Any = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +132,10 @@ class DrafterState:
     def propose(self, context: Context, nodes: int) -> Proposal:
         """At most `nodes` >= 1 drafts of each row behind `context.last`; fewer, or none (`nothing`), where it knows none."""
         raise NotImplementedError(f"{type(self).__name__} has no propose().")
+
+    def reading(self, proposal: Proposal) -> AbstractContextManager[None]:
+        """Open while the model reads `proposal`: for drafters whose prompt nodes need more of the model than an input."""
+        return nullcontext()
 
     def observe(self, outcome: Outcome, context: Context) -> None:
         """After each round, also after those without drafts: learn, and take back what was not accepted. `context` is that
