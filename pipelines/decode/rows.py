@@ -31,6 +31,7 @@ class Rows:
         self.texts = [[token for token, here in zip(row, seen, strict=True) if here] for row, seen in zip(self.padded, mask.tolist(), strict=True)]
         self.written: list[list[int]] = [[] for _ in self.padded]
         self.done: list[int | None] = [None] * len(self.padded)
+        self._open = len(self.padded)
         length, ends, self.others = compat.fixed_ends(criteria)
         self.limit = length
         self.ends = frozenset(ends)
@@ -51,17 +52,22 @@ class Rows:
     @property
     def active(self) -> list[bool]:
         """Rows that still write."""
-        if self.pad is not None:
-            return [done is None for done in self.done]
-        if any(done is None for done in self.done):
-            return [len(row) < self._most for row in self.written]
-        return [len(row) < self.length for row in self.written]
+        most = self._goal
+        return [self._writes(row, most) for row in range(self.count)]
 
     @property
     def room(self) -> list[int]:
         """Tokens that each row may still write."""
-        most = self._most if self.pad is not None or any(done is None for done in self.done) else self.length
+        most = self._goal
         return [most - len(row) for row in self.written]
+
+    @property
+    def _goal(self) -> int:
+        """New tokens of a row at most. Where rows write on (`pad` None), all go on to the length of the longest."""
+        return self._most if self.pad is not None or self._open else self.length
+
+    def _writes(self, row: int, most: int) -> bool:
+        return len(self.written[row]) < most and (self.pad is None or self.done[row] is None)
 
     @property
     def length(self) -> int:
@@ -75,19 +81,17 @@ class Rows:
     def write(self, row: int, tokens: list[int]) -> int:
         """Write `tokens` until the row ends or is full; returns how many were written."""
         for number, token in enumerate(tokens):
-            if not self.active[row]:
+            if not self._writes(row, self._goal):
                 return number
             self.written[row].append(token)
             self.texts[row].append(token)
             if self.done[row] is None and self._ends(row, token):
                 self.done[row] = len(self.written[row])
+                self._open -= 1
         return len(tokens)
 
     def _ends(self, row: int, token: int) -> bool:
-        if token in self.ends or len(self.written[row]) >= self._most:
-            ended = True
-        else:
-            ended = False
+        ended = token in self.ends or len(self.written[row]) >= self._most
         if not self.others:
             return ended
         ids = self.so_far(row)[None]
@@ -103,15 +107,17 @@ class Rows:
         """Show the streamer the columns that all rows have reached, one at a time, as `generate` does."""
         if self.streamer is None:
             return
-        reached = min(len(row) for row, done in zip(self.written, self.done, strict=True) if done is None) if None in self.done else self.length
+        open_ = [len(row) for row, done in zip(self.written, self.done, strict=True) if done is None]
+        reached = min(open_, default=self.length)
         for column in range(self.shown, reached):
             self.streamer.put(torch.tensor([self._at(row, column) for row in self.written]))
         self.shown = max(self.shown, reached)
 
     def result(self) -> Tensor:
         """Prompts and new tokens, int64 [B, P + new]."""
-        new = [[self._at(row, column) for column in range(self.length)] for row in self.written]
-        return torch.cat([self.ids, torch.tensor(new, device=self.device, dtype=self.ids.dtype).view(self.count, self.length)], 1)
+        length = self.length
+        new = [[self._at(row, column) for column in range(length)] for row in self.written]
+        return torch.cat([self.ids, torch.tensor(new, device=self.device, dtype=self.ids.dtype).view(self.count, length)], 1)
 
     def _at(self, row: list[int], column: int) -> int:
         return row[column] if column < len(row) else self.pad or 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.samplers.decode.proposal import Proposal, ancestors, path_to, sample
 from hasten.samplers.decode.protocols import Facts, Target, Verdict, Verifier, VerifierState
-from hasten.samplers.decode.verify_match import chosen, follow
+from hasten.samplers.decode.verify_match import match
 
 
 class Lossless(Verifier):
@@ -27,7 +27,7 @@ class Lossless(Verifier):
 class _LosslessState(VerifierState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if proposal.law == "point" or not target.sampled:
-            return follow(proposal, chosen(target))
+            return match(proposal, target)
         return multi_round(proposal, target.law())
 
 
@@ -48,7 +48,7 @@ class Speculative(Verifier):
 class _SpeculativeState(VerifierState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled or proposal.size == 1:
-            return follow(proposal, chosen(target))
+            return match(proposal, target)
         law = target.law()
         p, q, p_of, q_of = chain_laws(proposal, law)
         passed = proposal.verified[:, 1:] & (torch.rand_like(p_of) * q_of < p_of)
@@ -73,7 +73,7 @@ class MultiRound(Verifier):
 class _MultiRoundState(VerifierState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled:
-            return follow(proposal, target.best())
+            return match(proposal, target)
         return multi_round(proposal, target.law())
 
 
@@ -95,7 +95,7 @@ class Block(Verifier):
 class _BlockState(VerifierState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled or proposal.size == 1:
-            return follow(proposal, chosen(target))
+            return match(proposal, target)
         law = target.law()
         p, q, p_of, q_of = chain_laws(proposal, law)
         there = proposal.verified[:, 1:]

@@ -41,18 +41,28 @@ class SampleMatch(Verifier):
 
 class _MatchState(VerifierState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
-        return follow(proposal, chosen(target))
+        return match(proposal, target)
+
+
+def match(proposal: Proposal, target: Target) -> Verdict:
+    """Follow what the model writes behind every node.
+
+    Where tokens are drawn, only the first of siblings with one token is followed: the draws behind them differ, and to go on
+    with whichever leads further would prefer texts that were drafted.
+    """
+    right = verified = proposal.verified
+    if target.sampled:
+        earlier = torch.ones(proposal.size, proposal.size, dtype=torch.bool, device=right.device).tril(-1)
+        same = (proposal.tokens[:, :, None] == proposal.tokens[:, None]) & (proposal.parent[:, :, None] == proposal.parent[:, None])
+        right = verified & ~(same & earlier & verified[:, None]).any(-1)
+    tokens = chosen(target)
+    right = right & (proposal.tokens == tokens.gather(1, proposal.parent.clamp(min=0)))
+    return longest(proposal, right, tokens)
 
 
 def chosen(target: Target) -> Tensor:
     """What the model writes behind every node, int64 [B, N]: drawn, or the most probable token."""
     return sample(target.law(), 1, "iid")[..., 0] if target.sampled else target.best()
-
-
-def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
-    """The longest path on which each node's token is the one in `tokens` int64 [B, N] of its parent."""
-    right = proposal.verified & (proposal.tokens == tokens.gather(1, proposal.parent.clamp(min=0)))
-    return longest(proposal, right, tokens)
 
 
 def longest(proposal: Proposal, right: Tensor, tokens: Tensor) -> Verdict:
