@@ -2,7 +2,8 @@
 
 Every policy reads the same prompts, then the same continuation token by token (teacher forcing), so that one wrong token
 does not decide the rest; the whole cache does the same in the same run. Text alone would crown windows, since what
-predicts code is mostly near; so passages are hidden in the prompt, too, and asked for at its end.
+predicts code is mostly near. So letters of a list have to be found again, too (the list tasks of the bundled models), and
+passages that are hidden in a prompt, where the model can find these at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hasten.caching.decode.kept import KeptCache
-from hasten.pipelines import python_sources
+from hasten.pipelines import list_tasks, python_sources
 from hasten.pipelines.decode_kv.session import attach
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Recipe
@@ -29,6 +30,8 @@ EVICTING = (
 )  # fmt: skip
 PACKING = ("int8-kv", "fp8-kv", "kivi", "mustafar", "mustafar:keys=0.7,values=0.7")
 FULL = "full"
+RIGHT = ("copy", "reverse", "sort", "replace", "insert-at")
+"""List tasks with one right answer each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,15 @@ class Texts:
 
     prompts: Tensor
     following: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """List tasks: prompts int64 [B, n] with padding in front, mask; answers int64 [B, m], -1 behind their ends."""
+
+    prompts: Tensor
+    mask: Tensor
+    answers: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,20 @@ def code(tokenizer: Any, count: int, given: int = 320, new: int = 64, seed: int 
     """`count` stretches of sources that the bundled models were not trained on."""
     pieces = torch.tensor(list(_pieces(tokenizer, count, given + new, seed)))
     return Texts(pieces[:, :given], pieces[:, given:])
+
+
+def questions(tokenizer: Any, count: int, seed: int = 7) -> Questions:
+    """`count` held-out questions of each list task that has one right answer."""
+    prompts, answers = [], []
+    for task in RIGHT:
+        dice = random.Random(f"{seed}-{task}")
+        for question in (list_tasks.ask(task, dice, held_out=True) for _ in range(count)):
+            prompts.append(tokenizer(question.prompt).input_ids)
+            answers.append(tokenizer(question.answer).input_ids)
+    width, longest = max(map(len, prompts)), max(map(len, answers))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return Questions(ids, mask, torch.tensor([answer + [-1] * (longest - len(answer)) for answer in answers]))
 
 
 def needles(tokenizer: Any, count: int, given: int = 320, passage: int = 24, begun: int = 12, seed: int = 6) -> Needles:
@@ -89,13 +115,14 @@ class Reading:
     kept: float | None
 
 
-def read(model: Any, recipe: Recipe, prompts: Tensor, following: Tensor) -> Reading:
-    """`following` [B, m] token by token behind `prompts` [B, n], in batches as they are; logits that predict each of them."""
+def read(model: Any, recipe: Recipe, prompts: Tensor, following: Tensor, mask: Tensor | None = None) -> Reading:
+    """`following` [B, m] token by token behind `prompts` [B, n]; logits that predict each of them. mask: int64 [B, n], 0
+    where a prompt is padding (in front)."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)
         with attach(model, recipe) as run:
             cache = run.cache()
-            logits = [model(prompts, past_key_values=cache, logits_to_keep=1).logits]
+            logits = [model(prompts, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits]
             for at in range(following.shape[1] - 1):
                 logits.append(model(following[:, at : at + 1], past_key_values=cache).logits)
             report = run.report()
@@ -122,6 +149,13 @@ def found_again(model: Any, recipe: Recipe, hidden: Needles) -> float:
     return float((got == hidden.answer).float().mean())
 
 
+def answered(model: Any, recipe: Recipe, asked: Questions) -> float:
+    """The same for the answers of list tasks."""
+    got = read(model, recipe, asked.prompts, asked.answers.clamp(min=0), asked.mask).logits.argmax(-1)
+    real = asked.answers >= 0
+    return float((got == asked.answers)[real].float().mean())
+
+
 def budgeted(name: str, share: float) -> Recipe:
     """A recipe with this share of the text as its amount."""
     amount = f"most={share}" if name == "zipvl" else f"share={share}"
@@ -132,36 +166,24 @@ def table(
     model: Any, tokenizer: Any, *, count: int = 8, given: int = 320, new: int = 64, seed: int = 5, names: Sequence[str] = EVICTING,
     shares: Sequence[float] = SHARES, packing: Sequence[str] = PACKING, told: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for the whole cache, each policy at each share, and each codec. "needles": None where the model cannot find them
-    with the whole cache either (less than twice what it guesses without them, or less than half)."""
-    texts, hidden = code(tokenizer, count, given, new, seed), needles(tokenizer, 2 * count, given, seed=seed + 1)
+    """Rows for the whole cache, each policy at each share, and each codec. "letters": of list tasks, found; "needles": None
+    where the model cannot find them with the whole cache either (less than twice what it guesses without them, or less than
+    half)."""
+    texts, hidden = code(tokenizer, count, given, new, seed), needles(tokenizer, 2 * count, given, 16, 8, seed=seed + 1)
+    asked = questions(tokenizer, count)
     everything = Recipe(kv=KeptCache())
     told(FULL)
     full = read(model, everything, texts.prompts, texts.following)
     guessed = found_again(model, everything, Needles(hidden.without, hidden.without, hidden.answer))
     seen = found_again(model, everything, hidden)
     can = seen >= max(0.5, 2 * guessed)
-    rows = [row(FULL, None, full, full, texts) | {"needles": seen, "needles_guessed": guessed, "finds_needles": can}]
+    first = {"letters": answered(model, everything, asked), "needles": seen, "needles_guessed": guessed, "finds_needles": can}
+    rows = [row(FULL, None, full, full, texts) | first]
     jobs: list[tuple[str, float | None, Recipe]] = [(name, share, budgeted(name, share)) for share in shares for name in names]
     jobs += [(name, None, find_recipe(name)) for name in packing]
     for name, share, policy in jobs:
         told(name if share is None else f"{name} at {share:.0%}")
         one = row(name, share, read(model, policy, texts.prompts, texts.following), full, texts)
-        rows.append(one | {"needles": found_again(model, policy, hidden) if can else None})
+        found = {"letters": answered(model, policy, asked), "needles": found_again(model, policy, hidden) if can else None}
+        rows.append(one | found)
     return rows
-
-
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of the docs."""
-    lines = [
-        "| policy | budget | KL | worst text | same first choice | bits per token | needles | bytes held |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for one in rows:
-        budget = "all" if one["budget"] is None else f"{one['budget']:.0%}"
-        needle = "-" if one["needles"] is None else f"{one['needles']:.0%}"
-        lines.append(
-            f"| `{one['policy']}` | {budget} | {one['kl']:.4f} | {one['kl_worst_text']:.4f} | {one['agreement']:.1%} |"
-            f" {one['bits_per_token']:.2f} | {needle} | {one['bytes_share']:.0%} |"
-        )
-    return "\n".join(lines)

@@ -89,8 +89,8 @@ class _Pages(ReaderState):
         hk = self.low.shape[1]
         rows = q.reshape(b, hk, hq // hk * n, d).float() * scale
         low, high = self.low[:, :, :pages], self.high[:, :, :pages]
-        number, opened = torch.arange(pages, device=q.device), begin // part.page
-        empty = (number < opened[:, None])[:, None]
+        number, opened = torch.arange(pages, device=q.device), (begin + part.page - 1) // part.page
+        empty = (number < opened[:, None])[:, None]  # or begun with padding: read, whatever it is worth
         if part.by == "means":
             scores = (rows @ low.mT).masked_fill(empty[:, :, None], -math.inf).softmax(-1).amax(2)
         else:

@@ -9,6 +9,7 @@ from torch import Tensor
 import hasten.sparse_attn.text.delta
 import hasten.sparse_attn.text.hierarchical
 import hasten.sparse_attn.text.lookup
+import hasten.sparse_attn.text.pages
 import hasten.sparse_attn.text.votes  # noqa: F401  the readers
 from hasten.part import Part
 from hasten.sparse_attn.text.reader import Everything, Reader, ReaderState
@@ -20,6 +21,7 @@ SMALL = {
     "lookup": {"share": 0.2, "cluster": 5},
     "tree": {"top": 3, "block": 4, "sinks": 5, "window": 10},
     "delta": {"window": 12, "sinks": 2, "share": 0.3},
+    "pages": {"page": 4, "top": 5, "by": "means", "outliers": 2},
 }
 """Arguments for which each reads part of 100 keys."""
 
@@ -29,6 +31,7 @@ LARGE = {
     "lookup": {"share": 1.0},
     "tree": {"top": 50, "block": 2},
     "delta": {"window": 100},
+    "pages": {"page": 4, "top": 100},
 }
 """Arguments for which each reads everything."""
 
