@@ -115,7 +115,7 @@ def why_cache(arguments: dict[str, Any], ids: Any) -> str:
     others = sorted(name for name, value in arguments.items() if value is not None and name not in PLAIN)
     if others:
         return f"the model reads {', '.join(others)} beside token ids"
-    cache = arguments.get("past_key_values")
+    cache: Any = arguments.get("past_key_values")
     if is_static(cache):
         sliding = any(cache.is_sliding)
         return "its static cache has sliding windows, which cannot take back what they dropped" if sliding else ""

@@ -45,24 +45,28 @@ class _MatchState(VerifierState):
 
 
 def match(proposal: Proposal, target: Target) -> Verdict:
-    """Follow what the model writes behind every node.
-
-    Where tokens are drawn, only the first of siblings with one token is followed: the draws behind them differ, and to go on
-    with whichever leads further would prefer texts that were drafted.
-    """
-    right = verified = proposal.verified
-    if target.sampled:
-        earlier = torch.ones(proposal.size, proposal.size, dtype=torch.bool, device=right.device).tril(-1)
-        same = (proposal.tokens[:, :, None] == proposal.tokens[:, None]) & (proposal.parent[:, :, None] == proposal.parent[:, None])
-        right = verified & ~(same & earlier & verified[:, None]).any(-1)
-    tokens = chosen(target)
-    right = right & (proposal.tokens == tokens.gather(1, proposal.parent.clamp(min=0)))
-    return longest(proposal, right, tokens)
+    """Follow what the model writes behind every node."""
+    return follow(proposal, chosen(target), once=target.sampled)
 
 
 def chosen(target: Target) -> Tensor:
     """What the model writes behind every node, int64 [B, N]: drawn, or the most probable token."""
     return sample(target.law(), 1, "iid")[..., 0] if target.sampled else target.best()
+
+
+def follow(proposal: Proposal, tokens: Tensor, *, once: bool = False) -> Verdict:
+    """The longest path on which each node's token is the one in `tokens` int64 [B, N] of its parent.
+
+    once: of siblings with one token only the first is followed. That is needed where the tokens behind them were drawn apart
+    from one another: to go on with whichever leads further would prefer texts that were drafted.
+    """
+    right = verified = proposal.verified
+    if once:
+        earlier = torch.ones(proposal.size, proposal.size, dtype=torch.bool, device=right.device).tril(-1)
+        same = (proposal.tokens[:, :, None] == proposal.tokens[:, None]) & (proposal.parent[:, :, None] == proposal.parent[:, None])
+        right = verified & ~(same & earlier & verified[:, None]).any(-1)
+    right = right & (proposal.tokens == tokens.gather(1, proposal.parent.clamp(min=0)))
+    return longest(proposal, right, tokens)
 
 
 def longest(proposal: Proposal, right: Tensor, tokens: Tensor) -> Verdict:
