@@ -131,7 +131,8 @@ def test_a_finished_training_draws_in_generate_by_one_click(tab: Any, served: tu
     tab.get_by_role("button", name="Use the student in Generate").click()
     expect(tab.locator("#generate-result img")).to_be_visible(timeout=PATIENT)
     expect(tab.get_by_role("region", name="The run in numbers")).to_contain_text("1 instead of", timeout=PATIENT)
-    expect(tab.locator("#generate-recipe input")).to_have_value(re.compile("Your student|trained:"))
+    tab.get_by_text("Advanced", exact=True).locator("visible=true").click()
+    expect(tab.locator("#generate-recipe input")).to_have_value(re.compile("^Your student .*: pairs of tiny-image$"), timeout=PATIENT)
     job = served[0].jobs.list(1)[0]
     assert job.result["row"]["nfe"] == 1 and job.asked["recipe"].startswith("trained:")
 
