@@ -83,7 +83,7 @@ class unchanged:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self.context.texts == self.before, "a drafter leaves the texts as they are"
 
 
@@ -121,10 +121,11 @@ CODE = (
 @pytest.mark.filterwarnings("ignore:hasten:UserWarning")
 class DraftContract:
     """Inherit, and give `make`. model: on which it works, where it does not work on every one. drafts: are some of its drafts
-    accepted on texts that repeat themselves?"""
+    accepted on code? guesses: does it draft on a text that the model does not go on copying, too?"""
 
     new: ClassVar[int] = 20
     drafts: ClassVar[bool] = True
+    guesses: ClassVar[bool] = True
 
     def make(self, nodes: int) -> Drafter:
         """The drafter with so many nodes."""
@@ -154,7 +155,7 @@ class DraftContract:
     @pytest.mark.parametrize("rows", [1, 3])
     def test_greedy_texts_are_the_same(self, rows: int) -> None:
         run = self.same(ragged(rows))
-        assert sum(sum(each.drafted) for each in run.trace.rounds) > 0, "it drafted nothing at all"
+        assert not self.guesses or sum(sum(each.drafted) for each in run.trace.rounds) > 0, "it drafted nothing at all"
 
     @pytest.mark.parametrize("nodes", [1, 2, 9])
     def test_never_more_than_nodes(self, nodes: int) -> None:

@@ -40,6 +40,8 @@ class TestTriGram(TinyContract):
 
 
 class TestCopy(TinyContract):
+    guesses = False
+
     def make(self, nodes: int) -> Drafter:
         return Copy(nodes=nodes)
 
@@ -56,7 +58,7 @@ class Hand:
     """A drafter's state worked by hand on one row; the model's logits are zeros, and the verdict is always the same token."""
 
     def __init__(self, drafter: Drafter, text: list[int]) -> None:
-        warp: Any = lambda logits, nodes, tokens, parent: logits.float()  # noqa: E731
+        warp: Any = lambda logits, nodes, tokens, parent: logits.float()
         self.state: DrafterState = drafter.start(Facts(1, 50, torch.device("cpu"), False, warp))
         self.text = text
         self.drafter = drafter

@@ -78,12 +78,10 @@ def test_sampled_texts_follow_the_model(width: int) -> None:
 
 def test_another_tokenizer_is_refused() -> None:
     other = build("llama", vocab_size=50)
-    with hasten.accelerate(small(), Recipe(draft=SmallModel.of(other), pace=Steady())):
-        with pytest.raises(RefusedError, match="another tokenizer.*assistant_tokenizer"):
-            small().generate(**ragged(1), max_new_tokens=4)
-    with hasten.accelerate(small(), Recipe(draft=SmallModel(model="tiny-drift"))):
-        with pytest.raises(ModelError, match="no small model 'tiny-drift'"):
-            small().generate(**ragged(1), max_new_tokens=4)
+    with hasten.accelerate(small(), Recipe(draft=SmallModel.of(other))), pytest.raises(RefusedError, match="another tokenizer.*assistant_tokenizer"):
+        small().generate(**ragged(1), max_new_tokens=4)
+    with hasten.accelerate(small(), Recipe(draft=SmallModel(model="tiny-drift"))), pytest.raises(ModelError, match="no small model .tiny-drift."):
+        small().generate(**ragged(1), max_new_tokens=4)
 
 
 @pytest.mark.filterwarnings("ignore:hasten:UserWarning")
