@@ -43,7 +43,7 @@ class Medusa(TextMethod):
         return _MedusaState(self, facts)
 
     def used(self, model: str, student: Path) -> str:
-        return f"no pipeline runs it yet; python benchmarks/several_tokens.py {student} counts what it saves"
+        return f"hasten.accelerate(model, 'medusa:path={student}') drafts with it; python benchmarks/several_tokens.py {student} counts what it saves"
 
 
 class MedusaHeads(nn.Module):

@@ -45,7 +45,7 @@ class MultiToken(TextMethod):
         return _MultiTokenState(self, facts)
 
     def used(self, model: str, student: Path) -> str:
-        return f"no pipeline runs it yet; python benchmarks/several_tokens.py {student} counts what it saves"
+        return f"hasten.accelerate(model, 'gated-mtp:path={student}') drafts with it; python benchmarks/several_tokens.py {student} counts what it saves"
 
 
 class SamplerHead(nn.Module):

@@ -47,7 +47,7 @@ class PromptTokens(TextMethod):
         return _PromptState(self, facts)
 
     def used(self, model: str, student: Path) -> str:
-        return f"no pipeline runs it yet; python benchmarks/several_tokens.py {student} counts what it saves"
+        return f"hasten.accelerate(model, 'ppd:path={student}') drafts with it; python benchmarks/several_tokens.py {student} counts what it saves"
 
 
 class PromptEmbeddings(nn.Module):

@@ -1,8 +1,10 @@
-"""Train a masked image model from scratch: a codebook by k-means, then masked tokens; an ordinary transformers folder.
+"""Train a model of images as tokens from scratch: a codebook by k-means, then tokens; an ordinary transformers folder.
 
 What comes out is an unmodified `LlamaForCausalLM` that sees both ways, with its codebook and with the judge's features of
 real images that it has not seen. A sample is one class token and L masked slots (MaskGIT, arXiv 2202.04200); the shares
 that are masked in training are even, where MaskGIT draws them from a cosine. Positions are rotary over the row of slots.
+
+Of kind image-tokens it is an ordinary causal `LlamaForCausalLM` that is asked for every slot, in reading order.
 
 Shapes: n images, b of them in a batch, L slots.
 """
@@ -114,7 +116,7 @@ def features(images: Tensor) -> Tensor:
 
 
 def objective(config: MaskedImageConfig, stored: dict[str, Tensor], model: Any, step: int) -> Tensor:
-    """Mean cross-entropy of the masked slots of a batch, in nats; the batch is a function of seed and step."""
+    """Mean cross-entropy of the slots of a batch that are asked for, in nats; the batch is a function of seed and step."""
     c, words = config.digits, Words(config.codes.count, CLASSES)
     seed = step_seed(config.seed, "image", step)
     g = torch.Generator().manual_seed(seed)
@@ -124,9 +126,10 @@ def objective(config: MaskedImageConfig, stored: dict[str, Tensor], model: Any, 
     clean = torch.cat([told[:, None], stored["codes"][index].long()], 1)
     answer = torch.ones_like(clean, dtype=torch.bool)
     answer[:, 0] = False
-    asked = masked(config.model, answer, g)
+    asked = answer if config.kind == "image-tokens" else masked(config.model, answer, g)
+    given = clean if config.kind == "image-tokens" else clean.masked_fill(asked, words.mask)
     device = next(model.parameters()).device
-    logits = predict(model, config.model, clean.masked_fill(asked, words.mask).to(device), asked.to(device))
+    logits = predict(model, config.model, given.to(device), asked.to(device))
     return F.cross_entropy(logits.float(), clean[asked].to(device))
 
 
@@ -135,13 +138,14 @@ def build_model(config: MaskedImageConfig) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c, words = config.model, Words(config.codes.count, CLASSES)
+    causal = config.kind == "image-tokens"
+    own: dict[str, Any] = {} if causal else {"mask_token_id": words.mask, "hasten_diffusion": {"kind": "full", "shifted": False}}
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=words.size, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
             num_attention_heads=c.heads, num_key_value_heads=c.heads, max_position_embeddings=c.positions,
             tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=words.mask,
-            mask_token_id=words.mask, hasten_diffusion={"kind": "full", "shifted": False},
-            hasten_images={"codes": words.codes, "classes": words.classes, "names": list(DIGITS)},
+            **own, hasten_images={"codes": words.codes, "classes": words.classes, "names": list(DIGITS)},
         )
     )
 

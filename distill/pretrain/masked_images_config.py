@@ -46,10 +46,14 @@ class DigitsConfig(Strict):
 
 
 class MaskedImageConfig(Strict):
-    """One masked image model: what it is, what its tokens are, what it learns from and how long."""
+    """One model of images as tokens: what it is, what its tokens are, what it learns from and how long.
+
+    masked-image: it sees both ways, and writes slots in any order. image-tokens: an ordinary causal language model, which
+    writes them row by row.
+    """
 
     name: str
-    kind: Literal["masked-image"]
+    kind: Literal["masked-image", "image-tokens"]
     seed: int = 0
     model: ModelConfig = ModelConfig(width=128, layers=4, heads=4, ffn=320, positions=128)
     codes: CodesConfig = CodesConfig()
@@ -58,8 +62,10 @@ class MaskedImageConfig(Strict):
 
     @model_validator(mode="after")
     def _sees_all(self) -> MaskedImageConfig:
-        if self.model.attention != "full" or self.model.shifted:
+        if self.kind == "masked-image" and (self.model.attention != "full" or self.model.shifted):
             raise ValueError("model.attention must be full and model.shifted false: images are written in any order")
+        if self.kind == "image-tokens" and self.model.attention != "causal":
+            raise ValueError("model.attention must be causal: image-tokens are written in reading order")
         if self.codes.slots + 1 > self.model.positions:
             raise ValueError(f"model.positions must be {self.codes.slots + 1} at least, got {self.model.positions}")
         return self

@@ -20,7 +20,7 @@ LONGEST_QUESTION = PLACES + 6
 LONGEST_ANSWER = PLACES + 2
 """Nine letters and the end of the text."""
 
-KINDS = ("video", "image", "text", "masked-image")
+KINDS = ("video", "image", "text", "masked-image", "image-tokens")
 
 
 class ModelConfig(Strict):
@@ -147,7 +147,7 @@ def load_any(
     if kind not in KINDS:
         hint = nearest(str(kind), KINDS)
         raise UsageError(f"{where}: 'kind' must be one of {', '.join(KINDS)}, got {kind!r}.{hint}")
-    if kind == "masked-image":
+    if kind in ("masked-image", "image-tokens"):
         # not above: it is made of sections of this file
         from hasten.distill.pretrain.masked_images_config import MaskedImageConfig
 

@@ -107,6 +107,8 @@ def _use(kind: str, folder: Path) -> str:
         return f"transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
     if kind == "masked-image":
         return f"MaskedImagePipeline.from_pretrained('{folder}')"
+    if kind == "image-tokens":
+        return f"TokenImagePipeline.from_pretrained('{folder}')"
     return f"hasten generate {folder} --prompt 'a seven moving left'"
 
 

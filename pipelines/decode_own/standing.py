@@ -22,7 +22,9 @@ NORM = "post_attention_layernorm"
 
 
 class Standing:
-    """Gates on one model. runs: which layers are run; while None, everything is, and nothing is looked at."""
+    """Gates on one model. runs: which layers are run; while None, everything is. met, ran: layers (or feed-forward blocks, where
+    `ffn`) of tokens that were read with something left out, and those that ran. entering: where it is a dictionary, what enters
+    layer i is kept there as "hidden:i"."""
 
     def __init__(self, model: Any, state: SkipState, ffn: bool) -> None:
         """Raises `RefusedError` for a model whose layers or feed-forward blocks nobody knows."""
@@ -30,6 +32,8 @@ class Standing:
         self.layers: nn.ModuleList = self.owner.layers
         self.runs: list[bool] | None = None
         self.ffn = ffn
+        self.met = self.ran = 0
+        self.entering: dict[str, Tensor] | None = None
         if ffn and not all(hasattr(layer, "mlp") and hasattr(layer, NORM) for layer in self.layers):
             raise RefusedError(f"The layers of this {type(model).__name__} have no mlp behind a {NORM}, so that none can be left out.")
 
@@ -54,9 +58,17 @@ class Standing:
         self.state.begin()
 
     def _layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.runs is None or self.runs[number]:
-            return layer(*args, **kwargs)
-        return args[0] if args else kwargs["hidden_states"]
+        states = args[0] if args else kwargs["hidden_states"]
+        if self.entering is not None:
+            self.entering[f"hidden:{number}"] = states
+        if not self.ffn:
+            self.count(self.runs is None or self.runs[number])
+        return layer(*args, **kwargs) if self.runs is None or self.runs[number] else states
+
+    def count(self, ran: bool) -> None:
+        """One more was met; a prompt's are not counted."""
+        if self.runs is not None:
+            self.met, self.ran = self.met + 1, self.ran + ran
 
 
 class _FeedForwardGate:
@@ -75,7 +87,9 @@ class _FeedForwardGate:
         self.before = None
         if standing.runs is None or before is None:
             return self.block(states)
-        if standing.state.skips_ffn(self.number):
+        skipped = standing.state.skips_ffn(self.number)
+        standing.count(not skipped)
+        if skipped:
             return states.new_zeros(states.shape)
         added = self.block(states)
         standing.state.saw_ffn(self.number, before, before + added)

@@ -25,6 +25,7 @@ from hasten.pipelines.recipes import (
     blocks,
     decode,
     decode_kv,
+    decode_own,
     diffusion,
     modules,
     network,
@@ -42,7 +43,7 @@ from hasten.sparse_attn.text.causal import CausalAttention
 
 MODULES = (
     diffusion, sequences, resolutions, blocks, modules, network, widths, attention, attention_text, text, text_revise, text_caches,
-    text_images, text_ours, decode, decode_kv,
+    text_images, text_ours, decode, decode_kv, decode_own,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UsageError
+from hasten.samplers.decode.coupling import coupled
 
 Law = Literal["point", "iid", "without_replacement"]
 """point: any way of choosing. iid: each child of a node is an independent draw. without_replacement: each is drawn from
@@ -92,6 +93,14 @@ class Proposal:
         laws = self._laws.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, self._laws.shape[2]))
         return laws * (slot >= 0)[..., None]
 
+    def law_of(self, node: Tensor, vocabulary: int) -> Tensor:
+        """What `node` int64 [B, K] was drawn from, float32 [B, K, V]; a point's law is 1 for itself."""
+        shape = (*node.shape, vocabulary)
+        point = torch.zeros(shape, device=node.device).scatter(-1, self.tokens.gather(1, node)[..., None], 1.0)
+        if self.drawn is None:
+            return point
+        return torch.where(self.drawn.gather(1, node)[..., None], self.q(self.parent.gather(1, node).clamp(min=0)), point)
+
     @property
     def verified(self) -> Tensor:
         """Nodes that a verifier looks at, bool [B, N]: valid, not node 0, no prompt."""
@@ -120,9 +129,12 @@ class Proposal:
         def wide(each: Tensor | None, value: int = 0) -> Tensor | None:
             return None if each is None else torch.nn.functional.pad(each, (0, more), value=value)
 
-        vectors = None if self.vectors is None else torch.nn.functional.pad(self.vectors, (0, 0, 0, more))
-        new = {name: wide(getattr(self, name)) for name in ("tokens", "parent", "valid", "score", "source", "prompt", "drawn")}
-        return replace(self, **new, vectors=vectors, _slot=wide(self._slot, -1))
+        pad = torch.nn.functional.pad
+        return replace(
+            self, tokens=pad(self.tokens, (0, more)), parent=pad(self.parent, (0, more)), valid=pad(self.valid, (0, more)),
+            score=wide(self.score), source=wide(self.source), prompt=wide(self.prompt), drawn=wide(self.drawn),
+            vectors=None if self.vectors is None else pad(self.vectors, (0, 0, 0, more)), _slot=wide(self._slot, -1),
+        )  # fmt: skip
 
     def check(self, vocabulary: int) -> None:
         """Raise `UsageError` where the contents make no tree of tokens below `vocabulary`. Waits for the device: for tests,
@@ -216,6 +228,23 @@ class Tree:
         return self._append(
             wide, tokens.flatten(1), found.flatten(1), laws.gather(-1, tokens).flatten(1), source, drawn=True
         )
+
+    def redraw(
+        self, parent: Tensor, before: Proposal, node: Tensor, there: Tensor, where: Tensor | None = None, source: int = 0
+    ) -> Tensor:
+        """One child of each of `parent` int64 [B, M], drawn as `draw` does, that is the token of `node` int64 [B, M] of an earlier
+        proposal as often as their laws allow; `there` bool [B, M]: where there is such a node. Children iid only.
+
+        Right as long as nothing was decided by that node since it was drawn, and it is used once.
+        """
+        if self.law != "iid":
+            raise UsageError(f"Tree(law={self.law!r}) cannot draw again what was drawn before. Take law='iid'.")
+        laws = self._law(parent)
+        token, held = before.tokens.gather(1, node), there & before.valid.gather(1, node)
+        tokens = coupled(laws, before.law_of(node, laws.shape[-1]), token, held, self.generator)
+        chance = laws.gather(-1, tokens[..., None])[..., 0]
+        found = (chance > 0) & self._known(parent)
+        return self._append(parent, tokens, found if where is None else found & where, chance, source, drawn=True)
 
     def top(self, parent: Tensor, count: int = 1, where: Tensor | None = None, source: int = 0) -> Tensor:
         """The same with the `count` most probable tokens, as points; for greedy decoding."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hasten.errors import ModelError
 from hasten.recipe import Drafting
@@ -53,17 +52,17 @@ def test_greedy_texts_are_the_same(model: Any, parts: dict[str, Drafting], name:
 
 @pytest.mark.parametrize(("name", "tokens"), [("ranked", 3), ("prompts", 4)])
 def test_sampled_texts_follow_the_models_law(model: Any, parts: dict[str, Drafting], name: str, tokens: int) -> None:
-    """Prompt tokens ask in one round for the drafts of the next."""
-    assert sampled_is_lossless(model, parts[name], tokens) > 0
+    """Prompt tokens ask in one round for the drafts of the next. Of few tokens, so that what nobody trained is right at times."""
+    few = build("llama", vocab_size=14).requires_grad_(False)
+    assert sampled_is_lossless(few, parts[name], tokens) > 0
 
 
 def test_heads_that_say_the_truth_are_accepted(model: Any, tmp_path: Path) -> None:
-    """A text of one token: heads that start as the model's own prediction say it, too."""
+    """A model to which all tokens are the same writes one token: heads that start as its own prediction say it, too."""
     stuck = build("llama").requires_grad_(False)
-    stuck.lm_head.weight = torch.nn.Parameter(stuck.lm_head.weight * 0, requires_grad=False)
-    stuck.lm_head.weight[7] = 1.0
-    stuck.model.norm.weight.fill_(0.0)
-    part = Medusa(path=str(heads(tmp_path, spread=0.0)), nodes=3)
+    stuck.model.embed_tokens.weight[:] = stuck.model.embed_tokens.weight[3].clone()
+    stuck.lm_head.weight.mul_(10)
+    part = Medusa(path=str(heads(tmp_path, spread=0.0)), nodes=3, width=1)
     _, report = drafted(stuck, part, prompts(1), max_new_tokens=17, do_sample=False)
     assert report.tokens_per_forward == 4
 
