@@ -63,7 +63,24 @@ def test_chosen_is_the_fastest_of_what_keeps_the_budget(monkeypatch: pytest.Monk
     for psnr in (30.0, 40.0):
         compose._tuned(found, None, trials, psnr, (), lambda _: None)  # type: ignore[arg-type]
     assert [each.measured.name for each in found.entries] == ["r2", "r0", "r1", "r3"]
-    assert found.chosen == {30.0: "r3", 40.0: "r1"}
+    assert [entry.measured.name for entry in found.kept("tuned", 30)] == ["r3", "r1", "r0"]
+    assert [entry.measured.name for entry in found.kept("tuned", 40)] == ["r1", "r0"]
+
+
+def test_the_photo_finish_chooses() -> None:
+    """Two that seemed to be far apart are timed in turn, and what the machine did meanwhile does not count."""
+    bench = Bench(small_unet(), {**UNET_CALL, "num_inference_steps": 12}, [Sample("a seven", 0)])
+    found = Contest()
+    for name, steps, seemed in (("slow", 6, 9.0), ("quick", 3, 2.0), ("lost", 1, 20.0)):
+        made = entry("tuned", name, seemed, 45 if name != "lost" else 20)
+        made.candidate = ours(name, Recipe(sampler=Solver(name="unipc", steps=steps / 12)))
+        found.entries.append(made)
+    told: list[str] = []
+    compose._finish(found, bench, told.append)
+    slow, quick, lost = found.entries
+    assert slow.timed is not None and quick.timed is not None and slow.timed < quick.timed and lost.timed is None and len(told) == 2
+    assert found.chosen == dict.fromkeys((30.0, 35.0, 40.0), "quick")
+    assert [row["speedup"] for row in rows(found, "small")] == [slow.timed, quick.timed, 20.0]
 
 
 def test_what_cannot_keep_the_lowest_budget_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
