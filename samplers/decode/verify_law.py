@@ -133,6 +133,8 @@ def chain_verdict(proposal: Proposal, law: Tensor, count: Tensor, rest: Tensor) 
     nodes = proposal.size
     index = torch.arange(nodes, device=count.device).expand_as(proposal.tokens)
     drafted = proposal.verified.sum(1)
+    if nodes == 1:
+        return Verdict(torch.zeros_like(proposal.tokens), count, sample(law[:, 0], 1, "iid")[:, 0])
     refused = rest.gather(1, count.clamp(max=nodes - 2)[:, None, None].expand(-1, 1, rest.shape[-1]))[:, 0]
     plain = law.gather(1, count[:, None, None].expand(-1, 1, law.shape[-1]))[:, 0]
     usable = ((count < drafted) & (refused.sum(-1) > 0))[:, None]
