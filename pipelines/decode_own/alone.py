@@ -55,7 +55,8 @@ class Alone:
         self._stack.close()
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("input_ids", kwargs.get("inputs_embeds")) if not args else args[0]
+        ids, states = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        given: Any = states if ids is None else ids
         cache = kwargs.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
         if given.shape[1] > 1 or not length:

@@ -45,7 +45,8 @@ class Standing:
             gates = [Gate(layer, number, self._layer) for number, layer in enumerate(self.layers)]
             attachment.replace(self.owner, "layers", GateList(self.layers, gates))
             for number, layer in enumerate(self.layers if self.ffn else ()):
-                gate = _FeedForwardGate(self, number, layer.mlp)
+                block: Any = layer.mlp
+                gate = _FeedForwardGate(self, number, block)
                 attachment.replace(layer, "mlp", gate)
                 attachment.on_restore(getattr(layer, NORM).register_forward_pre_hook(gate.see).remove)
             yield

@@ -52,7 +52,7 @@ class _PromptsState(DrafterState):
     def propose(self, context: Context, nodes: int) -> Proposal:
         if context.reach < 1:
             return nothing(context.last)
-        drafts, anchors, distances, members = split(nodes, *self.vectors.shape[:2], self.part.drafts)
+        drafts, anchors, distances, members = split(nodes, self.vectors.shape[0], self.vectors.shape[1], self.part.drafts)
         made = self._drafts(context, drafts) if drafts else nothing(context.last)
         made, self.asked = with_questions(made, self.vectors[:distances, :members], anchors)
         return made
