@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -144,7 +144,7 @@ def _packed(proposal: Proposal, nodes: int) -> Proposal:
     place = torch.argsort(order, dim=1)
     order = order[:, : nodes + 1]
     parent = torch.where(proposal.parent < 0, proposal.parent, place.gather(1, proposal.parent.clamp(min=0)))
-    found = {
+    found: dict[str, Any] = {
         name: None if (each := getattr(proposal, name)) is None else each.gather(1, order)
         for name in ("tokens", "valid", "score", "source", "drawn", "_slot")
     }

@@ -139,10 +139,10 @@ class _TrieState(HostState):
 
         open_(0, given, written, sum(self._count(*pair) for pair in _pairs(given, written)))
         while heap and tree.left:
-            count, _, at, token, chance, *pair = heapq.heappop(heap)
+            count, _, at, token, chance, read, wrote = heapq.heappop(heap)
             node = tree.child(at, token, min(1.0, chance))
             if node is not None:
-                open_(node, *pair, -count)
+                open_(node, read, wrote, -count)
 
     def _count(self, given: _Node, written: _Node) -> float:
         weight = self.drafter.weight
