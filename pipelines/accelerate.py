@@ -61,7 +61,8 @@ def accelerate(
     host: any diffusers pipeline, unmodified; a bare denoiser (then `scheduler` is required); a `TextDiffusionPipeline` or
     `DiffusionGemmaPipeline`; or a causal language model of transformers. recipe: a recipe's name, a `Recipe`, the path of a
     YAML file, or a `Budget`: a tuned recipe that is kept for this host (`hasten.pipelines.tune.kept`) where one is within it and
-    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding); on a causal language model it has `attention`, or drafts (`draft`, `verify`, `pace`), or a cache (`kv` of kind `kept`), on text diffusion those of
+    was tuned for what a call asks, else the online controller `auto` (on text diffusion: sequential decoding; on a causal language model, within
+    `Budget(lossless=True)`: look-up where it pays); on a causal language model it has `attention`, or drafts (`draft`, `verify`, `pace`), or a cache (`kv` of kind `kept`), on text diffusion those of
     `hasten.pipelines.text.job`.
     limits: `max_cache_bytes` caps what caches may hold. group: a torch.distributed process
     group whose ranks compute parts of one sample (sequence or weight sharding); they decide alike. diffusers' context
@@ -71,6 +72,10 @@ def accelerate(
     Raises `RecipeError` for an unknown recipe, `ModelError` when there is nothing in the host that hasten knows,
     `UsageError` when an axis of the recipe has no seam on this host, `RefusedError` when a method cannot be right on it.
     """
+    if isinstance(recipe, Budget) and recipe.lossless and scheduler is None and _is_of_transformers(host):
+        from hasten.pipelines.tune.decode_matching import attach_lossless
+
+        return attach_lossless(getattr(host, "_orig_mod", host), limits)
     if isinstance(recipe, Budget) and (_is_named(host, "TextPipeline") or recipe.exact_match is not None):
         return _of_texts(recipe, host, limits)
     found = find_recipe(recipe)

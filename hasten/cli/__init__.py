@@ -13,6 +13,7 @@ from hasten.cli import (
     bench,
     bench_attention,
     bench_compose,
+    bench_decode,
     bench_distill,
     bench_dllm,
     compare,
@@ -49,6 +50,7 @@ app.command("tune")(tune.tune)
 app.command("ui")(ui.ui)
 bench.app.command("attention")(bench_attention.attention)
 bench.app.command("compose")(bench_compose.compose)
+bench.app.command("decode")(bench_decode.decode)
 bench.app.command("distill")(bench_distill.distill)
 bench.app.command("dllm")(bench_dllm.dllm)
 app.add_typer(bench.app, name="bench")

@@ -29,13 +29,20 @@ COLUMNS = {
 def tune(
     model: Annotated[str, typer.Option(metavar="MODEL", help="A bundled model, a folder with a model, or a hub id.")],
     prompts: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="FILE", help="One prompt a line, or JSON lines with prompt and seed. Every third is held out; of texts, two in three.",
+            metavar="FILE", help="One prompt a line, or JSON lines with prompt and seed. Every third is held out; of texts, two in three."
+            " Needed but for lossless.",
             rich_help_panel=CHANGE,
         ),
-    ],
-    budget: Annotated[str, typer.Option(metavar="WHAT", help="psnr>=30, latent_error<=0.05 or ssim>=0.98, against the plain run; of texts exact_match>=0.99.")] = "psnr>=30",
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT", help="psnr>=30, latent_error<=0.05 or ssim>=0.98, against the plain run; of texts exact_match>=0.99; of causal"
+            " language models lossless.",
+        ),
+    ] = "psnr>=30",
     time: Annotated[str, typer.Option(metavar="LONG", help="For everything: 10m, 90s, 1h30m.")] = "10m",
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the recipe goes.")] = Path("recipe.yaml"),
     study: Annotated[
@@ -79,6 +86,16 @@ def tune(
         from hasten.pipelines.tune.run import tune as service
 
         seconds = seconds_of(time)
+        if budget == "lossless":
+            from hasten.cli.tune_decode import DecodeTask
+
+            unfit = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance, "attention": attention,
+                     "peers": peers, "lora": lora, "offload": offload != "none", "study": study, "revision": revision}  # fmt: skip
+            told = assignments(call or [], "--call")
+            drafts = DecodeTask(model, seconds, out, prompts, told, batch, adapter or (), device, dtype, unfit, keep)
+            raise typer.Exit(int(drafts.run(output).recipe is None))
+        if prompts is None:
+            raise UsageError("Name the prompts to tune for: --prompts FILE, one on each line.")
         unseeded = collect([], prompts, -1)  # -1: no seed of its own, so its number is taken
         pairs = [(item.text, item.index if item.seed == -1 else item.seed) for item in unseeded]
         if out.suffix not in (".yaml", ".yml"):

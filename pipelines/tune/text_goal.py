@@ -39,7 +39,7 @@ class TextGoal:
         """From `"exact_match>=0.99"`, `"exact_match>=99%"`, `"99%"` or `Budget(exact_match=0.99)`. Raises `UsageError` for anything else."""
         if isinstance(given, Budget):
             if given.exact_match is None:
-                raise UsageError("This Budget is about pictures, and this model writes texts. Pass Budget(exact_match=0.99).")
+                raise UsageError("This Budget is not about texts that are written in any order, as this model writes them. Pass Budget(exact_match=0.99).")
             return cls(given.exact_match)
         found = _WRITTEN.fullmatch(given)
         if found is None:

@@ -1,0 +1,68 @@
+"""`hasten export serve`, `hasten bench decode` and `hasten tune --budget lossless`, as they are typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hasten.pipelines.tune import decode_run
+from tests.cli.conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+def test_export_to_both(hasten: Run) -> None:
+    ran = hasten("export", "serve", "--model", "owner/name", "--recipe", "look-up:width=1", "--to", "vllm", "--json", "-")
+    assert ran.code == 0 and ran.json["config"]["speculative_config"]["method"] == "ngram"
+    assert ran.json["argv"][:3] == ["vllm", "serve", "owner/name"]
+    ran = hasten("export", "serve", "--model", "tiny-lm", "--recipe", "look-up", "--to", "sglang")
+    assert ran.code == 0 and "--speculative-algorithm NGRAM" in ran.out and "tiny-lm" in ran.out
+    assert "one trie of all requests" in ran.err
+
+
+def test_export_refuses_in_one_sentence(hasten: Run) -> None:
+    ran = hasten("export", "serve", "--model", "owner/name", "--recipe", "look-up", "--to", "vllm")
+    assert ran.code == 1 and "vLLM verifies chains" in ran.sentence
+    ran = hasten("export", "serve", "--model", "owner/name", "--recipe", "h2o", "--to", "sglang")
+    assert ran.code == 1 and "leaves tokens out of the cache" in ran.sentence
+    assert hasten("export", "serve", "--model", "owner/name", "--to", "vllm").code == 2
+    ran = hasten("export", "serve", "--model", "tiny-lm", "--heads", "x", "--heads-to", "y", "--to", "sglang")
+    assert ran.code == 1 and "no Medusa" in ran.sentence
+
+
+def test_bench_decode_quick(hasten: Run) -> None:
+    ran = hasten("bench", "decode", "--quick", "--workload", "repetitive", "--mode", "greedy", "--recipe", "look-up", "--json", "-")
+    assert ran.code == 0, ran.err
+    rows = ran.json["rows"]
+    assert {row["part"] for row in rows} == {"drafts", "caches", "shared"}
+    assert {row["batch"] for row in rows if row["part"] == "drafts"} == {1, 2}
+    assert all(row.get("exact_match") == 1.0 for row in rows if row["part"] == "drafts" and row.get("n"))
+    assert any("exact" in bar["bar"] or "token for token" in bar["bar"] for bar in ran.json["bars"])
+
+
+def test_bench_decode_says_what_is_misspelt(hasten: Run) -> None:
+    ran = hasten("bench", "decode", "--recipe", "look-upp")
+    assert ran.code == 2 and "look-up" in ran.sentence
+
+
+def test_tune_lossless(hasten: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(decode_run, "every", lambda: ["look-up"])
+    monkeypatch.setattr(decode_run, "SIZES", ())
+    Path("prompts.txt").write_text("".join(f"copy: a b c {each} = a b c {each}\ncopy: a b c {each} =\n" for each in "defg"))
+    args = ["tune", "--model", "tiny-lm", "--budget", "lossless", "--prompts", "prompts.txt", "--call", "max_new_tokens=8"]
+    ran = hasten(*args, "--no-keep", "--json", "-")
+    assert ran.code in (0, 1), ran.err  # on a loaded machine plain decoding may be the fastest
+    assert ran.json["budget"] == "lossless" and ran.json["rows"][0]["n"] == 4
+    assert (ran.json["recipe"] is not None) == Path("recipe.yaml").exists() == (ran.code == 0)
+
+
+def test_tune_lossless_and_what_has_no_meaning(hasten: Run) -> None:
+    ran = hasten("tune", "--model", "tiny-lm", "--budget", "lossless", "--steps", 5)
+    assert ran.code == 2 and "--steps has no meaning" in ran.sentence
+    ran = hasten("tune", "--model", "tiny-lm", "--budget", "lossless", "--call", "guidance=2")
+    assert ran.code == 2 and "guidance" in ran.sentence
+    ran = hasten("tune", "--model", "tiny-video")
+    assert ran.code == 2 and "--prompts FILE" in ran.sentence
