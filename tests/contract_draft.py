@@ -171,6 +171,9 @@ class DraftContract:
         for row in range(3):
             self.same(inputs, eos_token_id=int(free[row, 3]), pad_token_id=0)
 
+    def test_processors_that_look_at_the_prefix(self) -> None:
+        self.same(ragged(2), max_new_tokens=10, repetition_penalty=1.5)
+
     def test_sampled_texts_repeat_with_the_seed(self) -> None:
         found = []
         for seed in (5, 5, 6):

@@ -18,7 +18,8 @@ class Copy(Drafter):
     While the text equals the prompt from some place on, what follows there is drafted. When the model leaves it, the place is
     looked for again: where the last `longest` tokens stand in the prompt, else fewer, down to `shortest`, the nearest
     behind the old place first; else the model has put another token in place of one, or put one in. width: so many of these
-    places, as branches. window: tokens behind the old place that are looked at first; only then all of the prompt.
+    places, as branches of four tokens each. window: tokens behind the old place that are looked at first, and only then all of
+    the prompt.
 
     Differs: the paper drafts all the rest of the input, and stops where its suffix is not unique.
     """
@@ -94,10 +95,12 @@ class _CopyState(HostState):
 
     def grow(self, row: int, text: list[int], tree: HostTree) -> None:
         places = self._places(row, text)
+        most, chance = (tree.left, SURE) if self.sure[row] else (TRIAL, UNSURE)
         for place in places:
-            share = tree.left if place == places[-1] else -(-2 * tree.left // 3)
-            tree.line(self.prompts[row][place : place + share], SURE if self.sure[row] else UNSURE)
+            tree.line(self.prompts[row][place : place + most], chance)
 
 
 SURE, UNSURE = 0.9, 0.5
 """Chance that a copied token is right: while the text is being copied, and where the place was guessed."""
+TRIAL = 4
+"""Tokens that are tried from a place that was guessed."""
