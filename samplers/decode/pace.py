@@ -65,7 +65,8 @@ class Goodput(Pace):
     Expected tokens of a round with n drafts: one, and for each rank up to n how often the draft of this rank was accepted,
     a moving average over some `memory` rounds. Its time is measured on this machine: the median of the last rounds of each
     size, and a line through them for sizes that were not tried. Where no draft pays, one round in `probe` tries again, and
-    ever fewer (twice as many rounds in between, up to `rare`) while it keeps failing.
+    ever fewer (twice as many rounds in between, up to `rare`) while it keeps failing. Where nearly all drafts of a round stood,
+    the next has twice as many, because nothing is known of ranks that were given up.
 
     Differs: SmartSpec fits its times offline, and assumes one acceptance rate for all positions.
     """
@@ -83,7 +84,8 @@ class GoodputState(PaceState):
     """The state of `Goodput`.
 
     ranks: for each rank from 1, how often the draft of this rank was accepted. times: size -> seconds of the last rounds
-    in which the model read so many drafts; `drafting`: seconds of proposing.
+    in which the model read so many drafts; `drafting`: seconds of proposing. more: drafts that the next round should have at
+    least, because the last ones stood.
     """
 
     WARM = 2
@@ -96,6 +98,7 @@ class GoodputState(PaceState):
         self.drafting: deque[float] = deque(maxlen=9)
         self.rounds = self.idle = self.drafted = 0
         self.wait = pace.probe
+        self.more = 0
 
     def next(self, most: int) -> int:
         self.rounds += 1
@@ -104,8 +107,10 @@ class GoodputState(PaceState):
         if not self.ranks:
             return most
         best = max(sizes(most), key=self.goodput)
-        if best or self.idle < self.wait:
-            return best
+        if best:
+            return max(best, min(self.more, most))
+        if self.idle < self.wait:
+            return 0
         self.wait = min(2 * self.wait, self.pace.rare)
         return max(sizes(most)[1:], key=self.goodput)
 
@@ -145,6 +150,8 @@ class GoodputState(PaceState):
         if done.written and max(done.written) > 1:
             self.wait = self.pace.probe
         self.drafted += 1
+        gained = (sum(done.written) - done.rows) / max(1, done.rows)
+        self.more = 2 * done.asked if gained >= 0.75 * done.asked else 0
         share = max(1 / self.pace.memory, 1 / (self.drafted + 2))
         while len(self.ranks) < done.asked:
             self.ranks.append(0.5 * self.ranks[-1] if self.ranks else 0.5)

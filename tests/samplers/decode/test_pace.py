@@ -1,0 +1,75 @@
+"""Paces: how much is drafted follows what was accepted and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hasten.rounds import Round
+from hasten.samplers.decode.pace import Average, Goodput, GoodputState, Steady, sizes
+from hasten.samplers.decode.protocols import Facts, PaceState
+
+FACTS = Facts(1, 9, torch.device("cpu"), False, lambda logits, *_: logits)
+MOST = 8
+
+
+def played(state: PaceState, rounds: int, chance: float, per_draft: float, base: float = 1.0) -> list[int]:
+    """Sizes that a pace asks for where a draft of rank r stands if r <= chance * 8 and a forward takes base + per_draft * n."""
+    asked = []
+    for _ in range(rounds):
+        nodes = state.next(MOST)
+        right = min(nodes, round(chance * MOST))
+        ranks = tuple(int(rank < right) for rank in range(nodes))
+        state.learn(Round(nodes, nodes, (nodes,), (1 + right,), ranks, draft=0.01 if nodes else 0.0, verify=base + per_draft * nodes))
+        asked.append(nodes)
+    return asked
+
+
+def goodput() -> GoodputState:
+    state = Goodput().start(FACTS)
+    assert isinstance(state, GoodputState)
+    return state
+
+
+def test_drafts_that_stand_and_cost_nothing_are_all_made() -> None:
+    assert played(goodput(), 60, 1.0, 0.0)[-20:] == [MOST] * 20
+
+
+def test_drafts_that_never_stand_are_tried_ever_less() -> None:
+    asked = played(goodput(), 400, 0.0, 0.1)
+    tried = [at for at, nodes in enumerate(asked) if nodes]
+    assert all(nodes == 0 for nodes in asked[-100:]) or len([at for at in tried if at >= 300]) <= 2
+    lost = sum(0.1 * nodes + 0.01 for nodes in asked if nodes)
+    assert lost / (400 + lost) < 0.03, "never below 0.97x of plain"
+
+
+def test_only_what_pays_is_drafted() -> None:
+    asked = played(goodput(), 200, 0.25, 0.3)[-50:]
+    assert asked.count(2) > 20 and sum(asked) / len(asked) < 4
+    assert played(goodput(), 200, 0.25, 2.0)[-60:].count(0) > 50
+
+
+def test_a_pace_that_had_given_up_comes_back() -> None:
+    state = goodput()
+    played(state, 100, 0.0, 0.05)
+    assert played(state, 300, 1.0, 0.0)[-20:] == [MOST] * 20
+
+
+def test_times_between_and_beyond_what_was_measured() -> None:
+    state = goodput()
+    for nodes in (0, 4):
+        for _ in range(3):
+            state.rounds += 1
+            state.learn(Round(nodes, nodes, (nodes,), (1,), (0,) * nodes, verify=1 + 0.5 * nodes))
+    assert [state.seconds(nodes) for nodes in (0, 2, 4, 8)] == pytest.approx([1, 2, 3, 5])
+
+
+def test_the_average_is_followed() -> None:
+    state = Average(more=2).start(FACTS)
+    assert state.next(MOST) == MOST
+    assert played(state, 40, 0.25, 0.0)[-1] == 4 and played(state, 40, 0.0, 0.0)[-1] <= 3
+
+
+def test_steady_is_steady() -> None:
+    assert Steady().start(FACTS).next(5) == 5 and Steady(nodes=3).start(FACTS).next(2) == 2 and Steady(nodes=0).start(FACTS).next(9) == 0
+    assert sizes(6) == [0, 1, 2, 4, 6] and sizes(1) == [0, 1] and sizes(8) == [0, 1, 2, 4, 8]
