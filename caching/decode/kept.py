@@ -113,9 +113,13 @@ class KeptState:
         facts = self.facts[seen.layer]
         facts.seen = float(sum(lengths))
         if self.part.amount is not None:
-            self.scores[seen.layer].learn(slots, seen)
-            if seen.prompt or self.part.when == "always":
+            score, due = self.scores[seen.layer], seen.prompt or self.part.when == "always"
+            if due or self.part.score.lasting:
+                score.learn(slots, seen)
+            if due:
                 self._evict(slots, seen, lengths)
+            if self.part.when == "prompt" and not self.part.score.lasting:
+                score.forget()
         if self.part.codec is not None:
             codec = self.part.codec
             facts.packed += slots.pack(codec.pack, codec.residual, codec.group)

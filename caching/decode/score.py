@@ -43,11 +43,13 @@ class SlotScore(Part):
     """Family of the scores. A score may remember things of slots in `Slots.notes`, which move with them.
 
     asks_host: must `Seen` have the module and its input? is_mass: is what a slot is worth the attention it got, so that the
-    share of it that stays means something?
+    share of it that stays means something? lasting: does what generated tokens attended to count after the next piece of a
+    prompt? Else a policy that evicts after prompts alone need not remember it.
     """
 
     asks_host: ClassVar[bool] = False
     is_mass: ClassVar[bool] = False
+    lasting: ClassVar[bool] = True
 
     def start(self) -> SlotScoreState:
         """State of one layer."""
@@ -63,6 +65,9 @@ class SlotScoreState:
     def worth(self, slots: Slots, seen: Seen) -> Tensor:
         """What each slot is worth, float32 [B, 1 or Hk, S]; larger is better. Where a slot holds nothing: anything."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """What is remembered beside the notes is not needed until the next prompt; for scores that are not lasting."""
 
     def rows(self, index: Tensor) -> None:
         """The rows changed places, as in `Slots.rows`."""
@@ -101,7 +106,8 @@ class KeyNorm(SlotScore):
 
 class _KeyNorm(SlotScoreState):
     def worth(self, slots: Slots, seen: Seen) -> Tensor:
-        return -seen.k.float().norm(dim=-1)
+        worth: Tensor = -seen.k.float().norm(dim=-1)
+        return worth
 
 
 class AnyOf(SlotScore):
@@ -125,4 +131,5 @@ class _AnyOf(SlotScoreState):
         seed, layer = torch.full_like(place, self.seed), torch.full_like(place, seen.layer)
         each = uniform(seed, layer, place, seen.k.shape[1])
         own: Tensor = each[:, 0] if place.shape[1] == 1 else each.diagonal(dim1=1, dim2=3)  # [B, S, Hk]
-        return own.movedim(-1, 1).float()
+        worth: Tensor = own.movedim(-1, 1).float()
+        return worth

@@ -92,6 +92,7 @@ class LastQueries(SlotScore):
 
     kind: ClassVar[str] = "last-queries"
     is_mass: ClassVar[bool] = True
+    lasting: ClassVar[bool] = False
     queries: int = Field(32, ge=1)
     smooth: int = Field(5, ge=1)
 
@@ -125,6 +126,9 @@ class _LastQueries(SlotScoreState):
         order = (slots.place < 0).to(torch.uint8).argsort(dim=-1, stable=True).expand_as(got)
         smooth = torch.nn.functional.avg_pool1d(torch.nn.functional.pad(got.gather(-1, order), padded), width, stride=1)
         return torch.empty_like(got).scatter_(-1, order, smooth)
+
+    def forget(self) -> None:
+        self.q = self.at = torch.empty(0)
 
     def rows(self, index: Tensor) -> None:
         if self.q.numel():

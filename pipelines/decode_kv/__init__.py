@@ -2,8 +2,12 @@
 
     attention   what the registered attention function computes
     cache       transformers' `Cache`, with logical and physical lengths apart, drafts, and shared prefixes
+    site        one attention module
     session     what `hasten.accelerate` puts on a model, and how it comes off again
     report      what was held, evicted and packed
     foreign     scores of other libraries (kvpress)
     saved       contexts in files
+    shared      what the prompts of a batch have in common
+    tail        the same cache under the decode loop
+    bench*      what policies cost, and what shared prefixes save
 """

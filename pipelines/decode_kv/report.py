@@ -68,7 +68,7 @@ class KVReport:
                 f"  layer {row.layer}: {row.held:,.0f} of {row.tokens:,} tokens held, {row.evicted:,.0f} evicted{share}{packed},"
                 f" {readable_bytes(row.bytes)}"
             )
-        return "\n".join([*lines, *(f"note: {note}" for note in [*self.notes, *self.inert])])
+        return "\n".join([*lines, *(f"note: {note}" for note in dict.fromkeys([*self.notes, *self.inert]))])
 
 
 def report_of(session: KVSession) -> KVReport:

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 import hasten.caching.decode.mass as module
-from hasten.caching.decode.amount import AdaptiveHeads, Enough, OwnHeads, Pyramid, Share, TogetherHeads, Tokens, top
+from hasten.caching.decode.amount import (
+    AdaptiveHeads,
+    Enough,
+    OwnHeads,
+    Pyramid,
+    Share,
+    TogetherHeads,
+    Tokens,
+    top,
+)
 from hasten.caching.decode.mass import mass
 
 
