@@ -114,7 +114,7 @@ def _cells(
 
 
 def _drafts(bench: Bench, cells: list[Cell], names: list[str] | None, draft: str, quick: bool, output: Output) -> list[dict[str, Any]]:
-    from hasten.pipelines.bench.decode import every, table
+    from hasten.pipelines.bench.decode import OTHER_SIZES, every, table
     from hasten.pipelines.bench.decode_peers import peers
     from hasten.pipelines.text_models.loading import open_text
 
@@ -122,7 +122,7 @@ def _drafts(bench: Bench, cells: list[Cell], names: list[str] | None, draft: str
     if draft != "none":
         kind = str(bench.model.dtype).removeprefix("torch.")
         found = peers(open_text(draft, None, str(bench.model.device), kind)[0])
-    chosen = names or (every()[:1] if quick else every())
+    chosen = names or (every()[:1] if quick else [*every(), *OTHER_SIZES])
     rows = table(bench, cells, chosen, found[:: len(found) - 1] if quick and found else found, output.note)
     return [{"part": "drafts"} | row for row in rows]
 

@@ -56,29 +56,24 @@ def serve(
 
 def _recipe(model: str, to: Server, recipe: str | None, measured: Path | None) -> Served:
     from hasten.pipelines.handover.lengths import of_file
+    from hasten.pipelines.handover.served import place
     from hasten.pipelines.handover.sglang import serve_sglang
     from hasten.pipelines.handover.vllm import serve_vllm
 
     if recipe is None:
         raise UsageError("Name a --recipe, such as look-up:width=1, or --heads of a hasten train medusa.")
     lengths = {} if measured is None else of_file(measured, recipe)
-    return (serve_vllm if to is Server.vllm else serve_sglang)(recipe, _place(model), lengths)
+    return (serve_vllm if to is Server.vllm else serve_sglang)(recipe, place(model), lengths)
 
 
 def _heads(model: str, to: Server, heads: Path, into: Path | None, recipe: str | None) -> Served:
     from hasten.pipelines.handover.medusa import serve_medusa
+    from hasten.pipelines.handover.served import place
     from hasten.pipelines.text_models.loading import open_text
 
     if to is not Server.vllm:
         raise RefusedError("SGLang has no Medusa heads. Hand them over to vLLM: --to vllm.")
     if into is None or recipe is not None:
         raise UsageError("--heads needs --heads-to FOLDER, and no --recipe.")
-    return serve_medusa(open_text(model)[0], _place(model), heads, into)
+    return serve_medusa(open_text(model)[0], place(model), heads, into)
 
-
-def _place(model: str) -> str:
-    """The folder of a bundled model, else the name as it is."""
-    from hasten.pipelines import tiny_models
-    from hasten.pipelines.text_models.loading import kind_of
-
-    return str(tiny_models.path(model)) if kind_of(model) == "bundled" else model

@@ -24,11 +24,18 @@ import hasten
 from hasten.errors import HastenError
 from hasten.pipelines.bench.decode_peers import Peer
 from hasten.pipelines.bench.decode_texts import Workload
+from hasten.pipelines.decode.drafters_candidates import Candidates
 from hasten.pipelines.decode.session import DecodeSession
 from hasten.pipelines.recipes import catalogue
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Drafting, FromFile, Recipe
 from hasten.samplers.decode.pace import Goodput, Steady
+from hasten.samplers.drafters.copy_input import Copy
+from hasten.samplers.drafters.jacobi import Jacobi
+from hasten.samplers.drafters.look_up import LookUp
+from hasten.samplers.drafters.mixed import Mixed
+from hasten.samplers.drafters.tri_gram import TriGram
+from hasten.samplers.drafters.trie import Trie
 
 PLAIN = "plain"
 EVERY, PACED = "every round", "goodput"
@@ -229,11 +236,18 @@ def _when(recipe: Recipe) -> str:
 
 def _family(drafter: Any) -> str:
     """What a draft costs: "text" looks into texts alone, "model" runs a network."""
-    return "text" if drafter.kind in TEXT_DRAFTERS else "model"
+    if isinstance(drafter, Mixed):
+        return "model" if "model" in (_family(drafter.first), _family(drafter.second)) else "text"
+    if isinstance(drafter, Candidates):
+        return "text" if drafter.which == "prompt-lookup" else "model"
+    return "text" if isinstance(drafter, TEXT_DRAFTERS) else "model"
 
 
-TEXT_DRAFTERS = frozenset({"look-up", "trie", "tri-gram", "copy", "jacobi"})
-"""Kinds of drafters that run no network: their drafts cost the reading of nodes, and nothing else."""
+TEXT_DRAFTERS = (LookUp, Trie, TriGram, Copy, Jacobi)
+"""Drafters that run no network: their drafts cost the reading of nodes, and nothing else."""
+
+OTHER_SIZES = ("look-up:nodes=16", "speculative:nodes=8", "dyspec:nodes=8,depth=8")
+"""Measured besides, for as many drafts as transformers' settings may make."""
 
 
 # --- what is measured -----------------------------------------------------------------------------

@@ -9,12 +9,18 @@ from typing import Any, NoReturn
 from hasten.caching.decode.codec_numbers import Fp8
 from hasten.caching.decode.kept import KeptCache
 from hasten.errors import RefusedError
+from hasten.pipelines import tiny_models
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Drafting, Recipe
 from hasten.samplers.decode.pace import Average, Goodput, Steady
 from hasten.samplers.decode.verify_lossy import Lossy
 
 AXES = frozenset({"draft", "verify", "pace", "kv"})
+
+
+def place(model: str) -> str:
+    """The folder of a bundled model, else the name or folder as it is."""
+    return str(tiny_models.path(model)) if model in tiny_models.names() else model
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.pipelines.handover.served import Asked, Served
+from hasten.pipelines.decode.drafters_candidates import Candidates
+from hasten.pipelines.decode.drafters_small import SmallModel
+from hasten.pipelines.handover.served import Asked, Served, place
 from hasten.recipe import Recipe
 from hasten.samplers.drafters.look_up import LookUp
+from hasten.samplers.drafters.trie import Trie
 
 SERVER = "SGLang"
 
@@ -42,7 +45,8 @@ def _speculative(asked: Asked) -> dict[str, Any]:
     if draft is None:
         return {}
     if draft.kind not in DRAFTERS:
-        asked.refuse(f"it has no drafter like {draft.kind!r}", f"These have a counterpart: {', '.join(sorted(DRAFTERS))}.")
+        medusa = "Hand the heads over to vLLM. " if draft.kind == "medusa" else ""
+        asked.refuse(f"it has no drafter like {draft.kind!r}", f"{medusa}These have a counterpart: {', '.join(sorted(DRAFTERS))}.")
     if (verifier := asked.check_verifier()) == "block":
         asked.note("SGLang has no block verification; its own keeps the model's law, too, and accepts somewhat fewer drafts.")
     elif verifier != "lossless":
@@ -53,18 +57,54 @@ def _speculative(asked: Asked) -> dict[str, Any]:
 
 
 def _look_up(asked: Asked, draft: LookUp) -> dict[str, Any]:
-    """Its n-gram drafter. Sizes count the last written token, too, which hasten does not."""
-    nodes = asked.tokens(draft.nodes)
+    return _ngram(asked, draft.nodes, draft.width, draft.longest, "BFS")
+
+
+def _trie(asked: Asked, draft: Trie) -> dict[str, Any]:
+    """By frequency, as ours is pruned."""
+    return _ngram(asked, draft.nodes, 10, draft.longest, "PROB", draft.branch)
+
+
+def _ngram(asked: Asked, nodes: int, width: int, longest: int, match: str, behind: int | None = None) -> dict[str, Any]:
+    """Its n-gram drafter, whose trie holds what is looked for and what stands `behind` it. Sizes count the last written token,
+    too, which hasten does not."""
+    tokens = asked.tokens(nodes)
     asked.note(
         "SGLang's NGRAM looks in one trie of all requests' texts, so what one user wrote can be drafted for another (never written:"
         " the model decides)."
     )
     return {
-        "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": nodes + 1, "speculative_ngram_min_bfs_breadth": 1,
-        "speculative_ngram_max_bfs_breadth": draft.width, "speculative_ngram_match_type": "BFS",
-        "speculative_ngram_max_trie_depth": draft.longest + nodes,
+        "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": tokens + 1, "speculative_ngram_min_bfs_breadth": 1,
+        "speculative_ngram_max_bfs_breadth": width, "speculative_ngram_match_type": match,
+        "speculative_ngram_max_trie_depth": longest + (tokens if behind is None else behind),
     }  # fmt: skip
 
 
-DRAFTERS: dict[str, Callable[[Asked, Any], dict[str, Any]]] = {LookUp.kind: _look_up}
+def _small(asked: Asked, draft: SmallModel) -> dict[str, Any]:
+    return _standalone(asked, draft.model, draft.nodes, draft.width, draft.depth)
+
+
+def _standalone(asked: Asked, model: str, nodes: int, width: int, depth: int) -> dict[str, Any]:
+    tokens = asked.tokens(nodes)
+    return {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": place(model)} | _sizes(tokens, width, depth)
+
+
+def _sizes(tokens: int, width: int, depth: int) -> dict[str, Any]:
+    steps = tokens if width == 1 else min(depth, tokens)
+    return {"speculative_num_steps": steps, "speculative_eagle_topk": width, "speculative_num_draft_tokens": tokens + 1}
+
+
+def _candidates(asked: Asked, draft: Candidates) -> dict[str, Any]:
+    if draft.which == "prompt-lookup":
+        return _ngram(asked, draft.nodes, 1, draft.longest, "BFS")
+    if draft.which == "assisted":
+        return _standalone(asked, draft.model, draft.nodes, 1, draft.nodes)
+    if draft.which != "mtp":
+        asked.refuse("its candidates come from an object of this process")
+    return {"speculative_algorithm": "NEXTN"} | _sizes(asked.tokens(draft.nodes), 1, draft.nodes)
+
+
+DRAFTERS: dict[str, Callable[[Asked, Any], dict[str, Any]]] = {
+    LookUp.kind: _look_up, Trie.kind: _trie, SmallModel.kind: _small, Candidates.kind: _candidates,
+}  # fmt: skip
 """Kind of a drafter -> options by name."""

@@ -16,6 +16,7 @@ from hasten.pipelines.handover import lengths
 from hasten.pipelines.handover.medusa import HEADS, serve_medusa
 from hasten.pipelines.handover.sglang import serve_sglang
 from hasten.pipelines.handover.vllm import serve_vllm
+from hasten.pipelines.recipes import names
 from hasten.samplers.decode.verify_law import Block
 
 
@@ -59,6 +60,50 @@ def test_what_no_server_has_is_refused_with_its_reason(to: object) -> None:
 def test_vllm_has_no_trees() -> None:
     with pytest.raises(RefusedError, match="drafts trees, and vLLM verifies chains. Take look-up:width=1"):
         hasten.to_vllm("look-up")
+
+
+def test_small_models_and_tries() -> None:
+    draft = str(tiny_models.path("tiny-draft"))
+    assert hasten.to_vllm("speculative:nodes=5,every=true")["speculative_config"] == {
+        "method": "draft_model", "model": draft, "num_speculative_tokens": 5, "draft_sample_method": "probabilistic",
+    }  # fmt: skip
+    with pytest.raises(RefusedError, match="trees, and vLLM verifies chains. Take speculative"):
+        hasten.to_vllm("dyspec")
+    tree = serve_sglang("dyspec:nodes=12,width=3,depth=5").config
+    assert tree == {
+        "speculative_algorithm": "STANDALONE", "speculative_draft_model_path": draft, "speculative_num_steps": 5,
+        "speculative_eagle_topk": 3, "speculative_num_draft_tokens": 13,
+    }  # fmt: skip
+    chain = serve_sglang("speculative:nodes=5", lengths={1: 4}).config
+    assert chain["speculative_num_draft_tokens"] == chain["speculative_num_steps"] + 1 == 5
+    trie = serve_sglang("lookahead-trie:nodes=16,branch=12").config
+    assert (trie["speculative_ngram_match_type"], trie["speculative_ngram_max_trie_depth"]) == ("PROB", 16)
+    with pytest.raises(RefusedError, match="suffix"):
+        hasten.to_vllm("lookahead-trie")
+    with pytest.raises(RefusedError, match="--heads STUDENT"):
+        hasten.to_vllm("medusa")
+    with pytest.raises(RefusedError, match="Hand the heads over to vLLM"):
+        hasten.to_sglang("medusa")
+
+
+def test_transformers_candidates() -> None:
+    assert hasten.to_vllm("candidates")["speculative_config"]["prompt_lookup_max"] == 2
+    assisted = hasten.to_vllm("candidates:which=assisted")["speculative_config"]
+    assert (assisted["method"], assisted["draft_sample_method"]) == ("draft_model", "greedy")  # points, whatever logits they had
+    assert hasten.to_vllm("candidates:which=mtp,nodes=2")["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 2}
+    assert serve_sglang("candidates:which=mtp,nodes=2").config["speculative_num_draft_tokens"] == 3
+
+
+def test_every_recipe_is_handed_over_or_refused() -> None:
+    """None fails in another way; what is handed over sets something, or says why there is nothing to set."""
+    for name in names():
+        for serve in (serve_vllm, serve_sglang):
+            try:
+                served = serve(name, "m")
+            except RefusedError as error:
+                assert "cannot be handed over" in str(error)
+            else:
+                assert len(served.config) > 1 or served.notes or not hasten.recipe(name).axes, name
 
 
 def test_caches_that_servers_have() -> None:
