@@ -10,7 +10,16 @@ from torch import Tensor
 
 from hasten.errors import UsageError
 from hasten.samplers.decode.proposal import Law, Proposal, Tree
-from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Target, Verdict, Verifier, VerifierState
+from hasten.samplers.decode.protocols import (
+    Context,
+    Drafter,
+    DrafterState,
+    Facts,
+    Target,
+    Verdict,
+    Verifier,
+    VerifierState,
+)
 from hasten.samplers.decode.verify_law import Block, Lossless, MultiRound, Speculative, chain_verdict
 from hasten.samplers.decode.verify_lossy import Typical
 from hasten.samplers.decode.verify_match import SampleMatch
