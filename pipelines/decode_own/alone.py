@@ -60,9 +60,9 @@ class Alone:
         cache = kwargs.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
         if given.shape[1] > 1 or not length:
-            mask = kwargs.get("attention_mask")
-            fits = isinstance(mask, Tensor) and mask.dim() == 2
-            self._mask = mask[:, -given.shape[1] :] if fits else torch.ones(given.shape[:2], device=given.device)
+            mask: Any = kwargs.get("attention_mask")
+            padded = isinstance(mask, Tensor) and mask.dim() == 2
+            self._mask = mask[:, -given.shape[1] :] if padded else torch.ones(given.shape[:2], device=given.device)
             self.standing.token(None)
             self.standing.entering = {} if self.skip.needs else None
         else:
