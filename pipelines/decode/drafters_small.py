@@ -69,6 +69,7 @@ def opened(name: str, facts: Facts) -> Any:
     from transformers import AutoModelForCausalLM
 
     from hasten.pipelines import tiny_models
+    from hasten.pipelines.quiet import no_bars
 
     if name not in tiny_models.names() and not Path(name).expanduser().is_dir():
         raise ModelError(
@@ -76,7 +77,10 @@ def opened(name: str, facts: Facts) -> Any:
             " a loaded one with SmallModel.of(model)."
         )
     place = tiny_models.path(name) if name in tiny_models.names() else Path(name).expanduser()
-    model = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, local_files_only=True, dtype=facts.host.dtype)
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            place, use_safetensors=True, local_files_only=True, dtype=facts.host.dtype
+        )
     return model.to(facts.device).eval()
 
 

@@ -70,25 +70,28 @@ def jacobi(nodes: int = 12, window: int = 6, pool: int = 3, every: bool = False)
     )  # fmt: skip
 
 
-def speculative(model: str = "tiny-draft", nodes: int = 5, every: bool = False) -> Recipe:
+def speculative(model: str = "tiny-draft", nodes: int = 5, above: float = 0.0, every: bool = False) -> Recipe:
     """A small model drafts a chain; model is a bundled one's name or a folder.
 
-    every: draft in every round, also where it does not pay.
+    above: a draft that the small model believes less in ends the chain. every: draft in every round, also where it does not pay.
     """
     return Recipe(
-        draft=SmallModel(model=model, nodes=nodes, width=1, depth=nodes), pace=_pace(every),
+        draft=SmallModel(model=model, nodes=nodes, width=1, depth=nodes, above=above), pace=_pace(every),
         paper="speculative decoding, arXiv 2211.17192 and arXiv 2302.01318",
     )  # fmt: skip
 
 
-def dyspec(model: str = "tiny-draft", nodes: int = 12, width: int = 3, depth: int = 5, every: bool = False) -> Recipe:
+def dyspec(
+    model: str = "tiny-draft", nodes: int = 12, width: int = 3, depth: int = 5, above: float = 0.05, every: bool = False
+) -> Recipe:
     """A small model drafts a tree that grows where it most probably stands.
 
-    every: draft in every round, also where it does not pay.
+    above: drafts that the small model believes less in are left out. every: draft in every round, also where it does not pay.
     """
     return Recipe(
-        draft=SmallModel(model=model, nodes=nodes, width=width, depth=depth), pace=_pace(every), paper="DySpec, arXiv 2410.11744"
-    )
+        draft=SmallModel(model=model, nodes=nodes, width=width, depth=depth, above=above), pace=_pace(every),
+        paper="DySpec, arXiv 2410.11744",
+    )  # fmt: skip
 
 
 def look_up_or_draft(model: str = "tiny-draft", nodes: int = 12, least: float = 1.0, every: bool = False) -> Recipe:

@@ -157,10 +157,12 @@ def test_look_up_drafts_a_loop_as_a_loop() -> None:
 def test_copy_goes_on_behind_a_replaced_token() -> None:
     prompt = list(range(10, 30))
     hand = Hand(Copy(), [*prompt, 10])
-    assert tuple(range(11, 17)) in hand.drafts()
-    for token in (11, 12, 41):  # 41 stands where the prompt has 13
-        hand.drafts()
-        hand.write(token)
+    assert hand.drafts()[-1] == (11, 12, 13, 14), "a guess is tried with a few tokens"
+    hand.write(11)
+    assert hand.drafts()[-1] == tuple(range(12, 18)), "and then all that fit"
+    hand.write(12)
+    hand.drafts()
+    hand.write(41)  # in place of 13
     drafts = hand.drafts()
     assert any(path[:2] == (14, 15) for path in drafts), "a token was replaced"
     assert any(path[:2] == (13, 14) for path in drafts), "or put in"
