@@ -28,7 +28,7 @@ from hasten.pipelines.tune.job import Job
 from hasten.pipelines.tune.result import Tuned
 from hasten.pipelines.tune.run import Tuning
 from hasten.pipelines.tune.study import Trial
-from hasten.pipelines.tune.trials import Bench, Measured
+from hasten.pipelines.tune.trials import Bench, Measured, Outcome
 from hasten.pipelines.tune.verify import NEEDED, close, finalists, promising
 
 FASTER = 1.3
@@ -41,6 +41,9 @@ FINISHERS = 3
 """Of every kind, so many of the fastest that keep a PSNR are timed in turn at the end."""
 
 KINDS = ("tuned", "preset", "peer", "fewer steps")
+
+SLOW, LOOKS = 1.5, 3
+"""What is slower than this after so many samples is spared the others: no bar asks for it."""
 
 TRIED = 8
 """Tuned compositions that are measured on held-out samples for each PSNR."""
@@ -157,13 +160,17 @@ def _others(pipe: Any, call: dict[str, Any], steps: int, thin: int) -> list[tupl
 
 
 def measured(bench: Bench, candidate: Candidate, what: str, exact: Sequence[Any], recipe: str = "") -> Entry:
-    """A candidate on the held-out samples, until it cannot keep the lowest PSNR any more."""
+    """A candidate on the held-out samples, until it cannot keep the lowest PSNR any more, or is too slow to be of interest."""
     goal = Goal("psnr", min(PSNRS))
     allowed = math.floor((1 - NEEDED) * len(bench.samples) + 1e-9)
-    found = bench.measure(
-        candidate.recipe, candidate,
-        until=lambda outcomes: sum(not goal.met(outcome.value(goal)) for outcome in outcomes) > allowed,
-    )  # fmt: skip
+
+    def hopeless(outcomes: Sequence[Outcome]) -> str:
+        if sum(not goal.met(outcome.value(goal)) for outcome in outcomes) > allowed:
+            return f"fewer than {NEEDED:.0%} can keep {goal.limit:g} dB"
+        speedup = statistics.median(outcome.speedup for outcome in outcomes)
+        return f"{speedup:.2f}x, slower than {SLOW}x" if len(outcomes) >= LOOKS and speedup < SLOW else ""
+
+    found = bench.measure(candidate.recipe, candidate, until=hopeless)
     entry = Entry(what, found, recipe, candidate=candidate)
     if found.whole:
         distances = []

@@ -155,11 +155,11 @@ class Bench:
 
     def measure(
         self, name: str, recipe: Recipe | Candidate, goal: Goal | None = None, again: bool = False,
-        until: Callable[[Sequence[Outcome]], bool] = lambda outcomes: False,
+        until: Callable[[Sequence[Outcome]], str] = lambda outcomes: "",
     ) -> Measured:  # fmt: skip
         """`recipe` on all samples. goal: give up after the first sample if that is far from it, or slower than the plain run.
         again: time the plain run again beside each run, for numbers that are to be believed to the last per cent. until: asked
-        after each sample; True gives up."""
+        after each sample: why it is given up, "" to go on."""
         self._keep_pace()
         candidate = recipe if isinstance(recipe, Candidate) else ours(name, recipe)
         found: list[Outcome] = []
@@ -174,8 +174,8 @@ class Bench:
                 return Measured(name, tuple(found), because(error))
             if goal is not None and number == 0 and (why := _hopeless(found[0], goal)):
                 return Measured(name, tuple(found), why)
-            if until(found) and number + 1 < len(self.samples):
-                return Measured(name, tuple(found), f"given up after {number + 1} of {len(self.samples)} samples")
+            if number + 1 < len(self.samples) and (why := until(found)):
+                return Measured(name, tuple(found), f"given up after {number + 1} of {len(self.samples)} samples: {why}")
         return Measured(name, tuple(found), self._inert(found) if goal is not None else "")
 
     def _inert(self, found: Sequence[Outcome]) -> str:

@@ -87,9 +87,12 @@ def test_what_cannot_keep_the_lowest_budget_any_more_is_given_up(monkeypatch: py
     monkeypatch.setattr(compose, "PSNRS", (90.0,))
     bench = Bench(small_unet(), {**UNET_CALL, "num_inference_steps": 12}, [Sample("a seven", seed) for seed in range(3)])
     short = measured(bench, ours("one step", Recipe(sampler=Solver(name="unipc", steps=1 / 12))), "fewer steps", ())
-    assert not short.measured.whole and "given up after 1 of 3" in short.measured.why and not short.keeps(90)
+    assert not short.measured.whole and "given up after 1 of 3 samples: fewer than 95% can keep 90 dB" in short.measured.why and not short.keeps(90)
     plain = measured(bench, ours("plain", "plain"), "preset", [bench.plain[0].frames])
     assert plain.measured.whole and plain.keeps(90)
+    monkeypatch.setattr(compose, "LOOKS", 2)
+    slow = measured(bench, ours("plain", "plain"), "preset", [])
+    assert "given up after 2 of 3 samples" in slow.measured.why and "slower than 1.5x" in slow.measured.why
 
 
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
