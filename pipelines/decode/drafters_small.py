@@ -41,7 +41,7 @@ class SmallModel(Drafter):
     nodes: int = Field(8, ge=1)
     width: int = Field(3, ge=1)
     depth: int = Field(5, ge=1)
-    above: float = Field(0.05, ge=0, lt=1)
+    above: float = Field(0.01, ge=0, lt=1)
     _given: Any = PrivateAttr(default=None)
 
     @classmethod
@@ -195,7 +195,7 @@ class Best(Growth):
 
     def _take(self, row: int, most: int) -> list[tuple[int, int, int]]:
         """Make nodes of the best candidates of a row."""
-        found = []
+        found = list[tuple[int, int, int]]()
         while len(found) < most and self.heaps[row]:
             score, _, parent, token = heapq.heappop(self.heaps[row])
             found.append((len(self.made[row]), parent, token))

@@ -82,7 +82,7 @@ def speculative(model: str = "tiny-draft", nodes: int = 5, above: float = 0.0, e
 
 
 def dyspec(
-    model: str = "tiny-draft", nodes: int = 12, width: int = 3, depth: int = 5, above: float = 0.05, every: bool = False
+    model: str = "tiny-draft", nodes: int = 12, width: int = 3, depth: int = 5, above: float = 0.01, every: bool = False
 ) -> Recipe:
     """A small model drafts a tree that grows where it most probably stands.
 
