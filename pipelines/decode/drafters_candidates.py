@@ -12,7 +12,6 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from hasten.errors import RefusedError
-from hasten.pipelines.decode.drafters_small import check, opened
 from hasten.samplers.decode.proposal import Proposal, chain, nothing
 from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Outcome, Prefill
 
@@ -85,6 +84,8 @@ class _CandidatesState(DrafterState):
 
     def _made(self, text: list[int]) -> Any:
         from transformers.generation import candidate_generator as theirs
+
+        from hasten.pipelines.decode.small_drafts import check, opened
 
         host, drafter = self.facts.host, self.drafter
         if drafter.which == "prompt-lookup":
