@@ -71,9 +71,11 @@ def decode(
     with output.open():
         from hasten.pipelines.bench.decode import Bench
         from hasten.pipelines.bench.decode_bars import bars
+        from hasten.pipelines.loading import silence
         from hasten.pipelines.recipes import recipe as find_recipe
         from hasten.pipelines.text_models.loading import open_text
 
+        silence()
         for name in recipe or []:
             find_recipe(name)  # a misspelt one is said before anything is measured
         parts = part or list(Part)
@@ -130,8 +132,8 @@ def _drafts(bench: Bench, cells: list[Cell], names: list[str] | None, draft: str
 def _caches(bench: Bench, quick: bool, output: Output) -> list[dict[str, Any]]:
     from hasten.pipelines.decode_kv import bench as kv
 
-    small: dict[str, Any] = {"count": 1, "names": ("streaming-llm", "snapkv"), "packing": ("int8-kv",)} if quick else {}
-    size = {"given": 96, "new": 8 if quick else 32}  # the 128 tokens of the texts that tiny-lm was trained on
+    small: dict[str, Any] = {"count": 1, "names": ("streaming-llm",), "shares": (0.25,), "packing": ("int8-kv",)} if quick else {}
+    size: dict[str, Any] = {"given": 96, "new": 8 if quick else 32}  # the 128 tokens of the texts that tiny-lm was trained on
     found = kv.table(bench.model, bench.tokenizer, told=lambda name: output.note(f"cache: {name}"), **size, **small)
     rows = [
         {"part": "caches", "model": bench.name, "recipe": row["policy"]} | ({"control": "full"} if row["policy"] == kv.FULL else {}) | row

@@ -89,10 +89,10 @@ def tune(
         if budget == "lossless":
             from hasten.cli.tune_decode import DecodeTask
 
-            unfit = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance, "attention": attention,
-                     "peers": peers, "lora": lora, "offload": offload != "none", "study": study, "revision": revision}  # fmt: skip
-            told = assignments(call or [], "--call")
-            drafts = DecodeTask(model, seconds, out, prompts, told, batch, adapter or (), device, dtype, unfit, keep)
+            pictures = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance, "attention": attention,
+                        "peers": peers, "lora": lora, "offload": offload != "none", "study": study, "revision": revision}  # fmt: skip
+            called = assignments(call or [], "--call")
+            drafts = DecodeTask(model, seconds, out, prompts, called, batch, adapter or (), device, dtype, pictures, keep)
             raise typer.Exit(int(drafts.run(output).recipe is None))
         if prompts is None:
             raise UsageError("Name the prompts to tune for: --prompts FILE, one on each line.")

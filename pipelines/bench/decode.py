@@ -211,7 +211,7 @@ def _facts(base: Run, plains: Sequence[Run], runs: Sequence[Run]) -> dict[str, A
 
     def ratio(which: str) -> float:
         """Plain over ours, per token; a sampled text may be longer than the plain one."""
-        found = [
+        found: list[float] = [
             (x / plain.tokens) / (y / run.tokens)
             for plain, run in zip(plains, runs, strict=True)
             for x, y in zip(getattr(plain, which), getattr(run, which), strict=True)

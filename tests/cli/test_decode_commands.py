@@ -32,14 +32,27 @@ def test_export_refuses_in_one_sentence(hasten: Run) -> None:
     assert ran.code == 1 and "no Medusa" in ran.sentence
 
 
-def test_bench_decode_quick(hasten: Run) -> None:
-    ran = hasten("bench", "decode", "--quick", "--workload", "repetitive", "--mode", "greedy", "--recipe", "look-up", "--json", "-")
+def test_bench_of_drafts(hasten: Run) -> None:
+    ran = hasten(
+        "bench", "decode", "--quick", "--part", "drafts", "--workload", "repetitive", "--mode", "greedy", "--recipe", "look-up", "--json", "-",
+    )  # fmt: skip
     assert ran.code == 0, ran.err
     rows = ran.json["rows"]
-    assert {row["part"] for row in rows} == {"drafts", "caches", "shared"}
-    assert {row["batch"] for row in rows if row["part"] == "drafts"} == {1, 2}
-    assert all(row.get("exact_match") == 1.0 for row in rows if row["part"] == "drafts" and row.get("n"))
-    assert any("exact" in bar["bar"] or "token for token" in bar["bar"] for bar in ran.json["bars"])
+    assert {(row["part"], row["batch"]) for row in rows} == {("drafts", 1), ("drafts", 2)}
+    assert all(row.get("exact_match") == 1.0 for row in rows if row.get("n"))
+    assert any("token for token" in bar["bar"] and bar["met"] for bar in ran.json["bars"])
+    assert any(bar["verdict"] == "not measured" for bar in ran.json["bars"])
+
+
+def test_bench_of_caches_and_prefixes(hasten: Run) -> None:
+    ran = hasten("bench", "decode", "--quick", "--part", "caches", "--part", "shared", "--json", "-")
+    assert ran.code == 0, ran.err
+    rows = ran.json["rows"]
+    assert [(row["part"], row["recipe"]) for row in rows] == [
+        ("caches", "full"), ("caches", "streaming-llm"), ("caches", "int8-kv"), ("shared", "hydragen"),
+    ]  # fmt: skip
+    assert rows[1]["bytes_held"] < rows[0]["bytes_held"] and rows[0]["control"] == "full"
+    assert rows[3]["largest_difference"] < 1e-4
 
 
 def test_bench_decode_says_what_is_misspelt(hasten: Run) -> None:
