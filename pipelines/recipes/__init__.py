@@ -71,6 +71,7 @@ def _functions() -> dict[str, Callable[..., Recipe]]:
         for name, function in vars(module).items():
             own = inspect.isfunction(function) and function.__module__ == module.__name__
             if own and not name.startswith("_") and function.__annotations__.get("return") in (Recipe, "Recipe"):
+                assert name.replace("_", "-") not in found, f"two recipes are called {name}"
                 found[name.replace("_", "-")] = function
     return found
 

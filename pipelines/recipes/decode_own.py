@@ -40,7 +40,7 @@ def gated_mtp(path: str = "student", nodes: int = 24, masks: int = 3, every: boo
     )
 
 
-def early_exit(layers: int = 2, nodes: int = 4, sure: float = 0.4, every: bool = False) -> Recipe:
+def layer_skip(layers: int = 2, nodes: int = 4, sure: float = 0.4, every: bool = False) -> Recipe:
     """Self-speculation by the first layers: an early exit drafts, all layers verify. `hasten train sorted-exits` makes exits good."""
     return Recipe(
         draft=OwnModel(skip=Layers(first=layers), nodes=nodes, sure=sure), pace=_pace(every),
