@@ -39,7 +39,8 @@ class TextGoal:
         """From `"exact_match>=0.99"`, `"exact_match>=99%"`, `"99%"` or `Budget(exact_match=0.99)`. Raises `UsageError` for anything else."""
         if isinstance(given, Budget):
             if given.exact_match is None:
-                raise UsageError("This Budget is not about texts that are written in any order, as this model writes them. Pass Budget(exact_match=0.99).")
+                about = "causal language models" if given.lossless else "pictures"
+                raise UsageError(f"This Budget is about {about}, and this model writes texts in any order. Pass Budget(exact_match=0.99).")
             return cls(given.exact_match)
         found = _WRITTEN.fullmatch(given)
         if found is None:
