@@ -154,7 +154,7 @@ def _tuned(found: Contest, bench: Bench, trials: Sequence[Trial], psnr: float, e
 
 def _others(pipe: Any, call: dict[str, Any], steps: int, thin: int) -> list[tuple[Candidate, str]]:
     known = map(preset, all_presets())
-    found = [(ours(label, recipe), "preset") for label, recipe in known if acts_on(recipe) != "text diffusion"]
+    found = [(ours(label, recipe), "preset") for label, recipe in known if acts_on(recipe) in ("diffusion models", "any model")]
     found += [(candidate, "fewer steps") for candidate in controls(steps, 1)]
     return found + [(candidate, "peer") for candidate in sweep(pipe, call, thin)]
 
