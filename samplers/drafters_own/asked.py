@@ -40,11 +40,11 @@ class Asked:
 
 
 def split(nodes: int, distances: int, members: int, drafts: int) -> tuple[int, int, int, int]:
-    """How `nodes` are shared: (drafts, anchors, distances, members). One chain of asking nodes comes first, shortened where there
-    is no room for it; then `drafts`, and more anchors from what is left."""
-    distances = min(distances, nodes)
-    members = max(1, min(members, nodes // distances))
-    left = nodes - distances * members
+    """How `nodes` are shared: (drafts, anchors, distances, members). One chain of asking nodes comes first, shortened so that a
+    fourth of the nodes, and one of two, can be drafts; then `drafts`, and more anchors from what is left."""
+    distances = max(1, min(distances, nodes - 1))
+    members = max(1, min(members, (nodes - min(drafts, nodes // 4)) // distances))
+    left = max(0, nodes - distances * members)
     made = min(drafts, left)
     return made, 1 + (left - made) // (distances * members), distances, members
 

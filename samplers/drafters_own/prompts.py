@@ -32,7 +32,7 @@ class Prompts(Student):
     nodes: int = Field(30, ge=1)
     drafts: int = Field(6, ge=1)
     width: int = Field(4, ge=1)
-    ensemble: int | None = Field(1, ge=1)
+    ensemble: int | None = Field(None, ge=1)
 
     def start(self, facts: Facts) -> DrafterState:
         return _PromptsState(self, facts)

@@ -36,11 +36,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafting]:
     prompt_tokens(heads(folder))
     return {
         "ranked": Medusa(path=str(folder)), "static": Medusa(path=str(folder), tree="static"),
-        "prompts": Prompts(path=str(folder)), "ensemble": Prompts(path=str(folder), ensemble=None, drafts=3, nodes=16),
+        "prompts": Prompts(path=str(folder)), "member": Prompts(path=str(folder), ensemble=1, drafts=3, nodes=16),
     }  # fmt: skip
 
 
-NAMES = ("ranked", "static", "prompts", "ensemble")
+NAMES = ("ranked", "static", "prompts", "member")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -79,6 +79,7 @@ def test_questions_stand_behind_the_likeliest_ends() -> None:
 
 def test_questions_without_drafts_and_with_little_room() -> None:
     assert split(30, 3, 4, 6) == (6, 2, 3, 4) and split(1, 3, 4, 6) == (0, 1, 1, 1) and split(5, 3, 4, 6) == (2, 1, 3, 1)
+    assert split(6, 3, 2, 3) == (3, 1, 3, 1) and split(2, 3, 1, 6) == (1, 1, 1, 1)
     made, asked = with_questions(nothing(context().last), torch.randn(3, 1, 4), 5)
     made.check(20)
     assert made.size == 4 and asked.anchors.tolist() == [[0], [0]]
