@@ -102,7 +102,7 @@ def bench_compose(
     tuning = Tuning(pipe, job, folder, tell)
     found = Contest()
     trials, space, _ = tuning.searched([Goal("psnr", psnr) for psnr in PSNRS], share=1.0)
-    found.tuned = Tuned(job.goal, trials, [], spent=tuning.used())
+    found.tuned = Tuned(job.goal, trials, [], spent=max(tuning.used(), tuning.study.spent))  # a study may be older than this process
     samples = job.samples(held)[1][:held]
     bench = Bench(pipe, call, samples)
     bench.retimed = NEIGHBOURS
