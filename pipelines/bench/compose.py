@@ -84,9 +84,10 @@ class Contest:
     plain_converged: float | None = None
 
     def kept(self, what: str, psnr: float) -> list[Entry]:
-        """Those of a kind that keep a PSNR, the fastest first."""
+        """Those of a kind that keep a PSNR, the fastest first; those of the photo finish before all others, whose clock was another
+        one."""
         found = [entry for entry in self.entries if entry.what == what and entry.keeps(psnr)]
-        return sorted(found, key=lambda entry: -entry.speedup)
+        return sorted(found, key=lambda entry: (entry.timed is None, -entry.speedup))
 
     def best(self, what: str, psnr: float) -> Entry | None:
         """The fastest of a kind that keeps a PSNR."""

@@ -158,7 +158,7 @@ class Tuning:
             found = Tuned(self.job.goal, trials, [], plain_seconds=bench.seconds, given_up=self.study.given_up())
             found.why += self._remarks(space)
             self._verify(found, bench)
-        found.spent = self.used()
+        found.spent = max(self.used(), self.study.spent)  # a study may be older than this process
         return found
 
     def searched(self, goals: Sequence[Goal] = (), share: float = SEARCHING) -> tuple[list[Trial], Space, Bench]:
