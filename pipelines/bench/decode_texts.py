@@ -19,7 +19,7 @@ from hasten.pipelines import python_sources
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Token ids of prompts, of different lengths. adverse: made so that drafts cannot pay, for the worst case alone."""
+    """Token ids of prompts, of different lengths. adverse: made so that drafts hardly pay, for the worst case alone."""
 
     name: str
     prompts: list[list[int]]
@@ -52,7 +52,7 @@ def repetitive(tokenizer: Any, count: int, seed: int = 93, passage: int = 16) ->
 
 
 def noise(tokenizer: Any, count: int, seed: int = 94) -> Workload:
-    """Tokens by lot: nothing repeats that is worth copying."""
+    """Tokens by lot: nothing in them is worth copying."""
     rng = random.Random(seed)
     ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     return Workload("noise", [rng.choices(ids, k=rng.randint(*LENGTHS)) for _ in range(count)], adverse=True)
