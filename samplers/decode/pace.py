@@ -63,10 +63,11 @@ class Goodput(Pace):
     """The number that writes most tokens per second (SmartSpec, arXiv 2406.14066), none at all included.
 
     Expected tokens of a round with n drafts: one, and for each rank up to n how often the draft of this rank was accepted,
-    a moving average over some `memory` rounds. Its time is measured on this machine: the median of the last rounds of each
-    size, and a line through them for sizes that were not tried. Where no draft pays, one round in `probe` tries again, and
+    a moving average over some `memory` rounds. Its time is measured on this machine, of the drafter and of the model: the median
+    of the last rounds of each size, and a line through them for sizes that were not tried. The first drafts are `FIRST`, for a
+    drafter that is a network may cost more than the model. Where no draft pays, one round in `probe` tries again, and
     ever fewer (twice as many rounds in between, up to `rare`) while it keeps failing. Where nearly all drafts of a round stood,
-    the next has twice as many, because nothing is known of ranks that were given up.
+    twice as many are tried, because nothing is known of ranks that were given up; ever more seldom, too, while that gains nothing.
 
     Differs: SmartSpec fits its times offline, and assumes one acceptance rate for all positions.
     """
@@ -83,81 +84,104 @@ class Goodput(Pace):
 class GoodputState(PaceState):
     """The state of `Goodput`.
 
-    ranks: for each rank from 1, how often the draft of this rank was accepted. times: size -> seconds of the last rounds
-    in which the model read so many drafts; `drafting`: seconds of proposing. more: drafts that the next round should have at
-    least, because the last ones stood.
+    ranks: for each rank from 1, how often the draft of this rank was accepted. reading: seconds of the model's forward with
+    the verdict and the commit; drafting: of proposing. more: drafts that one of the next rounds should have at least, because the
+    last ones stood. patience: for each number that was tried so, how many rounds go by until it is again; again: the round then.
     """
 
     WARM = 2
     """Rounds without drafts at the start, for their time; the first of them is slower than others and not counted."""
 
+    FIRST = 1
+    """Drafts of the first round that has any."""
+
     def __init__(self, pace: Goodput) -> None:
         self.pace = pace
         self.ranks: list[float] = []
-        self.times: dict[int, deque[float]] = {}
-        self.drafting: deque[float] = deque(maxlen=9)
+        self.reading, self.drafting = Times(), Times()
         self.rounds = self.idle = self.drafted = 0
         self.wait = pace.probe
-        self.more = 0
+        self.more, self.climbing = 0, False
+        self.again: dict[int, int] = {}
+        self.patience: dict[int, int] = {}
 
     def next(self, most: int) -> int:
         self.rounds += 1
         if most == 0 or self.rounds <= self.WARM:
             return 0
         if not self.ranks:
-            return most
+            return min(most, self.FIRST)
         best = max(sizes(most), key=self.goodput)
         if best:
-            return max(best, min(self.more, most))
+            return self._climbed(best, most)
         if self.idle < self.wait:
             return 0
         self.wait = min(2 * self.wait, self.pace.rare)
         return max(sizes(most)[1:], key=self.goodput)
 
+    def _climbed(self, best: int, most: int) -> int:
+        """`best`, or more of them where the last ones stood; each such number ever more seldom while it gains nothing."""
+        more = min(self.more, most)
+        self.climbing = more > best and self.rounds >= self.again.get(more, 0)
+        return more if self.climbing else best
+
     def goodput(self, nodes: int) -> float:
         """Expected tokens per second of a round with so many drafts."""
         gain = 1 + sum(self.ranks[:nodes])
-        return gain / max(self.seconds(nodes) + (self.draft_seconds if nodes else 0.0), 1e-9)
-
-    @property
-    def draft_seconds(self) -> float:
-        return median(self.drafting) if self.drafting else 0.0
+        return gain / max(self.seconds(nodes), 1e-9)
 
     def seconds(self, nodes: int) -> float:
-        """Of the model's reading so many drafts, with the verdict and the commit. Measured, else on the line between or
-        beyond what was measured."""
-        known = {size: median(times) for size, times in self.times.items()}
-        if nodes in known or not known:
-            return known.get(nodes, 1.0)
-        below = max((size for size in known if size < nodes), default=None)
-        above = min((size for size in known if size > nodes), default=None)
-        if below is None or above is None:
-            if len(known) < 2:
-                return next(iter(known.values()))
-            low, high = min(known), max(known)
-        else:
-            low, high = below, above
-        slope = max(0.0, known[high] - known[low]) / (high - low)
-        return known[low] + slope * (nodes - low)
+        """Of a round with so many drafts."""
+        return self.reading.of(nodes) + (self.drafting.of(nodes) if nodes else 0.0)
 
     def learn(self, done: Round) -> None:
         if self.rounds > 1:
-            self.times.setdefault(done.nodes, deque(maxlen=9)).append(done.verify + done.commit)
+            self.reading.add(done.nodes, done.verify + done.commit)
         self.idle = 0 if done.asked else self.idle + 1
         if not done.asked:
             return
-        self.drafting.append(done.draft)
+        self.drafting.add(done.asked, done.draft)
         if done.written and max(done.written) > 1:
             self.wait = self.pace.probe
         self.drafted += 1
         gained = (sum(done.written) - done.rows) / max(1, done.rows)
-        self.more = 2 * done.asked if gained >= 0.75 * done.asked else 0
+        stood = gained >= 0.75 * done.asked
+        self.more = 2 * done.asked if stood else 0
+        if self.climbing:
+            self.patience[done.asked] = 1 if stood else min(2 * self.patience.get(done.asked, 1), self.pace.rare)
+            self.again[done.asked] = self.rounds + self.patience[done.asked]
         share = max(1 / self.pace.memory, 1 / (self.drafted + 2))
         while len(self.ranks) < done.asked:
             self.ranks.append(0.5 * self.ranks[-1] if self.ranks else 0.5)
         for rank in range(done.asked):
             accepted = done.ranks[rank] if rank < len(done.ranks) else 0
             self.ranks[rank] += share * (accepted / max(1, done.rows) - self.ranks[rank])
+
+
+class Times:
+    """Seconds by size: the median of the last of each, else on the line between or beyond the sizes that are known.
+
+    What is known of one size alone is taken for all smaller ones, and for larger ones in proportion.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[int, deque[float]] = {}
+
+    def add(self, size: int, seconds: float) -> None:
+        self.known.setdefault(size, deque(maxlen=9)).append(seconds)
+
+    def of(self, size: int) -> float:
+        """0 where nothing is known."""
+        known = {each: median(times) for each, times in self.known.items()}
+        if size in known or not known:
+            return known.get(size, 0.0)
+        if len(known) == 1:
+            (only, seconds), = known.items()
+            return seconds * max(1.0, size / only) if only else seconds
+        below = max((each for each in known if each < size), default=None)
+        above = min((each for each in known if each > size), default=None)
+        low, high = (min(known), max(known)) if below is None or above is None else (below, above)
+        return known[low] + max(0.0, known[high] - known[low]) / (high - low) * (size - low)
 
 
 def sizes(most: int) -> list[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from hasten.rounds import Round
-from hasten.samplers.decode.pace import Average, Goodput, GoodputState, Steady, sizes
+from hasten.samplers.decode.pace import Average, Goodput, GoodputState, Steady, Times, sizes
 from hasten.samplers.decode.protocols import Facts, PaceState
 
 FACTS = Facts(1, 9, torch.device("cpu"), False, lambda logits, *_: logits)
@@ -23,6 +25,19 @@ def played(state: PaceState, rounds: int, chance: float, per_draft: float, base:
         state.learn(Round(nodes, nodes, (nodes,), (1 + right,), ranks, draft=0.01 if nodes else 0.0, verify=base + per_draft * nodes))
         asked.append(nodes)
     return asked
+
+
+def drafted(state: PaceState, rounds: int, chance: float, each: float) -> tuple[float, int]:
+    """Seconds and tokens of a drafter that is a network: every draft costs `each` of a forward of the model."""
+    seconds, tokens = 0.0, 0
+    for _ in range(rounds):
+        nodes = state.next(MOST)
+        right = min(nodes, round(chance * MOST))
+        ranks = tuple(int(rank < right) for rank in range(nodes))
+        done = Round(nodes, nodes, (nodes,), (1 + right,), ranks, draft=each * nodes, verify=1 + 0.02 * nodes)
+        state.learn(done)
+        seconds, tokens = seconds + done.seconds, tokens + 1 + right
+    return seconds, tokens
 
 
 def goodput() -> GoodputState:
@@ -43,6 +58,25 @@ def test_drafts_that_never_stand_are_tried_ever_less() -> None:
     assert lost / (400 + lost) < 0.03, "never below 0.97x of plain"
 
 
+def test_a_dear_drafter_costs_little_before_it_is_given_up() -> None:
+    """At 0.4 of a forward for every draft, eight at once would cost three forwards each time."""
+    for rounds, chance, each in itertools.product((48, 200, 1000), (0.0, 0.125, 0.25), (0.05, 0.4, 0.9)):
+        seconds, tokens = drafted(goodput(), rounds, chance, each)
+        assert tokens / seconds > 0.94, (rounds, chance, each, "three tries in 48 rounds")
+        assert rounds == 48 or tokens / seconds > 0.97, (rounds, chance, each)
+    seconds, tokens = drafted(goodput(), 200, 0.5, 0.1)
+    assert tokens / seconds > 3, "four stand, and cost half a forward: five tokens for 1.5"
+
+
+def test_a_time_that_is_known_of_one_size_grows_with_larger_ones() -> None:
+    times = Times()
+    assert times.of(3) == 0.0
+    times.add(2, 0.5)
+    assert (times.of(1), times.of(2), times.of(8)) == (0.5, 0.5, 2.0)
+    times.add(4, 0.7)
+    assert (times.of(3), times.of(8)) == (pytest.approx(0.6), pytest.approx(1.1))
+
+
 def test_only_what_pays_is_drafted() -> None:
     asked = played(goodput(), 200, 0.25, 0.3)[-50:]
     assert asked.count(2) > 20 and sum(asked) / len(asked) < 4
@@ -61,7 +95,7 @@ def test_times_between_and_beyond_what_was_measured() -> None:
         for _ in range(3):
             state.rounds += 1
             state.learn(Round(nodes, nodes, (nodes,), (1,), (0,) * nodes, verify=1 + 0.5 * nodes))
-    assert [state.seconds(nodes) for nodes in (0, 2, 4, 8)] == pytest.approx([1, 2, 3, 5])
+    assert [state.reading.of(nodes) for nodes in (0, 2, 4, 8)] == pytest.approx([1, 2, 3, 5])
 
 
 def test_the_average_is_followed() -> None:
