@@ -20,7 +20,8 @@ class DecodeReport(Traced):
 
     model: class of the model. calls: "drafted" and "plain" -> calls of generate. verifier, lossless: kind of the verifier,
     and whether it keeps the model's law. lead: smallest distance of a written token's logit to the next best, where tokens
-    were not sampled; None where all were. hardware, versions: names to values. extras: what the caller adds.
+    were not sampled; None where all were. forgets: what the cache beside the drafts does not keep or read as it was, in words;
+    "" where it is all there. hardware, versions: names to values. extras: what the caller adds.
     """
 
     trace: Trace
@@ -30,6 +31,7 @@ class DecodeReport(Traced):
     verifier: str = ""
     lossless: bool = True
     lead: float | None = None
+    forgets: str = ""
     hardware: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class DecodeReport(Traced):
         """What the texts are, compared with the model's own."""
         if not self.lossless:
             return f"lossy: {self.verifier} accepts drafts that the model would not write"
+        if self.forgets:
+            return f"lossy: the cache {self.forgets}; drafts are verified by the model that reads what is left"
         if self.lead is None:
             return "lossless in distribution"
         return f"exact; the closest written token was ahead of the next by {self.lead:.3g} in logits"

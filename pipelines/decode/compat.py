@@ -59,6 +59,11 @@ def own_generate(model: Any) -> bool:
     return type(model).generate is GenerationMixin.generate
 
 
+def ours(model: Any) -> bool:
+    """Does another session stand on the model's attention?"""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation).startswith("hasten")
+
+
 def why_not(model: Any) -> str:
     """Why drafts cannot be verified on this model, as a clause; "" where they can."""
     config = model.config.get_text_config(decoder=True)
@@ -108,6 +113,12 @@ def why_left(config: Any) -> str:
     if config.guidance_scale not in (None, 1, 1.0):
         return "guidance runs the model inside a logits processor"
     return ""
+
+
+def why_others(arguments: dict[str, Any]) -> str:
+    """The same where the model reads more than tokens."""
+    others = sorted(name for name, value in arguments.items() if value is not None and name not in PLAIN)
+    return f"the model reads {', '.join(others)} beside token ids" if others else ""
 
 
 def why_cache(arguments: dict[str, Any], ids: Any) -> str:

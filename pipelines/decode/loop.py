@@ -20,6 +20,8 @@ from hasten.pipelines.decode.ordered import first_path, in_order
 from hasten.pipelines.decode.rows import Rows
 from hasten.pipelines.decode.tail import DenseTail, Tail
 from hasten.pipelines.decode.told import Told
+from hasten.pipelines.decode_kv.cache import KVCache
+from hasten.pipelines.decode_kv.tail import KeptTail
 from hasten.samplers.decode.proposal import Proposal, nothing
 from hasten.samplers.decode.protocols import Context, Facts, Outcome, Prefill, Verdict
 
@@ -79,12 +81,18 @@ class Loop:
                 attention_mask=None if given is None else given[:, :stop], **compat.last_logits(self.model),
             )  # fmt: skip
             hidden.append(self._hidden(found))
+        self.tail = self._tail(cache, mask)
+        joined = {f"hidden:{need}": torch.cat([each[at] for each in hidden], 1) for at, need in enumerate(self.needs)}
+        return Prefill(ids, mask, found.logits[:, -1], joined)
+
+    def _tail(self, cache: Any, mask: Tensor) -> Tail:
+        """What drafts are read behind, of a cache that has read the prompt; mask int64 [B, P]."""
+        if isinstance(cache, KVCache):
+            return KeptTail(cache)
         config = self.model.config.get_text_config(decoder=True)
         additive = self.model.dtype if compat.ATTENTION.get(config._attn_implementation) else None
         window = getattr(config, "sliding_window", None)
-        self.tail: Tail = DenseTail(cache, mask, compat.layer_kinds(config), window, additive)
-        joined = {f"hidden:{need}": torch.cat([each[at] for each in hidden], 1) for at, need in enumerate(self.needs)}
-        return Prefill(ids, mask, found.logits[:, -1], joined)
+        return DenseTail(cache, mask, compat.layer_kinds(config), window, additive)
 
     def _first(self, prefill: Prefill) -> None:
         """The token behind the prompt."""

@@ -14,6 +14,7 @@ from hasten.pipelines.decode import compat
 from hasten.pipelines.decode.call import Call
 from hasten.pipelines.decode.laws import Processors
 from hasten.pipelines.decode.loop import Loop
+from hasten.pipelines.decode_kv.cache import KVCache
 from hasten.pipelines.host import hardware
 from hasten.recipe import Recipe
 from hasten.samplers.decode.protocols import Drafter, Facts, Pace, PaceState, Verifier
@@ -21,6 +22,7 @@ from hasten.session import Attachment
 from hasten.trace import Trace
 
 if TYPE_CHECKING:
+    from hasten.pipelines.decode_kv.session import KVSession
     from hasten.report_decode import DecodeReport
 
 
@@ -32,9 +34,12 @@ class DecodeSession:
     logits: where this is near 0, another order of adding may choose the other.
     """
 
-    def __init__(self, model: Any, recipe: Recipe, drafter: Drafter, verifier: Verifier, pace: Pace, limits: Limits) -> None:
+    def __init__(
+        self, model: Any, recipe: Recipe, drafter: Drafter, verifier: Verifier, pace: Pace, limits: Limits,
+        cache: KVSession | None = None,
+    ) -> None:  # fmt: skip
         self.host, self.recipe, self.limits = model, recipe, limits
-        self.drafter, self.verifier, self.pace = drafter, verifier, pace
+        self.drafter, self.verifier, self.pace, self.cache = drafter, verifier, pace, cache
         self.trace = Trace()
         self.calls: dict[str, int] = {}
         self.kept: dict[str, Any] = {}
@@ -71,7 +76,7 @@ class DecodeSession:
         leads = [lead for call in self.leads for row in call for lead in row]
         return DecodeReport(
             self.trace, self.recipe, type(self.host).__name__, dict(self.calls), self.verifier.kind, self.verifier.lossless,
-            min(leads, default=None), hardware=hardware(device),
+            min(leads, default=None), "" if self.cache is None else self.cache.forgets, hardware=hardware(device),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -80,6 +85,8 @@ class DecodeSession:
             return
         self._closed = True
         self._attachment.restore()
+        if self.cache is not None:
+            self.cache.close()
         if self.trace.rounds:
             for sentence in self.report().inert:
                 self._warn(f"{self.recipe.name or 'this recipe'} on {type(self.host).__name__}: {sentence}")
@@ -147,7 +154,7 @@ class DecodeSession:
             generation_config: Any = None, **model_kwargs: Any,
         ) -> Any:  # fmt: skip
             call = Call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
-            reason = compat.why_left(generation_config) or compat.why_cache(model_kwargs, input_ids)
+            reason = compat.why_left(generation_config) or self._why_cache(model_kwargs, input_ids)
             if reason or (reason := self._why_order(call)):
                 raise _LeftAlone(reason)
             self._count("drafted")
@@ -155,6 +162,14 @@ class DecodeSession:
             return Loop(self, call).run()
 
         return plain(**named, custom_generate=write)
+
+    def _why_cache(self, arguments: dict[str, Any], ids: Tensor) -> str:
+        cache = arguments.get("past_key_values")
+        if self.cache is None or (reason := compat.why_others(arguments)):
+            return compat.why_cache(arguments, ids) if self.cache is None else reason
+        if not isinstance(cache, KVCache):
+            return f"its cache is a {type(cache).__name__}, and not the recipe's"
+        return "it continues a cache that has forgotten some of its text" if cache.lengths else ""
 
     def _why_order(self, call: Call) -> str:
         """Processors that nobody knows need one row; then they are asked in order, which the report says."""

@@ -210,6 +210,16 @@ class KVSession:
             warnings.warn(f"hasten: {sentence}", stacklevel=3)
 
     @property
+    def forgets(self) -> str:
+        """What of the texts is not kept or not read as it was, in words; "" for a cache that holds and reads everything."""
+        part = self.part
+        named = {
+            "drops tokens": part.amount is not None, "rounds what it holds": part.codec is not None,
+            "reads a part of the prompt": part.prompt is not None, "reads a part of what it holds": self.reader is not None,
+        }  # fmt: skip
+        return " and ".join(name for name, is_so in named.items() if is_so)
+
+    @property
     def closed(self) -> bool:
         """Has the model been restored?"""
         return self._closed

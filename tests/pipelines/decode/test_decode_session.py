@@ -77,7 +77,7 @@ def test_the_model_is_as_before(model: Any) -> None:
         kept = model.generate
         raise RuntimeError("stop")
     assert dict(model.__dict__) == before and model.generate == method
-    with pytest.raises(UsageError, match="replaced already"), hasten.accelerate(model, ALWAYS):
+    with pytest.raises(UsageError, match="accelerated already"), hasten.accelerate(model, ALWAYS):
         hasten.accelerate(model, ALWAYS)
     assert dict(model.__dict__) == before
     assert torch.equal(kept(ids(), **CALL), model.generate(ids(), **CALL))
