@@ -57,20 +57,21 @@ class DenseTail:
 
     def inputs(self, proposal: Proposal) -> dict[str, Any]:
         self._drafted = proposal.size
+        alone = proposal.size == 1 and len(self.end) == 1 and not self.padded
+        if alone and not self.static and self.window is None:
+            return {"past_key_values": self.cache, "position_ids": self.logical[:, None], "use_cache": True, "attention_mask": None}
         above = proposal.ancestors()
         position = self.logical[:, None] + above.sum(-1) - 1
         found = {"past_key_values": self.cache, "position_ids": position, "use_cache": True}
-        alone = proposal.size == 1 and len(position) == 1 and not self.padded
-        if alone and not self.static and self.window is None:
-            return found | {"attention_mask": None}
         mask = self._mask(above & proposal.valid[:, None, :] | torch.eye(proposal.size, dtype=torch.bool, device=above.device))
         masks = {kind: self._form(self._near(mask, position) if kind == "sliding_attention" else mask) for kind in set(self.kinds)}
         return found | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
     def commit(self, path: Tensor, keep: Tensor, longest: int) -> None:
-        steps = torch.arange(path.shape[1], device=path.device)
-        source, goal = self.used + path.clamp(min=0), self.end[:, None] + steps
         moved = self._drafted > 1 or len(path) > 1
+        if moved:
+            steps = torch.arange(path.shape[1], device=path.device)
+            source, goal = self.used + path.clamp(min=0), self.end[:, None] + steps
         for layer in self.cache.layers:
             if not layer.is_initialized:
                 continue

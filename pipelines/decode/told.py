@@ -29,10 +29,13 @@ class Told:
     @classmethod
     def of(cls, proposal: Proposal, verdict: Verdict) -> Told:
         """Waits for the device."""
+        rows, size = proposal.tokens.shape
+        if size == 1:
+            none = [[0]] * rows
+            return cls(none, [[-1]] * rows, none, none, none, [0] * rows, verdict.token.tolist(), proposal.sources)
         source = torch.zeros_like(proposal.tokens) if proposal.source is None else proposal.source
         wide = torch.stack([proposal.tokens, proposal.parent, proposal.verified.long(), source, verdict.path])
         flat = torch.cat([wide.flatten(), verdict.count, verdict.token]).tolist()
-        rows, size = proposal.tokens.shape
         lists = [flat[begin : begin + size] for begin in range(0, 5 * rows * size, size)]
         nodes, parent, verified, source_, path = (lists[rows * each : rows * (each + 1)] for each in range(5))
         ends = flat[5 * rows * size :]

@@ -327,7 +327,8 @@ def chain(root: Tensor, tokens: Tensor, valid: Tensor, source: str = "draft") ->
 
 def nothing(root: Tensor) -> Proposal:
     """No draft at all: node 0 alone. root int64 [B]."""
-    return Tree(root, law="point").proposal()
+    first = root[:, None]
+    return Proposal(first, torch.full_like(first, -1), torch.ones_like(first, dtype=torch.bool))
 
 
 def ancestors(parent: Tensor) -> Tensor:

@@ -60,6 +60,9 @@ def follow(proposal: Proposal, tokens: Tensor, *, once: bool = False) -> Verdict
     once: of siblings with one token only the first is followed. That is needed where the tokens behind them were drawn apart
     from one another: to go on with whichever leads further would prefer texts that were drafted.
     """
+    if proposal.size == 1:  # no drafts: a round that is as cheap as one without this library
+        none = torch.zeros_like(proposal.tokens)
+        return Verdict(none, none[:, 0], tokens[:, 0])
     right = verified = proposal.verified
     if once:
         earlier = torch.ones(proposal.size, proposal.size, dtype=torch.bool, device=right.device).tril(-1)
