@@ -188,6 +188,7 @@ def test_folders_that_are_no_pipeline(hasten: Any, wan: Path, tmp_path: Path) ->
     assert "cannot be read" in hasten("generate", tmp_path, *PROMPT).sentence
 
 
+@pytest.mark.long
 def test_hub_model_without_network(hasten: Any) -> None:
     ran = hasten("generate", "nobody/nothing-at-all", *PROMPT)
     assert ran.code == 2

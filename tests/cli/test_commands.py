@@ -174,6 +174,7 @@ def test_doctor_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["float32 matmul"].status == "ok"
 
 
+@pytest.mark.long
 def test_doctor_on_a_model(hasten: Any, wan: Path) -> None:
     ran = hasten("doctor", "--quick", "--device", "cpu", "--model", wan, "--json", "-")
     assert ran.code == 0, ran.err
@@ -184,6 +185,7 @@ def test_doctor_on_a_model(hasten: Any, wan: Path) -> None:
     assert "n/a" in ran.err and "--compile" in ran.err and "Everything that is present is right." in ran.err
 
 
+@pytest.mark.long
 def test_doctor_says_what_is_wrong_with_a_model(hasten: Any, wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.pipelines.doctor.conformance.unchanged", _wrong)
     ran = hasten("doctor", "--quick", "--device", "cpu", "--model", wan)

@@ -44,6 +44,7 @@ def test_bench_of_drafts(hasten: Run) -> None:
     assert any(bar["verdict"] == "not measured" for bar in ran.json["bars"])
 
 
+@pytest.mark.long
 def test_bench_of_caches_and_prefixes(hasten: Run) -> None:
     ran = hasten("bench", "decode", "--quick", "--part", "caches", "--part", "shared", "--json", "-")
     assert ran.code == 0, ran.err
@@ -60,6 +61,7 @@ def test_bench_decode_says_what_is_misspelt(hasten: Run) -> None:
     assert ran.code == 2 and "look-up" in ran.sentence
 
 
+@pytest.mark.long
 def test_tune_lossless(hasten: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(decode_run, "every", lambda: ["look-up"])

@@ -76,6 +76,7 @@ def test_plain_is_what_the_pipeline_gives(hasten: Any, pixart: Path) -> None:
     assert numpy.array_equal(written, numpy.rint(image * 255).astype(numpy.uint8))
 
 
+@pytest.mark.long
 def test_prompts_file_fills_a_folder(hasten: Any, wan: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text('# mine\na seven moving left\n{"prompt": "a three", "seed": 9}\n\n')
@@ -174,6 +175,7 @@ def test_more_processes_than_prompts() -> None:
     assert shares == [one, (), ()]
 
 
+@pytest.mark.long
 def test_two_processes_share_the_prompts(wan: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a one\na two\na three\n")

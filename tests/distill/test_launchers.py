@@ -42,6 +42,7 @@ def _whole(out: Path, told: str) -> None:
     assert told.count("Memory plan:") == 1 and told.count("The student is in") == 1, told
 
 
+@pytest.mark.long
 def test_torchrun_with_weights_in_parts(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [str(BINARIES / "torchrun"), "--nproc-per-node", "2", "--master-port", "29641"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from hasten.distill.bench.contest import Contest, prompts
@@ -21,6 +22,7 @@ RAW = {
 }
 
 
+@pytest.mark.long
 def test_a_minute_of_distillation(tmp_path: Path) -> None:
     torch.manual_seed(0)
     train(parse_as(TrainConfig, RAW, "test"), tmp_path / "run", progress=False)

@@ -92,6 +92,7 @@ def test_on_the_teachers_way_a_perfect_student_has_no_loss(tmp_path: Path, path:
         assert own or float(made.loss("student", wrong, draw, step, {}).rows.detach().max()) > 1e-4
 
 
+@pytest.mark.long
 def test_the_teachers_points_are_where_its_loop_was() -> None:
     """With a step of the teacher at each point, they are the latents of its own loop; between steps, on the arc."""
     pipe, seen = loading.open_pipeline("tiny-flux", quiet=True), {}

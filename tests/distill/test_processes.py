@@ -71,6 +71,7 @@ def alike(one: Path, two: Path) -> None:
 @needs_gloo
 @pytest.mark.timeout(900)  # each process imports torch
 @pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.long
 def test_two_processes_train_what_one_does(tmp_path: Path, kind: str) -> None:
     trainer(METHODS[kind](), tmp_path / "one").fit()
     _two(tmp_path / "two", kind)
@@ -103,6 +104,7 @@ def test_weights_in_parts_train_what_whole_ones_do(tmp_path: Path, full: bool, c
 @needs_gloo
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("full", [False, True], ids=["adapters", "copies"])
+@pytest.mark.long
 def test_a_checkpoint_of_parts_goes_on_whole_and_back(tmp_path: Path, full: bool) -> None:
     trainer(Critic(), tmp_path / "one", full=full).fit()
     _two(tmp_path / "mixed", "critic", full=full, shard=True, stop=2)

@@ -64,6 +64,7 @@ def _train(rank: int, out: str, port: int) -> None:
 
 @needs_gloo
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_two_processes_with_recomputed_blocks_train_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = {name: counted(name, tmp_path / "one") for name in CASES}
     mp.spawn(_train, (str(tmp_path / "two"), free_port()), nprocs=2)  # type: ignore[no-untyped-call]

@@ -35,6 +35,7 @@ def made(parts: Parts | None, stop: int | None = None) -> tuple[Store, int]:
         hook.remove()
 
 
+@pytest.mark.long
 def test_a_killed_teacher_goes_on_and_gives_the_same(tmp_path: Path) -> None:
     whole, evaluations = made(None)
     parts = Parts(tmp_path / "parts", {"seed": 0})

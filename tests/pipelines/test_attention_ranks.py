@@ -133,6 +133,7 @@ def agrees(found: dict[str, Any], name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.keys() & {"declines", "room"}])
+@pytest.mark.long
 def test_each_rank_reads_all_tokens_of_its_heads(ranks: list[dict[str, Any]], name: str) -> None:
     for each in ranks:
         agrees(each[name], name, 22 if name == "joint" else 12)

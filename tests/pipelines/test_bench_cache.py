@@ -156,6 +156,7 @@ def test_a_solver_without_oracle_is_said(capsys: pytest.CaptureFixture[str]) -> 
     assert any("no oracle" in line and "DPMSolver" in line for line in told)
 
 
+@pytest.mark.long
 def test_jobs_share_the_samples_and_find_the_same() -> None:
     samples = [*SAMPLES, Sample("a four", 2)]
     chosen = dict([preset("every-other")])

@@ -95,6 +95,7 @@ def test_what_cannot_keep_the_lowest_budget_any_more_is_given_up(monkeypatch: py
     assert "given up after 2 of 3 samples" in slow.measured.why and "slower than 1.5x" in slow.measured.why
 
 
+@pytest.mark.long
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody is measured on prompts that nothing was tuned on, and every row says what it keeps."""
     others = [(ours("linear-ag", "linear-ag"), "preset"), *((each, "fewer steps") for each in compose.controls(12, 1)[:2])]

@@ -85,6 +85,7 @@ CALLS[small_vace] = WAN_CALL
 
 
 @pytest.mark.parametrize("build", [small_wan, small_pixart, small_flux, small_unet, small_vace])
+@pytest.mark.long
 def test_suite_on_sound_pipelines(build: Callable[[], Any]) -> None:
     found = {check.name: check for check in doctor.conformance(build(), quick=True, call=call_of(build))}
     assert {name: check.detail for name, check in found.items() if check.status == "failed"} == {}

@@ -123,6 +123,7 @@ def test_mp4_is_plain_h264_and_close_to_the_frames(tmp_path: Path) -> None:
     assert psnr(decoded(path), np.rint(source * 255).astype(np.uint8)) > 30
 
 
+@pytest.mark.long
 def test_mp4_keeps_colours(tmp_path: Path) -> None:
     """A wrong matrix or range shifts plain colours by 10 levels and more."""
     for colour in ([200, 40, 40], [40, 200, 40], [40, 40, 200], [0, 0, 0], [255, 255, 255]):

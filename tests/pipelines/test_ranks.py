@@ -55,6 +55,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[objec
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.long
 def test_ranks_of_one_sample_decide_alike(ranks: list[dict[str, list[object]]], recipe: str) -> None:
     one, two = (found[f"{recipe} together"] for found in ranks)
     assert one == two

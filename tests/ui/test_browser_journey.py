@@ -150,6 +150,7 @@ def test_a_study_is_watched_and_its_recipe_compared(tab: Any, queue: Engine) -> 
     expect(tab.get_by_role("tab", name="Compare", exact=True)).to_have_attribute("aria-selected", "true")
 
 
+@pytest.mark.long
 def test_an_exported_program_runs(tab: Any, queue: Engine, tmp_path: Path) -> None:
     generated(tab, queue, prompt="a nine moving down", steps=3)
     expect(tab.locator("#generate-result video")).to_be_visible(timeout=PATIENT)

@@ -27,6 +27,7 @@ def home(tmp_path: Path) -> Path:
     return seeded(tmp_path / "home")
 
 
+@pytest.mark.long
 def test_after_a_kill_the_page_says_interrupted_and_tries_again(home: Path) -> None:
     with chromium() as browser:
         with started(home) as served:

@@ -36,6 +36,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             yield found
 
 
+@pytest.mark.long
 def test_a_study_shows_its_trials_and_is_gone_on_with(engine: Engine) -> None:
     seen = list(engine.follow(engine.submit(TUNE).id))
     job = engine.job(seen[-1].job)

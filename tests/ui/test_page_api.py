@@ -51,6 +51,7 @@ def test_the_endpoints_are_those_and_no_others(client: Client) -> None:
     assert not found["unnamed_endpoints"]
 
 
+@pytest.mark.long
 def test_a_clip_comes_back_as_the_very_bytes_that_were_kept(client: Client, served: tuple[Engine, str]) -> None:
     job = client.predict(prompt="a three moving up", steps=4, api_name="/generate")
     assert over(client, job)["state"] == "done"

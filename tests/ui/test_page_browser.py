@@ -44,6 +44,7 @@ def expect(locator: Any) -> Any:
     return sync_api.expect(locator)
 
 
+@pytest.mark.long
 def test_it_opens_filled_with_the_last_comparison(tab: Any) -> None:
     expect(tab.locator("#compare-player .hv-tag")).to_have_text(["plain", "balanced"])
     expect(tab.locator(".hv-metrics .hv-card:visible")).to_have_count(2)
@@ -145,7 +146,7 @@ def test_the_queue_is_paused_and_put_in_another_order(tab: Any, served: tuple[En
     asked = {"kind": "generate", "model": "tiny-image", "steps": 3, "recipe": "plain", "preview": False}
     first, second = (engine.submit(asked | {"prompt": prompt}).id for prompt in ("a one", "a two"))
     tab.get_by_role("button", name="Look again").click()
-    tab.locator("#history-queue").get_by_role("button", name="Generate: a two").click()
+    tab.locator("#history-queue").get_by_role("button", name="Generate: a two", exact=True).click()
     tab.get_by_role("button", name="First", exact=True).click()
     expect(tab.locator("#history-queue .hv-is-queued button")).to_have_text(["Generate: a two", "Generate: a one"], timeout=PATIENT)
     assert [job.id for job in engine.jobs.queue()] == [second, first]

@@ -64,6 +64,7 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.long
 def test_it_ends_cleanly_and_its_job_can_be_tried_again(number: int, tmp_path: Path) -> None:
     with page(tmp_path / "home") as served:
         assert (tmp_path / "home" / "ui").stat().st_mode & 0o077 == 0
