@@ -104,13 +104,14 @@ class Loop:
         if not self.processors.sampled:
             self.session.lead(scores[:, None], [1] * self.rows.count)
         self.rows.stream()
-        self.drafter.begin(prefill, self._context())
+        self.context = self._context()
+        self.drafter.begin(prefill, self.context)
 
     # --- a round ----------------------------------------------------------------------------------
 
     def _round(self) -> None:
         clock = [time.perf_counter()]
-        context = self._context()
+        context = self.context
         if self.processors.kind != "alone":
             self.processors.show([self.rows.so_far(row) for row in range(self.rows.count)])
         asked = self.pace.next(self._most(context))
@@ -123,7 +124,8 @@ class Loop:
         lengths = self._write(context, told, verdict.path, logits, scores)
         self.tail.commit(verdict.path, verdict.count.new_tensor(lengths), self._longest())
         self.seen = Outcome(proposal, verdict, told.written(lengths, verdict.path.device), lengths, logits, hidden)
-        self.drafter.observe(self.seen, self._context())
+        self.context = self._context()
+        self.drafter.observe(self.seen, self.context)
         self.rows.stream()
         clock.append(time.perf_counter())
         done = told.round(asked, context.active, lengths, clock)

@@ -75,7 +75,7 @@ class DenseTail:
         for layer in self.cache.layers:
             if not layer.is_initialized:
                 continue
-            for name in ("keys", "values"):
+            for name in ("keys", "values") if moved or self.used + 1 != longest else ():  # else all of it stays where it is
                 tensor = getattr(layer, name)
                 if moved:
                     _move(tensor, source, goal)
