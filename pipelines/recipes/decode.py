@@ -9,6 +9,7 @@ from __future__ import annotations
 from hasten.pipelines.decode.drafters_candidates import Candidates
 from hasten.pipelines.decode.drafters_small import SmallModel
 from hasten.recipe import Pacing, Recipe
+from hasten.samplers.decode import verify_law, verify_lossy  # noqa: F401  # no recipe of a name has them; files name their kinds
 from hasten.samplers.decode.pace import Goodput, Steady
 from hasten.samplers.drafters.copy_input import Copy
 from hasten.samplers.drafters.jacobi import Jacobi

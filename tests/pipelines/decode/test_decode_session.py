@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +184,17 @@ def test_caches_whose_slots_cannot_be_moved(model: Any) -> None:
     with hasten.accelerate(sliding, ALWAYS) as run:
         sliding.generate(first.sequences, **CALL, past_key_values=kept)
     assert "layers that forget" in run.trace.notes[0]
+
+
+def test_a_file_may_name_every_verifier_and_pace(tmp_path: Path) -> None:
+    """In a process of its own, where nothing but the recipes has been imported."""
+    kinds = ["lossless", "greedy-tree", "sample-match", "speculative", "multi-round", "block", "typical", "surprise", "confident"]
+    files = []
+    for kind, pace in itertools.product(kinds, ["goodput", "average", "steady"]):
+        lossy = ", allow_lossy: true" if kind in ("typical", "surprise", "confident") else ""
+        files.append(tmp_path / f"{kind}-{pace}.yaml")
+        text = f"version: 1\ndraft: {{kind: look-up, width: 1}}\nverify: {{kind: {kind}{lossy}}}\npace: {{kind: {pace}}}\n"
+        files[-1].write_text(text, encoding="utf-8")
+    program = "import sys, hasten; print(*(f'{r.verify.kind}-{r.pace.kind}' for r in map(hasten.recipe, sys.argv[1:])))"
+    done = subprocess.run([sys.executable, "-c", program, *map(str, files)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [file.stem for file in files], done.stderr
