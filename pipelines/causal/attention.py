@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.limits import Limits
+from hasten.pipelines.causal.configs import taken
 from hasten.pipelines.causal.session import NAME, TextSession
 from hasten.pipelines.causal.site import CALL
 from hasten.pipelines.causal.trial import why_not
@@ -41,7 +42,7 @@ def attach(model: Any, recipe: Recipe | Attention, limits: Limits | None = None)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(attention=recipe)
     modules = attention_modules(model)
     policy = _policy(recipe, type(model).__name__)
-    if any(module.config._attn_implementation == NAME for module in modules.values()):  # type: ignore[union-attr]
+    if taken(modules.values()):
         raise UsageError(
             f"This {type(model).__name__} is accelerated already, and one attention has one recipe. Close the other session"
             " first."

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hasten.limits import Limits
+from hasten.pipelines.causal.configs import redirect
 from hasten.pipelines.causal.mask import Rule, read
 from hasten.pipelines.causal.rows import Done, Row
 from hasten.pipelines.causal.site import Site
@@ -56,22 +56,11 @@ class TextSession:
 
     def _attach(self, modules: dict[str, nn.Module]) -> None:
         layers = 1 + max(int(module.layer_idx) for module in modules.values())  # type: ignore[arg-type]
-        memo: dict[int, Any] = {}
-        copy.deepcopy(self.host.config, memo)
-        for module in modules.values():
-            if id(module.config) not in memo:
-                copy.deepcopy(module.config, memo)
-        ours = {id(module.config) for module in modules.values()}
         for name, module in modules.items():
             site = Site(self, name, module, layers, module.config._attn_implementation)  # type: ignore[union-attr, arg-type]
             self._attachment.replace(module, "forward", site.forward(module.forward))
             self.sites.append(site)
-        for module in self.host.modules():
-            config = module.__dict__.get("config")
-            if isinstance(config, PreTrainedConfig) and id(config) in memo:
-                self._attachment.replace(module, "config", memo[id(config)])
-        for number in ours:
-            memo[number]._attn_implementation_internal = NAME
+        redirect(self._attachment, self.host, modules.values(), NAME)
 
     # --- what users ask ---------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from hasten.errors import RefusedError
+from hasten.pipelines.causal.configs import OURS
 
 FLOOR = (5, 18)
 
@@ -61,7 +62,7 @@ def own_generate(model: Any) -> bool:
 
 def ours(model: Any) -> bool:
     """Does another session stand on the model's attention?"""
-    return str(model.config.get_text_config(decoder=True)._attn_implementation).startswith("hasten")
+    return str(model.config.get_text_config(decoder=True)._attn_implementation).startswith(OURS)
 
 
 def why_not(model: Any) -> str:

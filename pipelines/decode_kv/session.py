@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import warnings
@@ -12,12 +11,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 
 from hasten.caching.decode.kept import KeptCache
 from hasten.errors import RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.causal.attention import attention_modules
+from hasten.pipelines.causal.configs import redirect, taken
 from hasten.pipelines.decode_kv.cache import KVCache
 from hasten.pipelines.decode_kv.report import KVReport, report_of
 from hasten.pipelines.decode_kv.shared import in_stages
@@ -41,7 +41,7 @@ class KVSession:
         self._attachment = Attachment()
         self._closed = False
         modules = attention_modules(model)
-        if any(module.config._attn_implementation.startswith("hasten") for module in modules.values()):  # type: ignore[union-attr, operator]
+        if taken(modules.values()):
             raise UsageError(f"This {type(model).__name__} is accelerated already. Close the other session first.")
         self.layers = 1 + max(int(module.layer_idx) for module in modules.values())  # type: ignore[arg-type]
         self.deciding = -1 if self.part.prompt is None else self.part.prompt.at(self.layers)
@@ -58,20 +58,9 @@ class KVSession:
             raise
 
     def _attach(self, modules: dict[str, nn.Module]) -> None:
-        memo: dict[int, Any] = {}
-        copy.deepcopy(self.host.config, memo)
-        for module in modules.values():
-            if id(module.config) not in memo:
-                copy.deepcopy(module.config, memo)
-        ours = {id(module.config) for module in modules.values()}
         for module in modules.values():
             self._attachment.replace(module, "forward", Site(self, module).forward(module.forward))
-        for module in self.host.modules():
-            config = module.__dict__.get("config")
-            if isinstance(config, PreTrainedConfig) and id(config) in memo:
-                self._attachment.replace(module, "config", memo[id(config)])
-        for number in ours:
-            memo[number]._attn_implementation_internal = NAME
+        redirect(self._attachment, self.host, modules.values(), NAME)
         base = self.host.base_model
         self._attachment.replace(base, "forward", self._around(base.forward))
         if hasattr(self.host, "_prepare_cache_for_generation"):

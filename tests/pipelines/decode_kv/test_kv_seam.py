@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+import hasten
 from hasten.caching.decode.amount import AdaptiveHeads, Pyramid, Share, Tokens
 from hasten.caching.decode.codec_numbers import Int8
 from hasten.caching.decode.kept import KeptCache
@@ -264,3 +265,14 @@ def test_the_report_adds_up() -> None:
     with open_session(KeptCache(amount=Tokens(count=500))) as run:
         generated(model(), text())
     assert run.report().inert and "Nothing was evicted" in str(run.report())
+
+
+@pytest.mark.parametrize("second", ["minference", "look-up", "h2o:tokens=16"])
+@pytest.mark.parametrize("first", ["h2o:tokens=16", "minference"])
+def test_one_model_has_one_session(first: str, second: str) -> None:
+    """Whatever stands on its attention, nothing is put on top of it in silence."""
+    host = model()
+    with hasten.accelerate(host, first), pytest.raises(UsageError, match="accelerated already"):
+        hasten.accelerate(host, second)
+    with hasten.accelerate(host, second):
+        pass
