@@ -182,7 +182,7 @@ def test_bodies_that_do_not_say_how_long_they_are_end_at_the_limit(web: httpx.Cl
 
     try:
         found = web.post(path, content=endless(), headers={"content-type": "multipart/form-data; boundary=x"})
-        assert found.status_code == 413
+        assert found.status_code in ((400, 413) if path == "/v1/videos" else (413,))  # 400: it takes no files, and says so at the first one
     except httpx.TransportError:  # the server has hung up, which is as good
         pass
     assert sent < 50_000_000
