@@ -174,7 +174,7 @@ class _Body:
     def __init__(self, receive: Receive, room: int) -> None:
         self._receive, self._room, self._seen = receive, room, 0
         self._held: list[Message] = []
-        self.full = False
+        self.full = self.ended = False
 
     @property
     def refusal(self) -> Refusal:
@@ -205,6 +205,7 @@ class _Body:
         if self._seen > self._room:
             self.full = True
             return {"type": "http.disconnect"}
+        self.ended = not message.get("more_body", False)
         return message
 
 
@@ -240,7 +241,8 @@ class _Answer:
         headers = MutableHeaders(scope=start)
         for name, value in HEADERS.items():
             headers[name] = value
-        if start["status"] == 413:  # or the rest would still be read
+        unread = self.body is not None and self._method not in SAFE and not self.body.ended
+        if start["status"] == 413 or unread:  # or the rest would still be read
             headers["Connection"] = "close"
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if "/file=" in self._path and kind in ("text/html", "image/svg+xml", "application/xhtml+xml", "text/xml", "application/xml"):
