@@ -42,7 +42,8 @@ def bundle(
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
         forget_paths(part)
-        halve(part / "transformer" / "diffusion_pytorch_model.safetensors")
+        for file in part.rglob("*.safetensors"):
+            halve(file)
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
         card = _card(config, part, int(trained["step"]), load_digits(data).source if data else "unknown")
         (part / "hasten.json").write_text(json.dumps(card, indent=1) + "\n")

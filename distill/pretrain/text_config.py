@@ -87,6 +87,27 @@ class CodeConfig(Strict):
     length: PositiveInt = 128
 
 
+class RecallConfig(Strict):
+    """Windows of Python sources that end with a passage of their own again: what heads that look back are learned from.
+
+    The passage has `shortest` to `longest` tokens and stands anywhere in the window; in every other window its tokens
+    are drawn by lot, so that nothing but looking back tells how it goes on.
+    """
+
+    batch: PositiveInt = 8
+    length: PositiveInt = 256
+    shortest: PositiveInt = 8
+    longest: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _fits(self) -> RecallConfig:
+        if not 4 <= self.shortest <= self.longest <= self.length // 2:
+            raise ValueError(
+                f"needed: 4 <= shortest <= longest <= length / 2, got {self.shortest}, {self.longest} and {self.length}"
+            )
+        return self
+
+
 class TrainingConfig(Strict):
     """Steps and optimisers; as for the denoisers."""
 
@@ -113,6 +134,7 @@ class TextPretrainConfig(Strict):
     model: ModelConfig = ModelConfig()
     tasks: TasksConfig | None = None
     code: CodeConfig | None = None
+    recall: RecallConfig | None = None
     later_from: PositiveInt | None = None
     training: TrainingConfig = TrainingConfig()
 
@@ -122,7 +144,10 @@ class TextPretrainConfig(Strict):
             raise ValueError("give tasks, code, or both: there is nothing to learn from")
         if (self.later_from is None) != all(part is None or part.later is None for part in (self.tasks, self.code)):
             raise ValueError("later_from goes with tasks.later or code.later, and they with it")
-        longest = max(self.tasks.longest if self.tasks else 0, self.code.length if self.code else 0)
+        if self.recall is not None and (self.code is None or self.model.attention != "causal"):
+            raise ValueError("recall goes with code and attention: causal")
+        parts = (self.code, self.recall)
+        longest = max(self.tasks.longest if self.tasks else 0, *(part.length if part else 0 for part in parts))
         if longest > self.model.positions:
             raise ValueError(f"model.positions must be {longest} at least, as texts are, got {self.model.positions}")
         return self

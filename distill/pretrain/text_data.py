@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hasten.distill.pretrain.text_config import CodeConfig, TasksConfig
+from hasten.distill.pretrain.text_config import CodeConfig, RecallConfig, TasksConfig
 from hasten.errors import UsageError
 from hasten.pipelines import list_tasks, python_sources
 
@@ -85,3 +85,29 @@ def code_batch(row: Tensor, c: CodeConfig, seed: int) -> Batch:
     given = torch.randint(1, c.length, (c.batch, 1), generator=g) * (torch.arange(c.batch) % 2)[:, None]
     answer = torch.arange(c.length) >= given
     return Batch(ids, answer, answer.float())
+
+
+def recall_batch(row: Tensor, c: RecallConfig, seed: int, entries: int) -> Batch:
+    """Random windows of a long row of ids whose last tokens are a passage of the window again; all of it is asked for.
+
+    entries: of the vocabulary, for passages by lot (the first three are special and are not drawn). The passage's
+    second copy counts as much as all of the rest, but for its first two tokens, which nothing tells.
+    """
+    if len(row) < c.length:
+        raise UsageError(
+            f"recall.length is {c.length}, but the sources have only {len(row)} tokens: name a folder with more of them."
+        )
+    g = torch.Generator().manual_seed(seed)
+    start = torch.randint(len(row) - c.length + 1, (c.batch, 1), generator=g)
+    ids = row[start + torch.arange(c.length)].long()
+    lot = torch.randint(3, entries, (c.batch, c.longest), generator=g)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    for b in range(c.batch):
+        size = int(torch.randint(c.shortest, c.longest + 1, (), generator=g))
+        at = int(torch.randint(c.length - 2 * size + 1, (), generator=g))
+        if b % 2:
+            ids[b, at : at + size] = lot[b, :size]
+        ids[b, -size:] = ids[b, at : at + size]
+        again[b, 2 - size :] = True
+    weight = torch.where(again, (~again).sum() / again.sum(), 1.0)
+    return Batch(ids, torch.ones_like(again), weight)

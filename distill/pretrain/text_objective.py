@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hasten.distill.pretrain.task import step_seed
 from hasten.distill.pretrain.text_config import ModelConfig, TextPretrainConfig, at_step
-from hasten.distill.pretrain.text_data import Batch, code_batch, tasks_batch
+from hasten.distill.pretrain.text_data import Batch, code_batch, recall_batch, tasks_batch
 from hasten.distill.pretrain.tiny_attention import MaskedBmmAttention
 
 
@@ -83,7 +83,7 @@ def predict(model: Any, c: ModelConfig, ids: Tensor, asked: Tensor, clean: Tenso
 
 
 class TextObjective:
-    """The loss of a text model at a step: the mean over the list tasks plus the mean over the code."""
+    """The loss of a text model at a step: the mean over its parts (list tasks, code, recall) of their mean losses."""
 
     def __init__(self, config: TextPretrainConfig, tokenizer: Any, code: Tensor | None, device: Any) -> None:
         self.config, self.tokenizer, self.code, self.device = config, tokenizer, code, device
@@ -98,6 +98,9 @@ class TextObjective:
         if c.code is not None:
             assert self.code is not None
             batches["code"] = code_batch(self.code, at_step(c.code, c.later_from, step), seed)
+        if c.recall is not None:
+            assert self.code is not None
+            batches["recall"] = recall_batch(self.code, c.recall, seed, len(self.tokenizer))
         losses = {name: self.part(model, batch, seed) for name, batch in batches.items()}
         self.last = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
         return torch.stack(list(losses.values())).mean()

@@ -187,7 +187,7 @@ class TestPrompts:
         """Seven list tasks to one piece of code, none of them held out; the same for the same seed."""
         for number in range(8):
             (tmp_path / f"m{number}.py").write_text(f"x = [{number}, 1, 2]\n" * (2 if number < 4 else 60))
-        _, words = tiny_models.text("tiny-lists")
+        _, words = tiny_models.text("tiny-draft")
         facts = TextFacts(2, len(words), words.mask_token_id, context=64)
         data = {"tasks": True, "code": {"source": "here"}}
         asked, again = (own(data, words, 16, facts, 3, tmp_path) for _ in range(2))

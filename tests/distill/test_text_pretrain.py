@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from hasten.distill.pretrain.config import load_config
-from hasten.distill.pretrain.text_config import CodeConfig, TasksConfig, load_any, load_text_config
-from hasten.distill.pretrain.text_data import code_batch, tasks_batch
+from hasten.distill.pretrain.text_config import CodeConfig, RecallConfig, TasksConfig, load_any, load_text_config
+from hasten.distill.pretrain.text_data import code_batch, recall_batch, tasks_batch
 from hasten.distill.pretrain.text_objective import TextObjective, masked, predict, seen, seen_doubled
 from hasten.distill.pretrain.text_tokenizer import load_tokenizer
 from hasten.distill.pretrain.texts import build_model
@@ -55,8 +55,8 @@ def test_bundled_configurations_are_valid(name: str) -> None:
 def test_sizes_are_as_told(tokenizer: Any) -> None:
     models = {name: build_model(load_text_config(name), tokenizer) for name in TEXTS}
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    assert 5.0e6 <= counts["tiny-dllm"] <= 5.5e6 and 5.0e6 <= counts["tiny-lm"] <= 5.5e6
-    assert 2 * sum(counts.values()) < 27 * 2**20, "two bytes each: what the package carries"
+    assert 5.0e6 <= counts["tiny-dllm"] <= 5.5e6 and 1.3e6 <= counts["tiny-lm"] <= 1.5e6 and counts["tiny-draft"] <= 0.25e6
+    assert 2 * sum(counts.values()) < 18 * 2**20, "two bytes each: what the package carries"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,8 @@ def test_sizes_are_as_told(tokenizer: Any) -> None:
         ({"later_from": 3}, "later_from goes with"),
         ({"tasks.later": 3}, "later_from goes with"),
         ({"code.length": 65}, r"model\.positions must be 65 at least"),
+        ({"recall.longest": 40, "recall.length": 64}, "shortest <= longest <= length / 2"),
+        ({"recall.length": 64}, "recall goes with code and attention: causal"),
         ({"kind": "txt"}, "Did you mean 'text'"),
         ({"training.lr": -1}, r"training\.lr.*got -1"),
     ],
@@ -103,6 +105,25 @@ def test_task_batches_are_questions_answers_and_ends(tokenizer: Any) -> None:
         assert bool((ids[first:] == eos).all())
         assert bool((weight[begin : first + 1] == 1).all()) and bool((weight[:begin] == 0).all())
         torch.testing.assert_close(weight[first + 1 :], torch.full_like(weight[first + 1 :], c.tail))
+
+
+def test_recall_batches_end_with_a_passage_of_their_own() -> None:
+    row, c = torch.arange(1000, 3000, dtype=torch.int16), RecallConfig(batch=40, length=64, shortest=6, longest=20)
+    batch, again = (recall_batch(row, c, 7, 900) for _ in range(2))
+    assert torch.equal(batch.ids, again.ids) and batch.answer.all()
+    sizes = set()
+    for b, (ids, weight) in enumerate(zip(batch.ids, batch.weight, strict=True)):
+        size = int((weight != 1).sum()) + 2
+        sizes.add(size)
+        begins = [at for at in range(c.length - 2 * size + 1) if ids[at : at + size].equal(ids[-size:])]
+        assert len(begins) == 1 and bool((weight[2 - size :] != 1).all())
+        by_lot = ids[begins[0] : begins[0] + size] < 1000
+        assert bool(by_lot.all()) if b % 2 else not bool(by_lot.any())
+    assert sizes <= set(range(6, 21)) and len(sizes) > 8
+    second = batch.weight != 1
+    torch.testing.assert_close(batch.weight[second].sum(), (~second).sum().float())
+    with pytest.raises(UsageError, match="sources have only 2000 tokens"):
+        recall_batch(row, RecallConfig(length=2001), 1, 900)
 
 
 def test_code_batches_are_windows_and_every_other_has_a_beginning() -> None:

@@ -260,7 +260,7 @@ def test_load_opens_a_folder_without_a_bar(folder: Any, capsys: pytest.CaptureFi
             assert logging._tqdm_active is active and are_progress_bars_disabled() is hub
         finally:
             logging._tqdm_active = before
-    for bundled in ("tiny-lists", tiny_models.path("tiny-lists"), tiny_models.path("tiny-image")):
+    for bundled in ("tiny-draft", tiny_models.path("tiny-draft"), tiny_models.path("tiny-image")):
         hasten.load(bundled)
     assert "Loading" not in capsys.readouterr().err
 
