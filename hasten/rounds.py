@@ -13,8 +13,9 @@ class Round:
     asked: drafts that the pace asked for. nodes: those that the model read for a row, node 0 not counted (rows are padded to
     the largest). drafted, written: for each active row, its drafts, and the tokens that it gained: accepted drafts and one
     more. ranks: for each node from 1, in how many rows it was accepted. sources: for each drafter its drafted and its
-    accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. draft, verify, commit: seconds of
-    proposing, of the model's forward with the verdict, and of writing it down.
+    accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. by: for each active row, who guessed each
+    of its new tokens: a drafter, "" for the model itself. draft, verify, commit: seconds of proposing, of the model's forward
+    with the verdict, and of writing it down.
     """
 
     asked: int
@@ -24,6 +25,7 @@ class Round:
     ranks: tuple[int, ...] = ()
     sources: tuple[tuple[str, int, int], ...] = ()
     depths: tuple[tuple[int, int], ...] = ()
+    by: tuple[tuple[str, ...], ...] = ()
     draft: float = 0.0
     verify: float = 0.0
     commit: float = 0.0

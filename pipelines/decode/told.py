@@ -45,6 +45,12 @@ class Told:
         """The new tokens of a row: its accepted drafts, and the verdict's own."""
         return [self.nodes[row][node] for node in self.path[row][1 : self.count[row] + 1]] + [self.token[row]]
 
+    def by(self, row: int, length: int) -> tuple[str, ...]:
+        """Who guessed each of the first `length` new tokens of a row: a drafter, "" for the model itself."""
+        accepted = self.path[row][1 : min(self.count[row], length) + 1]
+        names = tuple(self.sources[self.source[row][node]] for node in accepted)
+        return names + ("",) * (length - len(names))
+
     def written(self, lengths: list[int], device: torch.device) -> Tensor:
         """These tokens as far as they were written, int64 [B, most], -1 behind them."""
         most = max(lengths)
@@ -73,5 +79,6 @@ class Told:
             ranks=tuple(ranks),
             sources=tuple((name, sources[at, 0], sources[at, 1]) for at, name in enumerate(self.sources) if sources[at, 0]),
             depths=tuple((depths[at, 0], depths[at, 1]) for at in range(1, 1 + max((key for key, _ in depths), default=0))),
+            by=tuple(self.by(row, lengths[row]) for row in rows),
             draft=clock[1] - clock[0], verify=clock[2] - clock[1], commit=clock[3] - clock[2],
         )  # fmt: skip
