@@ -178,9 +178,10 @@ def _load(name_or_path: str, revision: str | None, dtype: torch.dtype) -> Any:
                 f"{name_or_path} is a language model, and no diffusers pipeline. Write with `hasten generate {name_or_path}`, measure"
                 " with `hasten bench dllm`, or open it in Python with hasten.load."
             )
-        if tiny_models.card(name_or_path)["kind"] == "masked-image":
+        images = {"masked-image": "a masked image model", "image-tokens": "a language model of image tokens"}
+        if (made := tiny_models.card(name_or_path)["kind"]) in images:
             raise ModelError(
-                f"{name_or_path} is a masked image model, and no diffusers pipeline. Draw with `hasten generate {name_or_path}`, or"
+                f"{name_or_path} is {images[made]}, and no diffusers pipeline. Draw with `hasten generate {name_or_path}`, or"
                 " open it in Python with hasten.load."
             )
         return tiny_models.load(name_or_path, dtype=dtype)

@@ -64,9 +64,20 @@ class Words:
 
 def is_masked_image(name_or_path: str | Path) -> bool:
     """Is it a masked image model: a bundled one, or a folder with a codebook? A look at the disk, nothing is loaded."""
+    return (config := _config_beside_codes(name_or_path)) is not None and '"mask_token_id"' in config
+
+
+def is_token_image(name_or_path: str | Path) -> bool:
+    """The same for a causal model of image tokens, which writes them row by row."""
+    return (config := _config_beside_codes(name_or_path)) is not None and '"mask_token_id"' not in config
+
+
+def _config_beside_codes(name_or_path: str | Path) -> str | None:
+    """The text of the model's config.json; None where no codebook is beside it."""
     known = tiny_models.names()
     folder = tiny_models.path(str(name_or_path)) if str(name_or_path) in known else Path(name_or_path).expanduser()
-    return (folder / FILE).is_file() and (folder / "config.json").is_file()
+    file = folder / "config.json"
+    return file.read_text(encoding="utf-8", errors="replace") if (folder / FILE).is_file() and file.is_file() else None
 
 
 class Codebook:

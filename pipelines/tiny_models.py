@@ -45,7 +45,7 @@ def card(name: str) -> dict[str, Any]:
 
 def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
     """The pipeline of a bundled model, from package data alone (no network): a diffusers pipeline, a
-    `TextDiffusionPipeline`, a `MaskedImagePipeline`, or for a causal language model transformers' own
+    `TextDiffusionPipeline`, a `MaskedImagePipeline`, a `TokenImagePipeline`, or for a causal language model transformers' own
     `TextGenerationPipeline`, with `model` and `tokenizer` in it. `text` opens any text model as these two.
 
     name: also a folder that `save_pretrained` wrote, of a diffusers pipeline or of a text diffusion model. dtype: None is
@@ -60,6 +60,10 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
         from hasten.pipelines.masked_images import MaskedImagePipeline
 
         return MaskedImagePipeline.from_pretrained(folder, device=device, dtype=dtype)
+    if card(name)["kind"] == "image-tokens":
+        from hasten.pipelines.decode_own.token_images import TokenImagePipeline
+
+        return TokenImagePipeline.from_pretrained(folder, device=device, dtype=dtype)
     import diffusers
 
     library: Any = diffusers

@@ -1,4 +1,4 @@
-"""Put a finished training of a masked image model among the bundled models: weights, codebook, card, loss curve."""
+"""Put a finished training of a model of images as tokens among the bundled models: weights, codebook, card, loss curve."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def bundle_masked(
     """Copy `out/<source>` (written by `pretrain_masked`) to `target` with its card and loss curve; the card.
 
     data: the handwriting that it learned, as for `pretrain_masked`; the card names where it is from. guidance_scale: of an
-    ordinary call. source: "latest" takes the last checkpoint of a training that is not finished. `UsageError` if it is not
-    there.
+    ordinary call; image tokens have none, and no reference of their own: that of tiny-mask is of the same unseen digits.
+    source: "latest" takes the last checkpoint of a training that is not finished. `UsageError` if it is not there.
     """
     folder = Path(out) / source
     if not (folder / "training.json").is_file():
@@ -36,6 +36,8 @@ def bundle_masked(
     def write(part: Path) -> None:
         shutil.copytree(folder, part, dirs_exist_ok=True)
         (part / "training.json").unlink()
+        if json.loads((Path(out) / "config.json").read_text())["kind"] == "image-tokens":
+            (part / "reference.safetensors").unlink()
         (part / "loss.json").write_text(json.dumps(loss_curves(Path(out))) + "\n")
         card = _card(part, Path(out), steps, load_digits(data).source, guidance_scale)
         (part / "hasten.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -55,7 +57,7 @@ def _card(folder: Path, out: Path, steps: int, source: str, guidance_scale: floa
         "kind": config.kind,
         "class": json.loads((folder / "config.json").read_text())["architectures"][0],
         "parameters": {"model": parameters(folder / "model.safetensors")},
-        "call": {"guidance_scale": guidance_scale},
+        "call": {} if config.kind == "image-tokens" else {"guidance_scale": guidance_scale},
         "prompts": list(DIGITS),
         "licence": "Apache-2.0",
         "data": source,

@@ -12,6 +12,7 @@ import typer
 from hasten.cli.generate_masked import MaskedTask
 from hasten.cli.generate_search import check_recipe, default_recipe, noise_choice, say_search, searched_row
 from hasten.cli.generate_text import TextTask
+from hasten.cli.generate_tokens import TokensTask
 from hasten.cli.options import Call, Device, Dtype, Fps, Lora, ModelArgument, Offload, Revision
 from hasten.cli.output import JsonOption, Output, versions
 from hasten.cli.places import Places, writable
@@ -125,18 +126,19 @@ def generate(
         from hasten.cli.ranks import Ranks
         from hasten.pipelines.generate import Request
         from hasten.pipelines.loading import check_name, open_pipeline
-        from hasten.pipelines.masked_codes import is_masked_image
+        from hasten.pipelines.masked_codes import is_masked_image, is_token_image
         from hasten.pipelines.recipes import recipe as find_recipe
         from hasten.pipelines.text_models.loading import writes_text
 
         wanted = collect(prompt or [], prompts, seed)
-        if is_masked_image(model):
+        by_row = is_token_image(model)
+        if by_row or is_masked_image(model):
             none: dict[str, Any] = {"steps": steps, "negative-prompt": negative_prompt, "height": height, "width": width}
             none |= {"frames": frames, "lora": lora, "report": report, "offload": None if offload == "none" else offload}
-            none |= {"search": search, "verifier": verifier}
+            none |= {"search": search, "verifier": verifier} | ({"guidance": guidance} if by_row else {})
             places = Places.of(output or Path("hasten-output"), len(wanted))
             arguments = assignments(call or [], "--call") | ({} if guidance is None else {"guidance_scale": guidance})
-            masked = MaskedTask(
+            masked = (TokensTask if by_row else MaskedTask)(
                 model, recipe, assignments(set_ or [], "--set"), wanted, arguments, places, metadata, device, dtype, none
             )
             _generate_masked(masked, out)

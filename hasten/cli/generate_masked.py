@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.cli.output import Output, versions
 from hasten.cli.places import Places
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 TOGETHER = 8
 """Images in one batch. What an image becomes does not depend on it."""
 
-ARGUMENTS = ("guidance_scale", "temperature")
-"""Arguments of the pipeline that `--call` can set."""
-
 
 @dataclass(frozen=True, slots=True)
 class MaskedTask:
     """What is to be drawn. recipe: a name, a file or None for `maskgit`. changes: dotted keys of it. unfit: options that
     have no meaning here, by name."""
+
+    what: ClassVar[str] = "a masked image model"
+    arguments: ClassVar[tuple[str, ...]] = ("guidance_scale", "temperature")
+    """Of the pipeline, that `--call` can set."""
 
     model: str
     recipe: str | None
@@ -39,17 +40,22 @@ class MaskedTask:
     unfit: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise `UsageError` for options that have no meaning for masked images, before anything is loaded."""
+        """Raise `UsageError` for options that have no meaning for these images, before anything is loaded."""
         for name, value in self.unfit.items():
-            if value is None:
-                continue
-            if name == "steps":
-                raise UsageError(f"--steps {value}: steps of masked images are the recipe's: --recipe maskgit:steps={value}")
-            raise UsageError(f"--{name} has no meaning for {self.model}, a masked image model. Leave it out.")
+            if value is not None:
+                raise UsageError(self._unfit(name, value))
         for key in self.call:
-            if key not in ARGUMENTS:
-                raise UsageError(f"--call {key}: masked images have {', '.join(ARGUMENTS)}.{nearest(key, ARGUMENTS)}")
+            if key not in self.arguments:
+                raise UsageError(
+                    f"--call {key}: {self.model}, {self.what}, has {', '.join(self.arguments)}.{nearest(key, self.arguments)}"
+                )
         self.places.check(video=False)
+
+    def _unfit(self, name: str, value: Any) -> str:
+        """A sentence about an option without meaning."""
+        if name == "steps":
+            return f"--steps {value}: steps of masked images are the recipe's: --recipe maskgit:steps={value}"
+        return f"--{name} has no meaning for {self.model}, {self.what}. Leave it out."
 
     def run(self, prompts: Iterable[Prompt], out: Output) -> list[dict[str, Any]]:
         """Draw these prompts' images, write them, and describe each in a row."""

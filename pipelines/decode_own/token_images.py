@@ -5,10 +5,11 @@ Shapes: B images of L tokens, S x S grey pixels; K codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class TokenImageOutput:
     images: Any
     codes: Tensor
     report: Any = None
+
+    @property
+    def forwards(self) -> int:
+        """Of the model, for the whole batch; the first one reads the classes."""
+        return self.codes.shape[1] if self.report is None else len(self.report.rounds) + 1
 
 
 class TokenImagePipeline:
@@ -69,6 +75,11 @@ class TokenImagePipeline:
         return cls(model.eval().to(device or "cpu"), codebook)
 
     @property
+    def config(self) -> Any:
+        """The model's; `tiny_models.call_defaults` finds a bundled model's call by it."""
+        return self.model.config
+
+    @property
     def row(self) -> int:
         """Tokens of a row of the image: `SpeculativeJacobi.row`."""
         return int(self.codebook.side // self.codebook.patch)
@@ -84,16 +95,11 @@ class TokenImagePipeline:
         most probable. top_k: tokens that are drawn from, 0 for all. seed: of PyTorch's generator, which is put back afterwards;
         None goes on with it. output_type: PIL images, float32 array [B, S, S, 1] or tensor [B, 1, S, S] in [0, 1].
 
-        Raises `UsageError` for classes that there are none of and a negative temperature.
+        Raises `UsageError` for classes that there are none of, a negative temperature or top_k, and another output_type.
         """
         given = [classes] if isinstance(classes, int | str) else list(classes)
         told = [self.words.class_of(one) if isinstance(one, str) else one for one in given]
-        odd = [number for number in told if not 0 <= number <= self.words.classes]
-        if odd or not told or temperature < 0:
-            raise UsageError(
-                f"classes must be numbers from 0 to {self.words.classes - 1} ({self.words.classes}: none) and temperature not negative,"
-                f" got {odd or told} and {temperature}."
-            )
+        self._check(told, temperature, top_k, output_type)
         ids = torch.tensor(told, device=self.model.device)[:, None] + self.words.codes
         call: dict[str, Any] = {"do_sample": temperature > 0, "suppress_tokens": list(self.words.never), "pad_token_id": self.words.mask}
         if temperature > 0:
@@ -105,6 +111,19 @@ class TokenImagePipeline:
                 torch.manual_seed(seed)
             codes, report = self._write(ids, recipe, call)
         return TokenImageOutput(shown(self.codebook.decode(codes), output_type), codes, report)
+
+    def _check(self, told: list[int], temperature: Any, top_k: Any, output_type: str) -> None:
+        odd = [number for number in told if not 0 <= number <= self.words.classes]
+        if odd or not told:
+            raise UsageError(
+                f"classes must be numbers from 0 to {self.words.classes - 1} ({self.words.classes}: none), got {odd or told}."
+            )
+        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+            raise UsageError(f"temperature must be a number, 0 or more (1: the model's own law), got {temperature!r}.")
+        if not isinstance(top_k, int) or top_k < 0:
+            raise UsageError(f"top_k must be a whole number, 0 (all tokens) or more, got {top_k!r}.")
+        if output_type not in get_args(Output):
+            raise UsageError(f"output_type must be one of {', '.join(get_args(Output))}, got {output_type!r}.")
 
     def _write(self, ids: Tensor, recipe: str | Path | Recipe | None, call: dict[str, Any]) -> tuple[Tensor, Any]:
         """Codes int64 [B, L], and the report."""
