@@ -14,8 +14,8 @@ class Round:
     the largest). drafted, written: for each active row, its drafts, and the tokens that it gained: accepted drafts and one
     more. ranks: for each node from 1, in how many rows it was accepted. sources: for each drafter its drafted and its
     accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. by: for each active row, who guessed each
-    of its new tokens: a drafter, "" for the model itself. draft, verify, commit: seconds of proposing, of the model's forward
-    with the verdict, and of writing it down.
+    of its new tokens: a drafter, "" for the model itself; () where nothing was drafted. draft, verify, commit: seconds of
+    proposing, of the model's forward with the verdict, and of writing it down.
     """
 
     asked: int
