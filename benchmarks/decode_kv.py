@@ -3,7 +3,7 @@
     python benchmarks/decode_kv.py quality     benchmarks/results/cpu-2core/kv-quality-tiny-lm.json, some minutes
     python benchmarks/decode_kv.py shared      benchmarks/results/cpu-2core/kv-shared.json
 
-tiny-lm was trained on texts of 128 tokens, so a prompt and what follows it stay within that.
+tiny-lm was trained on texts of up to 256 tokens, so a prompt and what follows it stay within that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILES = {"quality": "kv-quality-tiny-lm.json", "shared": "kv-shared.json"}
 def quality(count: int) -> list[dict[str, Any]]:
     """The table of docs/decode-kv.md."""
     model, tokenizer = tiny_models.text("tiny-lm")
-    return bench.table(model, tokenizer, count=count, given=96, new=32, told=lambda name: print(name, file=sys.stderr, flush=True))
+    return bench.table(model, tokenizer, count=count, given=192, new=32, told=lambda name: print(name, file=sys.stderr, flush=True))
 
 
 def shared(count: int) -> list[dict[str, Any]]:

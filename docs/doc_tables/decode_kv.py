@@ -20,6 +20,7 @@ QUALITY: Columns = {
     "agreement": ("same first choice", tenths_of_percent),
     "bits_per_token": ("bits per token", lambda value: f"{value:.2f}"),
     "letters": ("letters found", percent),
+    "needles": ("needles found", percent),
     "bytes_share": ("bytes held", percent),
 }
 
