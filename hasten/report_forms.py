@@ -7,6 +7,7 @@ import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +101,18 @@ def installed_versions() -> dict[str, str]:
 
     found = {"hasten": __version__, "python": platform.python_version()}
     for name in ("torch", "diffusers", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        if (version := _version(name)) is not None:
+            found[name] = version
     return found
+
+
+@cache
+def _version(name: str) -> str | None:
+    """What is installed stays what it is, and to read its description takes milliseconds."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def readable_bytes(num: int) -> str:
