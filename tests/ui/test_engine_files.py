@@ -204,6 +204,8 @@ EXPORTED = [
     {"kind": "generate", "model": "tiny-image", "prompt": "a three", "steps": 3, "recipe": hasten.recipe("easycache").to_yaml()},
     {"kind": "compare", "model": "tiny-image", "prompt": "a three", "steps": 3, "recipes": ["balanced", hasten.recipe("easycache").to_yaml()]},
     {"kind": "text", "model": "tiny-dllm", "prompt": "sort: i p m d n k j . =", "recipe": "text-fast"},
+    {"kind": "decode", "model": "tiny-lm", "prompt": 'a "b"\n a "b"\n a', "recipe": "look-up:every=true", "length": 8},
+    {"kind": "decode", "model": "tiny-lm", "prompt": "a b a b", "recipe": hasten.recipe("dyspec").to_yaml(), "length": 8, "temperature": 0.9, "seed": 4},
 ]
 
 
@@ -219,6 +221,8 @@ def test_exported_python_runs_as_it_is(
         assert "hasten report: " in printed and (tmp_path / "result.png").is_file()
     if asked["kind"] == "text":
         assert " d i j k m n p" in printed
+    if asked["kind"] == "decode":
+        assert "hasten report: " in printed and ("as plain decoding: True" in printed) == ("temperature" not in asked)
     if asked["kind"] == "compare":
         assert printed.count("'recipe'") == 3
 

@@ -31,6 +31,7 @@ WHOLE = [
     PICTURE, PICTURE | {"recipe": "auto:psnr=35", "steps": 20, "guidance": 2, "width": 64, "height": 32, "frames": 17, "seed": 2**60},
     {"kind": "compare", "model": "folder:wan/1.3b", "prompt": "a cat", "recipes": ["balanced", "fast"]},
     {"kind": "text", "model": "tiny-dllm", "prompt": "sort: a b =", "length": 16},
+    {"kind": "decode", "model": "folder:llm", "prompt": "a", "recipe": "dyspec:nodes=5", "length": 20, "temperature": 0.7, "top_k": 9},
     {"kind": "tune", "model": "tiny-image", "prompts": ["a", "b", "c", "d"], "budget": "psnr>=35", "seconds": 60.0},
     {"kind": "train", "method": "pairs", "model": "tiny-flux", "settings": {"train.steps": 10, "method.calls": 4, "student.full": True}},
     {"kind": "download", "model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"},

@@ -19,7 +19,7 @@ from tests.ui.students import trained
 SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left", "recipes": ["balanced"], "steps": 4}
 """In place of the first comparison, which takes longer."""
 
-ENDPOINTS = {"/generate", "/compare", "/text", "/tune", "/status", "/result", "/cancel", "/queue", "/pause", "/resume", "/move"}
+ENDPOINTS = {"/generate", "/compare", "/text", "/decode", "/tune", "/status", "/result", "/cancel", "/queue", "/pause", "/resume", "/move"}
 PATIENT = 240.0
 
 
@@ -84,6 +84,15 @@ def test_a_text_says_which_step_wrote_each_token(client: Client) -> None:
     told, _ = client.predict(job, api_name="/result")
     written = [token for token in told["result"]["tokens"] if not token["given"]]
     assert written and all(token["step"] is not None for token in written)
+
+
+def test_a_drafted_text_says_who_guessed_each_token_and_whose_it_is(client: Client) -> None:
+    job = client.predict(prompt="a b c d a b c d a b", recipe="look-up:every=true", length=16, api_name="/decode")
+    assert over(client, job)["state"] == "done"
+    told, files = client.predict(job, api_name="/result")
+    found = told["result"]
+    assert found["exact"]["verdict"] == "same" and {token["by"] for token in found["tokens"] if not token["given"]} <= {"", "look-up"}
+    assert next(Path(file) for file in files if file.endswith("text.txt")).read_text(encoding="utf-8") == found["text"] + "\n"
 
 
 def test_a_student_that_was_trained_here_draws_in_one_call_and_the_report_says_so(client: Client, served: tuple[Engine, str]) -> None:

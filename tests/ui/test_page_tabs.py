@@ -16,6 +16,7 @@ from hasten.errors import HastenError
 from hasten.ui.engine import Engine, RequestError, Snapshot, read, to_json
 from hasten.ui.page import build, launch_options
 from hasten.ui.page.app import _secret
+from hasten.ui.page.drafting import choices as drafting_choices
 from hasten.ui.page.first import FIRST, begin
 from hasten.ui.page.results import _said, compared, data_url, failure, recipe_words, size_of, standing, url
 from hasten.ui.page.sentences import model_words, picture, said
@@ -37,9 +38,14 @@ ASKED: list[dict[str, Any]] = [
     {"kind": "compare", "model": "tiny-video", "prompt": "a seven", "recipes": ["balanced", "fastest"], "frames": 9, "negative": "blur"},
     {"kind": "compare", "model": "tiny-image", "prompt": "a seven", "recipes": ["fast:student=false"], "repeats": 3, "decoding": "tiles"},
     {"kind": "text", "model": "tiny-dllm", "prompt": "sort: b a =", "length": 12, "recipe": "text-fast"},
+    {"kind": "decode", "model": "tiny-lm", "prompt": EVIL, "recipe": "look-up:every=true", "length": 12, "temperature": 0.8, "top_k": 5},
+    {"kind": "decode", "model": "tiny-draft", "prompt": "a", "recipe": "dyspec:nodes=4", "seed": 3},
     {"kind": "tune", "model": "tiny-video", "prompts": ["a", "b", "c", "d"], "budget": "psnr>=34", "seconds": 33.0, "steps": 10},
     {"kind": "train", "method": "pairs", "model": "tiny-image", "prompts": ["a three"], "minutes": 2.0, "settings": {"train.steps": 5, "train.lr": 0.001}},
 ]
+PLACE = {"decode": "text"}
+"""Kinds that are asked for in a tab of another name."""
+
 TABS = {"generate": GenerateTab, "compare": CompareTab, "text": TextTab, "tune": TuneTab, "train": TrainTab}
 
 
@@ -69,7 +75,7 @@ def asks(tab: Any, updates: dict[Any, Any]) -> dict[str, Any]:
     elif isinstance(tab, CompareTab):
         inputs = [tab.speed.slider, tab.more, tab.repeats, *tab.settings.inputs]
     elif isinstance(tab, TextTab):
-        inputs = [tab.picker.model, tab.prompt, tab.recipe, tab.length, tab.seed]
+        inputs = tab.inputs
     elif isinstance(tab, TuneTab):
         inputs = [tab.picker.model, tab.prompts, tab.budget, tab.seconds, tab.steps, tab.students]
     else:
@@ -83,7 +89,7 @@ def asks(tab: Any, updates: dict[Any, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("asked", ASKED, ids=lambda asked: f"{asked['kind']}-{asked['model']}")
 def test_settings_that_are_restored_ask_for_the_same(tabs: dict[str, Any], asked: dict[str, Any]) -> None:
-    tab = tabs[asked["kind"]]
+    tab = tabs[PLACE.get(asked["kind"], asked["kind"])]
     if "\n" in asked.get("recipe", ""):
         asked = {**asked, "recipe": _yaml()}
     whole = read(asked)
@@ -158,6 +164,37 @@ def test_all_choices_are_recipes_of_their_kind(engine: Engine) -> None:
     names = [name for _, name in recipe_choices(engine, "text")]
     assert "text-balanced" in names and "balanced" not in names and "fast-dllm" in names
     assert "easycache" in [name for _, name in recipe_choices(engine, "video")]
+
+
+def test_the_controls_of_a_model_are_those_it_has(tabs: dict[str, Any]) -> None:
+    tab = tabs["text"]
+    for model, causal in (("tiny-lm", True), ("tiny-dllm", False)):
+        updates = tab.other_model(model)
+        assert updates[tab.drafting.column]["visible"] is causal and updates[tab.slide]["visible"] is not causal
+    assert {"text", "language"} == {tab.picker.card(name).kind for _, name in tab.picker.model.choices}
+    asked = asks(tab, {tab.picker.model: "tiny-lm"})
+    assert (asked["kind"], asked["recipe"]) == ("decode", "look-up") and "temperature" not in asked
+    assert asks(tab, {tab.picker.model: "tiny-lm", tab.drafting.every: True})["recipe"] == "look-up:every=true"
+    assert asks(tab, {tab.picker.model: "tiny-lm", tab.drafting.every: True, tab.drafting.recipe: "plain"})["recipe"] == "plain"
+    with pytest.raises(RequestError, match="temperature: got 'warm'"):
+        asks(tab, {tab.picker.model: "tiny-lm", tab.drafting.temperature: "warm"})
+
+
+def test_every_way_of_guessing_that_is_offered_may_be_asked_for(engine: Engine) -> None:
+    names = [name for _, name in drafting_choices(engine)]
+    assert names[0] == "look-up" and {"dyspec", "plain", "jacobi", "triforce"} <= set(names) and not {"medusa", "h2o"} & set(names)
+    for name in names:
+        read({"kind": "decode", "model": "tiny-lm", "prompt": "a", "recipe": name})
+
+
+def test_a_text_is_drawn_by_its_kind(tabs: dict[str, Any]) -> None:
+    tab = tabs["text"]
+    token = {"text": EVIL, "by": "look-up", "round": 1, "lead": None, "given": False}
+    running = tab.running(Snapshot("a", 1, "running", "Writing", data={"tokens": [token], "rounds": [{"drafted": 1, "accepted": 1, "written": 2}]}))
+    assert 'data-view="decoding"' in running[tab.canvas] and "<img" not in running[tab.canvas]
+    found = {"kind": "decode", "text": EVIL, "tokens": [token], "rounds": [], "row": {"recipe": "look-up"}, "exact": {}, "warnings": []}
+    assert 'data-view="decoding"' in tab.shown(found)[tab.canvas]
+    assert set(tab.shown(found)) == set(tab.shown({"kind": "text", "text": "", "tokens": [], "row": {}}))
 
 
 # --- following ----------------------------------------------------------------------------------------------
@@ -357,7 +394,7 @@ def test_the_first_comparison_is_asked_for_once(tmp_path: Path) -> None:
 def test_a_page_is_built_and_its_browser_memory_outlives_a_restart(engine: Engine) -> None:
     page = build(engine)
     names = {each.api_name for each in page.fns.values() if each.api_visibility == "public"}
-    assert names == {"generate", "compare", "text", "tune", "status", "result", "cancel", "queue", "pause", "resume", "move"}
+    assert names == {"generate", "compare", "text", "decode", "tune", "status", "result", "cancel", "queue", "pause", "resume", "move"}
     file = engine.place.folder / "page.secret"
     assert _secret(file) == _secret(file) and stat.S_IMODE(file.stat().st_mode) == 0o600
 

@@ -18,6 +18,7 @@ from hasten.report import Report
 from hasten.trace import Event, Run, Trace
 from hasten.ui.views import page as pages
 from hasten.ui.views.canvas import canvas
+from hasten.ui.views.decoding import decoding
 from hasten.ui.views.density import density
 from hasten.ui.views.front import front
 from hasten.ui.views.gallery import gallery
@@ -36,6 +37,16 @@ pytestmark = [
 
 FRAMES, FPS = 17, 8
 PROMPT = "<img src=x onerror='window.PWNED=1'>${window.PWNED=1}{{PWNED}}"
+
+
+DRAFTED: dict[str, Any] = {
+    "tokens": [{"text": "a b\n", "given": True}, {"text": "first", "by": "", "round": 0}, *(
+        {"text": f" t{at}", "by": ("look-up", "small", "")[at % 3], "round": at // 3 + 1, "lead": at / 10} for at in range(12)
+    ), {"text": PROMPT, "by": None, "round": None}],
+    "rounds": [{"drafted": 6, "accepted": 2, "written": 3} for _ in range(4)], "drafters": {"look-up": [12, 4], "small": [12, 4]},
+    "row": {"recipe": "look-up-or-draft:nodes=12,every=true", "tokens_per_forward": 3.0, "seconds": 1.0, "plain_seconds": 2.0, "speedup": 2.0},
+    "exact": {"verdict": "differs", "headline": "Another text from token 5 on", "sentence": PROMPT}, "warnings": [PROMPT],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +78,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         density(report()),
         front({"rows": [{"recipe": f"r{at}", "speedup": 1.0 + at, "psnr_median": 50.0 - at * at} for at in range(5)], "budget": 35}),
         canvas({"tokens": [{"text": PROMPT, "given": True}, *({"text": f" w{at}", "step": (7 * at) % 10} for at in range(10))], "steps": 10}),
+        decoding(DRAFTED),
         progress({"state": "running", "phase": "Denoising", "step": 3, "steps": 10, "message": PROMPT}),
         queue({"jobs": [{"id": "1", "title": PROMPT * 3, "state": "queued"}]}),
         loss({"rows": [{"step": at, "loss": 2.0**-at} for at in range(20)], "samples": [{"step": 5, "url": picture}]}),
@@ -260,6 +272,37 @@ def test_a_text_that_grows_is_shown_to_its_end(page: Any) -> None:
     page.locator("#slot").get_by_role("slider", name="Step").fill("3")
     page.evaluate(put, long.replace("Written", "Told"))
     assert page.locator("#slot .hv-words .hv-masked").count() == 3
+
+
+def test_a_drafted_text_says_of_each_token_who_guessed_it(page: Any) -> None:
+    view = page.locator(".hv-decoding")
+    said, slider = view.locator('[data-part="said"]'), view.get_by_role("slider", name="Token")
+    assert said.inner_text() == "Token 14: being written" and PROMPT in view.locator(".hv-words").inner_text()
+    view.locator("[data-token]").nth(4).hover()
+    assert said.inner_text() == "Token 5: guessed by look-up; forward 2, 6 drafted, 2 accepted; 0.3 ahead of the next best in logits"
+    assert view.locator(".hv-words .hv-together").count() == 3 and view.locator("[data-bar].hv-together").count() == 1
+    view.locator("[data-bar]").nth(3).hover()
+    assert said.inner_text() == "Forward 4, 6 drafted, 2 accepted, 3 written"
+    slider.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext").startswith("“ t0”. Token 2: guessed by look-up; forward 1")
+    view.locator("[data-token]").nth(7).click()
+    assert slider.input_value() == "8"
+    colours = view.locator(".hv-words .hv-token").evaluate_all("tokens => new Set(tokens.map((t) => getComputedStyle(t).backgroundColor)).size")
+    assert colours == 4, "the model, two drafters, and what is being written"
+
+
+def test_a_drafted_text_that_grows_keeps_the_chosen_token(page: Any) -> None:
+    html = [decoding({**DRAFTED, "tokens": DRAFTED["tokens"][:many]}) for many in (5, 9)]
+    page.evaluate("document.body.append(Object.assign(document.createElement('div'), {id: 'growing'}))")
+    put, slider = "html => hastenViews.replace(document.getElementById('growing'), html)", page.locator("#growing").get_by_role("slider", name="Token")
+    for at, expected in ((None, "8"), ("2", "2")):
+        page.evaluate(put, html[0])
+        if at:
+            slider.fill(at)
+        page.evaluate(put, html[1])
+        assert slider.input_value() == expected, "the end is followed, a choice stays"
 
 
 def test_the_gallery_filters_by_words(page: Any) -> None:

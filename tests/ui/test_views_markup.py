@@ -11,6 +11,7 @@ import pytest
 from hasten.errors import UsageError
 from hasten.ui.views import markup, page
 from hasten.ui.views.canvas import canvas
+from hasten.ui.views.decoding import decoding
 from hasten.ui.views.density import density
 from hasten.ui.views.front import front
 from hasten.ui.views.gallery import gallery
@@ -35,6 +36,11 @@ VIEWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "density": (density, {"runs": [RUN], "attention": [CALL]}),
     "front": (front, {"rows": [{"recipe": NASTY, "speedup": 2.0, "psnr_median": 30.0}], "budget": 30}),
     "canvas": (canvas, {"tokens": [{"text": NASTY, "step": 0}, {"text": NASTY, "step": None}, {"text": NASTY, "given": True}], "title": NASTY}),
+    "decoding": (decoding, {
+        "tokens": [{"text": NASTY, "given": True}, {"text": NASTY, "by": "", "round": 0, "lead": 0.5}, {"text": NASTY, "by": NASTY, "round": 1},
+                   {"text": NASTY, "by": None, "round": None}],
+        "rounds": [{"drafted": NASTY, "accepted": NASTY, "written": 1}], "drafters": {NASTY: [2, 1], "b": [1, 0]}, "title": NASTY,
+        "exact": {"verdict": "differs", "headline": NASTY, "sentence": NASTY}, "row": {"recipe": NASTY, "seconds": 1.0}, "warnings": [NASTY]}),
     "progress": (progress, {"state": "running", "phase": NASTY, "message": NASTY}),
     "queue": (queue, {"jobs": [{"id": NASTY, "title": NASTY, "state": NASTY, "detail": NASTY}]}),
     "loss": (loss, {"rows": [{"step": 0, NASTY: 1.0}, {"step": 1, NASTY: 0.5}], "series": [NASTY], "samples": [{"step": 1, "url": PIXEL}]}),
@@ -151,6 +157,23 @@ def test_the_timeline_is_the_report_again() -> None:
 def test_density_says_when_attention_was_dense() -> None:
     assert "Attention was dense: no plan acted" in density({"runs": [RUN], "attention": [CALL | {"action": "dense", "density": 1.0}]})
     assert "25.0% of the pairs" in density({"runs": [RUN], "attention": [CALL]})
+
+
+def test_a_drafted_text_is_counted_by_who_guessed_it() -> None:
+    tokens = [
+        {"text": "a\n", "by": "", "round": 0, "lead": 0.5}, {"text": "b", "by": "look-up", "round": 1}, {"text": "c", "by": "x", "round": 1},
+        {"text": "d", "by": "", "round": 1, "lead": 2.0}, {"text": "e", "by": None, "round": None},
+    ]  # fmt: skip
+    html = decoding({"tokens": tokens, "rounds": [{"drafted": 8, "accepted": 2, "written": 3}], "drafters": {"look-up": [6, 1], "x": [2, 1]}})
+    titles = [attrs["title"] for tag, attrs in Tags(html).found if "data-token" in attrs]
+    assert titles[0] == "Token 1: written by the model itself, behind the prompt; 0.5 ahead of the next best in logits"
+    assert titles[1] == "Token 2: guessed by look-up; forward 1, 8 drafted, 2 accepted" and titles[4] == "Token 5: being written"
+    assert "the model itself <b>40 %</b>" in html and "look-up <b>20 %</b><span>(1 of 6 drafts kept)</span>" in html
+    assert html.count("data-bar=") == 1 and "3 tokens per forward, 3 at most" in html and "a↵\n" in html
+    assert [attrs["class"].split()[-1] for _, attrs in Tags(html).found if "data-token" in attrs] == [
+        "hv-by-own", "hv-by-1", "hv-by-2", "hv-by-own", "hv-by-new",
+    ]  # fmt: skip
+    assert "hv-exact" not in html and "hv-exact-same" in decoding({"tokens": tokens, "exact": {"verdict": "same"}})
 
 
 def test_front_keeps_what_nothing_beats() -> None:

@@ -8,7 +8,7 @@
         engine.outputs.file(done.result["output"], done.result["media"])
 
 `limits`: what a request may ask for; `LimitError` says what, got, allowed and the next step. `request`: the kinds of request
-(`generate`, `compare`, `text`, `tune`, `train`, `download`), strict, without paths. `recipes`: recipes by name or YAML text.
+(`generate`, `compare`, `text`, `decode`, `tune`, `train`, `download`), strict, without paths. `recipes`: recipes by name or YAML text.
 `models`: models and LoRAs by id. `jobs`, `lease`: the queue in SQLite and who may work on it, shared by processes. `snapshot`:
 where a job stands, and following it. `worker`: a thread for the bundled models, a spawned process for others. `cancel`:
 stopping within one block of work. `work`: what each kind of job does. `preview`: pictures of latents. `latents`: what was denoised,
@@ -23,11 +23,22 @@ from __future__ import annotations
 from hasten.ui.engine.engine import Engine
 from hasten.ui.engine.jobs import ENDED, Job, State
 from hasten.ui.engine.limits import Limits, RequestError
-from hasten.ui.engine.request import Compare, Download, Generate, Request, Text, Train, Tune, read, to_json
+from hasten.ui.engine.request import (
+    Compare,
+    Decode,
+    Download,
+    Generate,
+    Request,
+    Text,
+    Train,
+    Tune,
+    read,
+    to_json,
+)
 from hasten.ui.engine.snapshot import Snapshot
 from hasten.ui.engine.trouble import Remedy, Trouble
 
 __all__ = [
-    "ENDED", "Compare", "Download", "Engine", "Generate", "Job", "Limits", "Remedy", "Request", "RequestError", "Snapshot", "State",
+    "ENDED", "Compare", "Decode", "Download", "Engine", "Generate", "Job", "Limits", "Remedy", "Request", "RequestError", "Snapshot", "State",
     "Text", "Train", "Trouble", "Tune", "read", "to_json",
 ]  # fmt: skip

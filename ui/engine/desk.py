@@ -7,8 +7,9 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hasten.errors import UsageError
 from hasten.ui.engine.cancel import stoppable
 from hasten.ui.engine.models import Models
 from hasten.ui.engine.outputs import Outputs
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 WARM = 2
 """Bundled models that are kept; of others one."""
+
+
+class Writer(NamedTuple):
+    """A causal language model of transformers, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
 
 
 class Desk:
@@ -48,7 +56,7 @@ class Desk:
 
     def recipe(self, text: str) -> Recipe:
         """The recipe that a request names. Raises `RecipeError`."""
-        return recipe_of(text, self.outputs.trained())
+        return recipe_of(text, self.outputs.trained(), self.models.drafting())
 
     @contextmanager
     def pipeline(self, model: str, lora: str | None, report: Report, on_call: Callable[[], None] = lambda: None) -> Iterator[Any]:
@@ -64,6 +72,13 @@ class Desk:
     def text_pipeline(self, model: str, report: Report) -> Any:
         """The same for masked language models; the caller makes it stoppable."""
         return self._opened(model, None, report)
+
+    def language_model(self, model: str, report: Report) -> Writer:
+        """The same for causal language models. Raises `UsageError` for others."""
+        if self.models.card(model).kind != "language":
+            raise UsageError(f"{model} does not write from left to right. Choose a causal language model, such as tiny-lm.")
+        writer: Writer = self._opened(model, None, report)
+        return writer
 
     @property
     def warm(self) -> list[str]:
@@ -98,11 +113,14 @@ class Desk:
     def _open(self, model: str, lora: str | None) -> Any:
         card, source = self.models.card(model), self.models.source(model)
         place = self.place
-        if card.kind == "text":
+        if card.kind in ("text", "language"):
             from hasten.pipelines.loading import silence
             from hasten.pipelines.text.diffusion import TextDiffusionPipeline
+            from hasten.pipelines.text_models.loading import open_text
 
             silence()
+            if card.kind == "language":
+                return Writer(*open_text(source, device=place.device, dtype=place.dtype))
             known: dict[str, Any] = {"probe": False} if card.where == "bundled" else {}  # tests ask the bundled ones
             return TextDiffusionPipeline.from_pretrained(source, device=place.device, dtype=place.dtype, **known)
         from hasten.pipelines.loading import open_pipeline

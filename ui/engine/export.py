@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hasten.errors import UsageError
 from hasten.ui.engine.models import Card, Models
 from hasten.ui.engine.outputs import Outputs
-from hasten.ui.engine.recipes import TRAINED, absolute, named, recipe_of
-from hasten.ui.engine.request import Compare, Generate, Picture, Request, Shape, Text, Train, Tune, to_json
+from hasten.ui.engine.recipes import FOLDER, TRAINED, absolute, named, recipe_of
+from hasten.ui.engine.request import (
+    Compare,
+    Decode,
+    Generate,
+    Picture,
+    Request,
+    Shape,
+    Text,
+    Train,
+    Tune,
+    to_json,
+)
 
 
 def python(ask: Request, models: Models, outputs: Outputs) -> str:
     """A program that makes the same result."""
     card = models.card(ask.model)
-    makes = {"generate": _generate, "compare": _compare, "text": _text, "tune": _tune, "train": _train}
+    makes = {"generate": _generate, "compare": _compare, "text": _text, "decode": _decode, "tune": _tune, "train": _train}
     if ask.kind not in makes:
         raise UsageError(f"There is nothing to export of a job of kind {ask.kind}.")
     body: list[str] = makes[ask.kind](ask, card, models, outputs)  # type: ignore[operator]
@@ -25,8 +38,8 @@ def python(ask: Request, models: Models, outputs: Outputs) -> str:
 def yaml(ask: Request, models: Models, outputs: Outputs) -> str:
     """The recipe, which `--recipe FILE` takes; in its head the command, and the whole request for `restore`."""
     head = [f"# hasten {_version()}", f"# {command(ask, models)}", f"# hasten-request: {_ascii(ask)}"]
-    if isinstance(ask, Generate | Text):
-        return "\n".join(head) + "\n" + absolute(recipe_of(ask.recipe, outputs.trained())).to_yaml()
+    if isinstance(ask, Generate | Text | Decode):
+        return "\n".join(head) + "\n" + absolute(recipe_of(ask.recipe, outputs.trained(), models.drafting())).to_yaml()
     if isinstance(ask, Compare):
         parts = [absolute(recipe_of(text, outputs.trained())).to_yaml() for text in ask.recipes]
         return "\n".join(head) + "\n" + parts[0] + "".join(_commented(part) for part in parts[1:])
@@ -35,6 +48,8 @@ def yaml(ask: Request, models: Models, outputs: Outputs) -> str:
 
 def command(ask: Request, models: Models) -> str:
     """The command line that does the same with the YAML in recipe.yaml."""
+    if isinstance(ask, Decode):
+        return "hasten jobs submit recipe.yaml --wait"
     model = ask.model if models.card(ask.model).where != "folder" else models.source(ask.model)
     words = ["hasten", {"text": "generate"}.get(ask.kind, ask.kind), model]
     if isinstance(ask, Generate | Compare | Text):
@@ -109,6 +124,27 @@ def _text(ask: Text, card: Card, models: Models, outputs: Outputs) -> list[str]:
     ]  # fmt: skip
 
 
+def _decode(ask: Decode, card: Card, models: Models, outputs: Outputs) -> list[str]:
+    recipe, recipe_lines = _recipe(ask.recipe, outputs, folders=models.drafting())
+    drawn = f"do_sample=True, temperature={ask.temperature!r}, top_k={ask.top_k or 0}" if ask.temperature else "do_sample=False"
+    drafted = [
+        f"with hasten.accelerate(model, {recipe}) as run:", "    made = model.generate(**call)", "print(run.report())",
+    ]  # fmt: skip
+    compared = ["print('the same tokens as plain decoding:', made.equal(plain))"]
+    return [
+        "import torch", "", "import hasten", *_recipe_imports([ask.recipe], FOLDER in ask.recipe),
+        "from hasten.pipelines.text_models.loading import open_text", "",
+        *recipe_lines,
+        f"model, tokenizer = open_text({_place(card, models)!r})",
+        f"inputs = tokenizer([{ask.prompt!r}], return_tensors='pt').to(model.device)",
+        "call = {name: inputs[name] for name in ('input_ids', 'attention_mask')}",
+        f"call |= dict(max_new_tokens={ask.length}, {drawn})",
+        f"torch.manual_seed({ask.seed})",
+        *(["made = model.generate(**call)"] if ask.recipe == "plain" else ["plain = model.generate(**call)", *drafted, *compared] if not ask.temperature else drafted),
+        "print(tokenizer.decode(made[0]))",
+    ]  # fmt: skip
+
+
 def _tune(ask: Tune, card: Card, models: Models, outputs: Outputs) -> list[str]:
     shape = {"num_inference_steps": ask.steps, "guidance_scale": ask.guidance, "width": ask.width, "height": ask.height, "num_frames": ask.frames}
     return [
@@ -153,19 +189,19 @@ def _place(card: Card, models: Models) -> str:
     return models.source(card.id) if card.where == "folder" else card.id
 
 
-def _recipe(text: str, outputs: Outputs, name: str = "recipe") -> tuple[str, list[str]]:
-    """(expression, lines before it). A name stays a name; YAML stands in the program."""
+def _recipe(text: str, outputs: Outputs, name: str = "recipe", folders: Mapping[str, Path] | None = None) -> tuple[str, list[str]]:
+    """(expression, lines before it). A name stays a name, unless it names a folder by id; YAML stands in the program."""
     if TRAINED.fullmatch(text):
         return repr(str(outputs.trained().get(text.partition(":")[2], ""))), []
-    if "\n" not in text and ": " not in text:
+    if "\n" not in text and ": " not in text and FOLDER not in text:
         return repr(text), []
-    lines = absolute(recipe_of(text, outputs.trained())).to_yaml()
+    lines = absolute(recipe_of(text, outputs.trained(), folders)).to_yaml()
     return name, [f'{name} = from_yaml("""', *lines.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').splitlines(), f'""", {named(text)!r})', ""]
 
 
-def _recipe_imports(texts: Any) -> list[str]:
+def _recipe_imports(texts: Any, always: bool = False) -> list[str]:
     """`from_yaml`, where YAML stands in the program; the parts that it may name are imported with the recipes."""
-    wanted = any(("\n" in text or ": " in text) and not TRAINED.fullmatch(text) for text in texts)
+    wanted = always or any(("\n" in text or ": " in text) and not TRAINED.fullmatch(text) for text in texts)
     return ["import hasten.pipelines.recipes  # noqa: F401  the parts that YAML may name", "from hasten.recipe import from_yaml"] if wanted else []
 
 

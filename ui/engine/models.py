@@ -12,8 +12,8 @@ from typing import Any, Literal
 from hasten.errors import ModelError, nearest
 from hasten.ui.engine.place import Place
 
-Kind = Literal["image", "video", "text", "masked-image", "language"]
-"""language: a causal language model, which is drafted for and distilled, but has no page of its own."""
+Kind = Literal["image", "video", "text", "masked-image", "image-tokens", "language"]
+"""text: a masked language model; language: a causal one, which is drafted for; image-tokens: one of images."""
 
 GB = 10**9
 
@@ -95,6 +95,10 @@ class Models:
     def apart(self, model: str) -> bool:
         """Is it one that gets a process of its own: everything but the bundled ones?"""
         return ":" in model or "/" in model
+
+    def drafting(self) -> dict[str, Path]:
+        """Id -> folder of the causal language models below the models folder, which may draft for others."""
+        return {name: folder for name, folder in self._folders().items() if _kind(folder) == "language"}
 
     # --- LoRAs ------------------------------------------------------------------------------------
 
@@ -195,8 +199,7 @@ def _bundled() -> Iterator[Card]:
     for name in tiny_models.names():
         found, folder = tiny_models.card(name), tiny_models.path(name)
         size = _size(folder)
-        causal = _json(folder / "config.json").get("hasten_diffusion", {}).get("kind") == "causal"
-        kind: Kind = "language" if causal else found["kind"]
+        kind: Kind = "language" if found["kind"] == "text" and _causal(_json(folder / "config.json")) else found["kind"]
         call, prompts = dict(found.get("call", {})), tuple(found.get("prompts", ()))
         yield Card(name, kind, "bundled", size, size, found["licence"], True, True, "It runs anywhere.", "Comes with hasten.", call, prompts)
 
@@ -216,9 +219,17 @@ def _kind(folder: Path) -> Kind:
     """Of a pipeline by its class's name, of a transformers model by its own."""
     index = _json(folder / "model_index.json")
     if not index:
-        return "text"
+        return "language" if _causal(_json(folder / "config.json")) else "text"
     name = str(index.get("_class_name", ""))
     return "video" if any(word in name for word in ("Wan", "Video", "Mochi", "LTX", "CogVideo", "Allegro", "Latte")) else "image"
+
+
+def _causal(config: dict[str, Any]) -> bool:
+    """A class of transformers' own that writes from left to right: masked language models have code of their own, or say so."""
+    says, classes = config.get("hasten_diffusion"), config.get("architectures")
+    if isinstance(says, dict):
+        return says.get("kind") == "causal"
+    return isinstance(classes, list) and "auto_map" not in config and str(classes[:1]).endswith("ForCausalLM']")
 
 
 def _size(folder: Path) -> int:

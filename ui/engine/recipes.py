@@ -1,22 +1,27 @@
 """Recipes as a page sends them: by name, as YAML text, or by the id of a training here. Never by a path.
 
 `trained:ID` is a student that a training here has made, ID that of its output. It stands alone, as a whole recipe, or in YAML as
-the `path` of a part, where the part is that of the student.
+the `path` of a part, where the part is that of the student. The `model` of a drafter is a bundled one, or `folder:NAME` below the
+models folder.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hasten.errors import RecipeError
+from hasten.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
+    from hasten.part import Part
     from hasten.recipe import FromFile, Recipe
 
 TRAINED = re.compile(r"trained:([0-9a-f]{16})")
+FOLDER = "folder:"
+MOST = 4096
+"""No whole number of a drafter may be larger: its trees stand in memory, and are grown between two looks at the Stop button."""
 
 
 def check(text: str) -> None:
@@ -31,11 +36,15 @@ def named(text: str) -> str:
     return f"student {found[1][:6]}" if found else parsed(text).name or "custom"
 
 
-def recipe_of(text: str, trained: Mapping[str, Path] | None = None) -> Recipe:
-    """The recipe that `text` is. trained: id -> file of the students' recipes. Raises `RecipeError`."""
+def recipe_of(text: str, trained: Mapping[str, Path] | None = None, folders: Mapping[str, Path] | None = None) -> Recipe:
+    """The recipe that `text` is. trained: id -> file of the students' recipes. folders: id -> folder of a model that a drafter may
+    be; None leaves its id. Raises `RecipeError`."""
     if TRAINED.fullmatch(text):
         return _student(text, trained or {}).model_copy(update={"name": named(text)})
-    return _with_files(parsed(text), lambda axis, part: _part_of_student(axis, part, trained or {}))
+    found = _with_files(parsed(text), lambda axis, part: _part_of_student(axis, part, trained or {}))
+    if found.draft is None or folders is None:
+        return found
+    return found.model_copy(update={"draft": _with_models(found.draft, folders)})
 
 
 def portable(recipe: Recipe, trained: Mapping[str, Path]) -> Recipe:
@@ -69,7 +78,50 @@ def parsed(text: str) -> Recipe:
     for axis, part in found.axes.items():
         if isinstance(part, FromFile) and part.path and not TRAINED.fullmatch(part.path) and not _bundled(part.path):
             raise RecipeError(f"{axis}.path names a file, which a request may not. Name a student that comes with hasten, or trained:ID.")
+    for where, inner in _inner("draft", found.draft):
+        _check_drafter(where, inner)
     return found
+
+
+def _check_drafter(where: str, part: Part) -> None:
+    """Raise `RecipeError` for a drafter, or a part inside one, that would read a file that nobody named by an id, or be too large."""
+    from hasten.pipelines import tiny_models
+    from hasten.recipe import FromFile
+
+    if isinstance(part, FromFile) and "." in where:
+        raise RecipeError(f"{where}.path names a file, which a request may not. Name the student as a whole: trained:ID.")
+    for key in type(part).model_fields:
+        value = getattr(part, key)
+        if key == "model" and value not in tiny_models.names() and not str(value).startswith(FOLDER):
+            raise RecipeError(f"{where}.model is {str(value)[:60]!r}; allowed: a bundled model, or folder:NAME of one in your models folder.")
+        if isinstance(value, int) and value > MOST:
+            raise RecipeError(f"{where}.{key} is {value:,}; allowed here: at most {MOST:,}.")
+
+
+def _inner(where: str, part: object) -> Iterator[tuple[str, Part]]:
+    """`part` and all parts inside it, each with its dotted key."""
+    from hasten.part import Part
+
+    if isinstance(part, Part):
+        yield where, part
+        for key in type(part).model_fields:
+            yield from _inner(f"{where}.{key}", getattr(part, key))
+
+
+def _with_models(part: Part, folders: Mapping[str, Path]) -> Part:
+    """`part` with the folders of the models that it and the parts inside it name by id."""
+    from hasten.part import Part
+
+    changed: dict[str, object] = {}
+    for key in type(part).model_fields:
+        value = getattr(part, key)
+        if isinstance(value, Part):
+            changed[key] = _with_models(value, folders)
+        elif key == "model" and str(value).startswith(FOLDER):
+            if value not in folders:
+                raise RecipeError(f"There is no model {value!r} to draft with. Put its folder into the models folder.{nearest(value, folders)}")
+            changed[key] = str(folders[value])
+    return part.model_copy(update=changed)
 
 
 def _student(text: str, trained: Mapping[str, Path]) -> Recipe:

@@ -29,6 +29,10 @@ ALIKE = {
 """Keys of a file's description -> those of a request."""
 
 
+TRIED_ON = {"text diffusion": ("text", "tiny-dllm")}
+"""What a recipe alone is tried on -> kind of request and model; of others a video."""
+
+
 def restore(data: bytes, limits: Limits, folder: Path) -> Request:
     """The request that made the file. folder: where it may be written for a moment. Raises `RequestError` in words."""
     if len(data) > limits.max_upload:
@@ -104,7 +108,8 @@ def _of_recipe(text: str, limits: Limits) -> Request:
     from hasten.ui.engine.recipes import parsed
 
     try:
-        kind, model = ("text", "tiny-dllm") if acts_on(parsed(text)) == "text diffusion" else ("generate", "tiny-video")
+        found = parsed(text)
+        kind, model = ("decode", "tiny-lm") if found.draft is not None else TRIED_ON.get(acts_on(found), ("generate", "tiny-video"))
     except RecipeError as error:
         raise RequestError("file", text, ACCEPTED, str(error)) from None
     return read({"kind": kind, "model": model, "prompt": tiny_models.card(model)["prompts"][0], "recipe": text}, limits)

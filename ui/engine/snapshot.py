@@ -18,6 +18,7 @@ class Snapshot:
     note: the newest sentence to be told. data: what only this kind has:
 
     text: `tokens`: [{"text", "step", "given"}], step the one that revealed it, None where it is masked.
+    decode: `tokens`: [{"text", "given", "by", "round", "lead"}] and `rounds`: [{"drafted", "accepted", "written"}] (see `work.decode`).
     compare: `rows`, the finished runs'. tune: `trials`: [{"number", "name", "speedup", "worst", "kept", "note"}].
     train: `loss`: [[step, loss], ...] (at most 400 points), `samples`: names of pictures (`Engine.sample`).
     """

@@ -13,7 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hasten.errors import HastenError, OutputError
-from hasten.ui.engine.request import Compare, Generate, Picture, Request, Shape, Text, Train, Tune, to_json
+from hasten.ui.engine.request import (
+    Compare,
+    Decode,
+    Generate,
+    Picture,
+    Request,
+    Shape,
+    Text,
+    Train,
+    Tune,
+    to_json,
+)
 
 FULL = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|not enough memory|can't allocate memory|DefaultCPUAllocator", re.IGNORECASE)
 BROKEN = re.compile(r"illegal memory access|device-side assert|unspecified launch failure|CUDA error|HIP error", re.IGNORECASE)
@@ -90,8 +101,10 @@ def smaller(request: Request) -> Iterator[Remedy]:
         yield Remedy("Without the recipe, which keeps features in memory", _values(request, recipe="plain"))
     if isinstance(request, Compare) and len(request.recipes) > 1:
         yield Remedy("Compare one recipe only", _values(request, recipes=request.recipes[:1]))
-    if isinstance(request, Text) and (request.length or 0) > 64:
+    if isinstance(request, Text | Decode) and (request.length or 0) > 64:
         yield Remedy(f"{(request.length or 0) // 2} tokens instead of {request.length}", _values(request, length=(request.length or 0) // 2))
+    if isinstance(request, Decode) and request.recipe != "plain":
+        yield Remedy("Without drafts", _values(request, recipe="plain"))
     if isinstance(request, Train):
         batch = request.settings.get("train.batch", 32)
         if isinstance(batch, int) and batch > 1:

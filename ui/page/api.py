@@ -88,11 +88,20 @@ def _asking(engine: Engine) -> dict[str, Any]:
         """A text of a masked language model. length: new tokens. Gives the job's id."""
         return submit(kind="text", prompt=prompt, model=model, recipe=recipe, length=length, seed=seed)
 
+    def decode(
+        prompt: str, model: str = "tiny-lm", recipe: str = "look-up", length: int = 96, temperature: float = 0.0, top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:  # fmt: skip
+        """A prompt that a causal language model goes on with, drafted by a recipe. Gives the job's id."""
+        return submit(
+            kind="decode", prompt=prompt, model=model, recipe=recipe, length=length, temperature=float(temperature), top_k=top_k, seed=seed
+        )
+
     def tune(model: str, prompts: list[str], budget: str = "psnr>=30", seconds: float = 120.0, seed: int = 0, steps: int | None = None) -> str:
         """The fastest recipe that keeps a budget on four or more prompts. Gives the job's id."""
         return submit(kind="tune", model=model, prompts=prompts, budget=budget, seconds=float(seconds), seed=seed, steps=steps)
 
-    return {"generate": generate, "compare": compare, "text": text, "tune": tune}
+    return {"generate": generate, "compare": compare, "text": text, "decode": decode, "tune": tune}
 
 
 def _result(engine: Engine) -> None:

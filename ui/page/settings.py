@@ -21,7 +21,7 @@ from hasten.ui.page.watch import HIDDEN, TOLD, Updates, in_words
 from hasten.ui.views.component import shown
 
 PICTURES = ("image", "video")
-ORDER = {"tiny-video": 0, "tiny-image": 1, "tiny-flux": 2, "tiny-dllm": 0}
+ORDER = {"tiny-video": 0, "tiny-image": 1, "tiny-flux": 2, "tiny-dllm": 0, "tiny-lm": 1}
 """The bundled models that a picker begins with."""
 
 NUMBERS = {"steps": "Steps", "width": "Width", "height": "Height", "frames": "Frames"}

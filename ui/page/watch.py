@@ -78,12 +78,12 @@ async def snapshots(engine: Engine, job: str, wanted: Callable[[], bool]) -> Asy
 class Watch:
     """The part of a tab that looks at one job: its progress, its Stop button, and what may be tried when it failed.
 
-    kind: of job; a page that is opened finds its own last one, else the newest of all. kept: the browser's memory, {kind: job}.
+    kind: of job, and `also` further ones; a page that is opened finds its own last one, else the newest of all. kept: the browser's memory, {kind: job}.
     Make it where the progress is to stand; `show` says what else follows the job; then `starts` for each button that starts one.
     """
 
-    def __init__(self, engine: Engine, kind: str, kept: gr.BrowserState) -> None:
-        self.engine, self.kind, self.kept = engine, kind, kept
+    def __init__(self, engine: Engine, kind: str, kept: gr.BrowserState, also: tuple[str, ...] = ()) -> None:
+        self.engine, self.kind, self.kept, self.kinds = engine, kind, kept, (kind, *also)
         self.job = gr.State("")
         self.progress = shown(visible=False, elem_classes="progress")
         with gr.Row(visible=False, elem_classes="remedies") as self.row:
@@ -140,7 +140,7 @@ class Watch:
         try:
             return self.engine.job(str(known)).id
         except UsageError:
-            newest = self.engine.jobs.list(1, kinds=[self.kind])
+            newest = self.engine.jobs.list(1, kinds=self.kinds)
             return newest[0].id if newest else ""
 
     # --- handlers ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def connect(
     tabs: gr.Tabs, compare: CompareTab, generate: GenerateTab, text: TextTab, tune: TuneTab, train: TrainTab, history: HistoryTab, export: ExportTab
 ) -> None:
     """Wire them."""
-    kinds: dict[str, Tab] = {"compare": compare, "generate": generate, "text": text, "tune": tune, "train": train}
+    kinds: dict[str, Tab] = {"compare": compare, "generate": generate, "text": text, "decode": text, "tune": tune, "train": train}
 
     def to(name: str) -> dict[Any, Any]:
         return {tabs: gr.update(selected=name)}
@@ -93,7 +93,7 @@ def _restoring(tabs: gr.Tabs, kinds: dict[str, Tab], history: HistoryTab) -> Non
         if asked["kind"] not in kinds:
             raise UsageError(f"Settings of a {asked['kind']} cannot be restored.")
         gr.Info("The settings are restored. Nothing runs yet.")
-        return {**kinds[asked["kind"]].filled(asked), tabs: gr.update(selected=asked["kind"])}
+        return {**kinds[asked["kind"]].filled(asked), tabs: gr.update(selected=_tab(asked["kind"]))}
 
     def of_result(output: str) -> Updates:
         return fill(dict(history.chosen(output)["request"]))
@@ -105,12 +105,17 @@ def _restoring(tabs: gr.Tabs, kinds: dict[str, Tab], history: HistoryTab) -> Non
     history.file.upload(in_words(of_file), [history.file], outputs, **TOLD)
 
 
+def _tab(kind: str) -> str:
+    """Where results of a kind are shown."""
+    return "text" if kind == "decode" else kind
+
+
 def _opening(tabs: gr.Tabs, kinds: dict[str, Tab], history: HistoryTab) -> None:
     """A result of the history, in the tab where it was made."""
     outputs = [tabs, *dict.fromkeys(box for tab in kinds.values() for box in tab.watch.own)]
 
     def opened(output: str) -> Updates:
         found = history.chosen(output)
-        return {**kinds[found["kind"]].shown(found), tabs: gr.update(selected=found["kind"])}
+        return {**kinds[found["kind"]].shown(found), tabs: gr.update(selected=_tab(found["kind"]))}
 
     history.open.click(in_words(opened), [history.output], outputs, **TOLD)

@@ -10,8 +10,8 @@ from hasten.report_style import DRAWN, PALETTE, PALETTE_DARK
 ACCENT, ACCENT_HOVER, ON_ACCENT = "#0063a6", "#00518a", "#ffffff"
 """Of primary buttons, in light and dark alike: white on it has a contrast of 6.2 to 1."""
 
-STYLES = ("views", "player", "cards", "drawings", "canvas", "lists")
-SCRIPTS = ("views", "player", "plots", "canvas", "lists")
+STYLES = ("views", "player", "cards", "drawings", "canvas", "decoding", "lists")
+SCRIPTS = ("views", "player", "plots", "canvas", "decoding", "lists")
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 from hasten.ui.engine.desk import Desk
 from hasten.ui.engine.report import Report
 from hasten.ui.engine.work.compare import compare
+from hasten.ui.engine.work.decode import decode
 from hasten.ui.engine.work.download import download
 from hasten.ui.engine.work.generate import generate
 from hasten.ui.engine.work.text import text
@@ -15,6 +16,6 @@ from hasten.ui.engine.work.train import train
 from hasten.ui.engine.work.tune import tune
 
 WORK: dict[str, Callable[[Any, Desk, Report], dict[str, Any]]] = {
-    "generate": generate, "compare": compare, "text": text, "tune": tune, "train": train, "download": download,
+    "generate": generate, "compare": compare, "text": text, "decode": decode, "tune": tune, "train": train, "download": download,
 }  # fmt: skip
 """Kind -> what does it: (request, desk, report) -> result, plain JSON values."""

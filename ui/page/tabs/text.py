@@ -1,4 +1,4 @@
-"""Text: a canvas that fills in, in any order, coloured by the step that wrote each token."""
+"""Text: a canvas that fills in, in any order, or a text that is drafted and verified; coloured by when, or by whom, each token was written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import gradio as gr
 from gradio.components import Component
 
 from hasten.ui.engine import Engine, Job, Snapshot
+from hasten.ui.page import drafting
+from hasten.ui.page.drafting import Drafting
 from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.results import Shelf, generated
 from hasten.ui.page.settings import Picker, Speed, recipe_choices
@@ -15,13 +17,14 @@ from hasten.ui.page.speed import USUAL
 from hasten.ui.page.watch import HIDDEN, TOLD, Updates, Watch, in_words
 from hasten.ui.views.canvas import canvas
 from hasten.ui.views.component import shown
+from hasten.ui.views.decoding import decoding
 
 PROMPT = "shuffle: j m n c g e b i ="
 """Of the bundled model, which sorts at once. Here many answers are right, so it decides token by token, and in no order."""
 
 
 class TextTab:
-    """kept: the browser's memory of jobs."""
+    """kept: the browser's memory of jobs. Models that write from left to right are asked for a `decode`, others for a `text`."""
 
     def __init__(self, engine: Engine, kept: gr.BrowserState) -> None:
         self.engine, self.shelf = engine, Shelf(engine)
@@ -30,7 +33,7 @@ class TextTab:
                 self._controls()
             with gr.Column(scale=6, min_width=320):
                 self.canvas = shown(canvas({}), elem_id="text-result")
-                self.watch = Watch(engine, "text", kept)
+                self.watch = Watch(engine, "text", kept, also=("decode",))
                 self.facts = shown()
                 self.text = gr.Textbox("", label="The text", lines=3, max_lines=16, buttons=["copy"], visible=False, interactive=False)
         with self.buttons:
@@ -38,10 +41,12 @@ class TextTab:
         self._events()
 
     def _controls(self) -> None:
-        self.picker = Picker(self.engine, ("text",), "text")
+        self.picker = Picker(self.engine, ("text", "language"), "text")
         card = self.picker.cards()[0]
         self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=3, max_lines=10, elem_id="text-prompt")
-        self.speed = Speed(self.engine, card.id, "text")
+        with gr.Column() as self.slide:
+            self.speed = Speed(self.engine, card.id, "text")
+        self.drafting = Drafting(self.engine)
         with gr.Row(elem_classes="buttons") as self.buttons:
             self.run = gr.Button("Write", variant="primary", elem_classes="go", elem_id="text-run")
         with gr.Accordion("Advanced", open=False):
@@ -53,35 +58,54 @@ class TextTab:
     def _events(self) -> None:
         model = self.picker.model
         self.watch.show([self.canvas, self.facts, self.text], self.running, self.over)
-        self.watch.starts(self.run.click, self.request, [model, self.prompt, self.recipe, self.length, self.seed])
+        self.watch.starts(self.run.click, self.request, self.inputs)
         self.speed.slider.input(self.slid, [self.speed.slider, model], [self.recipe, self.speed.words], queue=False, **HIDDEN)
         self.recipe.input(self.chosen, [self.recipe, model], [self.speed.slider, self.speed.words], queue=False, **HIDDEN)
-        model.input(in_words(self.other_model), [model], [*self.picker.parts, self.prompt], **TOLD)
+        model.input(in_words(self.other_model), [model], [*self.picker.parts, self.prompt, *self._sorts], **TOLD)
+
+    @property
+    def inputs(self) -> list[Component]:
+        """In the order of `request`."""
+        return [self.picker.model, self.prompt, self.recipe, self.length, self.seed, *self.drafting.inputs]
+
+    @property
+    def _sorts(self) -> list[Any]:
+        """What `_for` updates."""
+        return [self.slide, self.recipe, self.drafting.column]
 
     # --- handlers ---------------------------------------------------------------------------------
 
-    def request(self, model: str, prompt: str, recipe: str, length: str, seed: int | None) -> dict[str, Any]:
+    def request(self, model: str, prompt: str, recipe: str, length: str, seed: int | None, *drafts: Any) -> dict[str, Any]:
         """What Write asks for."""
         tokens = read("length", length)
-        more = {"length": tokens} if tokens is not None else {}
-        return {"kind": "text", "model": model, "prompt": prompt, "recipe": recipe or "plain", "seed": int(seed or 0), **more}
+        asked = {"model": model, "prompt": prompt, "seed": int(seed or 0), **({"length": tokens} if tokens is not None else {})}
+        if self._causal(model):
+            return {"kind": "decode", **asked, **self.drafting.request(*drafts)}
+        return {"kind": "text", **asked, "recipe": recipe or "plain"}
 
     def filled(self, asked: dict[str, Any]) -> Updates:
         """The controls as a request has them."""
-        return {
+        common = {
             self.picker.model: self.picker.card(asked["model"]).id, **self.picker.updates(asked["model"]), self.prompt: asked["prompt"],
-            self.recipe: asked.get("recipe", "text-balanced"), self.length: written(asked.get("length")), self.seed: asked.get("seed", 0),
-            **self.speed.updates(asked["model"], str(asked.get("recipe", "text-balanced"))),
+            self.length: written(asked.get("length")), self.seed: asked.get("seed", 0),
         }  # fmt: skip
+        if asked["kind"] == "decode":
+            return {**common, **self._for(asked["model"]), **self.drafting.filled(asked)}
+        recipe = str(asked.get("recipe", "text-balanced"))
+        return {**common, **self._for(asked["model"]), self.recipe: gr.update(value=recipe, visible=True), **self.speed.updates(asked["model"], recipe)}
 
     @property
-    def fills(self) -> list[Component]:
+    def fills(self) -> list[Any]:
         """All that `filled` updates."""
-        return [self.picker.model, *self.picker.parts, self.prompt, self.recipe, self.length, self.seed, self.speed.slider, self.speed.words]
+        return [
+            self.picker.model, *self.picker.parts, self.prompt, self.recipe, self.length, self.seed, self.speed.slider, self.speed.words, self.slide,
+            *self.drafting.fills,
+        ]  # fmt: skip
 
     def other_model(self, model: str) -> Updates:
-        prompts = self.picker.card(model).prompts
-        return {**self.picker.updates(model), **({self.prompt: prompts[0]} if prompts else {})}
+        card, causal = self.picker.card(model), self._causal(model)
+        example = drafting.PROMPT if causal and card.where == "bundled" else next(iter(card.prompts), None)
+        return {**self.picker.updates(model), **self._for(model), **({self.prompt: example} if example else {})}
 
     def slid(self, place: float, model: str) -> tuple[str, Any]:
         recipe = self.speed.recipe(place, model)
@@ -91,15 +115,30 @@ class TextTab:
         return self.speed.updates(model, recipe or self.speed.recipe(USUAL, model))
 
     def running(self, snapshot: Snapshot) -> Updates:
-        tokens = snapshot.data.get("tokens")
-        return {self.canvas: canvas({"tokens": tokens, "title": "Writing"}), self.facts: "", self.text: gr.update(visible=False)} if tokens else {}
+        about, tokens = snapshot.data, snapshot.data.get("tokens")
+        if not tokens:
+            return {}
+        found = decoding({**about, "title": "Writing"}) if "rounds" in about else canvas({"tokens": tokens, "title": "Writing"})
+        return {self.canvas: found, self.facts: "", self.text: gr.update(visible=False)}
 
     def over(self, job: Job) -> Updates:
         return self.shown(self.shelf.result(job.result["output"]), fresh=True)
 
     def shown(self, found: dict[str, Any], fresh: bool = False) -> Updates:
         """A text, also one of the history. fresh: it is shown being written, for it may have been quicker than the eye."""
-        return {
-            self.canvas: canvas({"tokens": found["tokens"], "steps": int(found["row"].get("nfe") or 0), "play": fresh}), self.facts: generated(found),
-            self.text: gr.update(value=found["text"], visible=True),
-        }  # fmt: skip
+        text = {self.text: gr.update(value=found["text"], visible=True)}
+        if found["kind"] == "decode":
+            return {self.canvas: decoding(found), self.facts: "", **text}
+        drawn = canvas({"tokens": found["tokens"], "steps": int(found["row"].get("nfe") or 0), "play": fresh})
+        return {self.canvas: drawn, self.facts: generated(found), **text}
+
+    # --- two sorts of models ----------------------------------------------------------------------
+
+    def _causal(self, model: str) -> bool:
+        """Does it write from left to right?"""
+        return self.picker.card(model).kind == "language"
+
+    def _for(self, model: str) -> Updates:
+        """The controls that a model has."""
+        causal = self._causal(model)
+        return {self.slide: gr.update(visible=not causal), self.recipe: gr.update(visible=not causal), **self.drafting.show(causal)}

@@ -1,0 +1,104 @@
+"""The controls of drafted decoding: who guesses, and how tokens are chosen. They stand where the slider of other texts does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from hasten.errors import HastenError
+from hasten.ui.engine import Engine
+from hasten.ui.engine.recipes import check
+from hasten.ui.page.numbers import box, read, written
+from hasten.ui.page.sentences import said
+from hasten.ui.page.watch import Updates
+from hasten.ui.views.component import shown
+
+PROMPT = "def push(self, item):\n    self.items.append(item)\n\ndef pop(self"
+"""Of bundled models, which have read Python's own sources."""
+
+FIRST = {
+    "look-up": "The text itself: what followed the same words before", "dyspec": "A small model, as a tree (tiny-draft)",
+    "look-up-or-draft": "Both: the text, and the small model beside it", "plain": "Nobody: plain decoding",
+}  # fmt: skip
+"""Recipes that most people want, in words."""
+
+PICTURES = "speculative-jacobi"
+"""Drafts the tokens of images."""
+
+EVERY = "every=true"
+"""How a recipe's name says: also where it does not pay."""
+
+WORDS = "Guesses change how fast a text is written, not what is written: each one is checked by the model itself."
+
+
+class Drafting:
+    """Make it where the controls are to stand, then `show` says for which models they are there."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        with gr.Column(visible=False) as self.column:
+            self.recipe = gr.Dropdown(choices(engine), value="look-up", label="Who guesses", allow_custom_value=True, elem_id="text-drafts")
+            self.every = gr.Checkbox(False, label="Guess in every forward, also where it does not pay", container=False)
+            with gr.Row():
+                self.temperature = box("Temperature", "0: the likeliest", elem_id="text-temperature")
+                self.top_k = box("Top k", "all", elem_id="text-top-k")
+            self.words = shown(said(WORDS))
+
+    @property
+    def inputs(self) -> list[Component]:
+        """In the order of `request`."""
+        return [self.recipe, self.every, self.temperature, self.top_k]
+
+    @property
+    def fills(self) -> list[Any]:
+        """All that `filled` and `show` update."""
+        return [*self.inputs, self.column]
+
+    def request(self, recipe: str, every: bool, temperature: str, top_k: str) -> dict[str, Any]:
+        """A request's keys that stand here. What was left empty is left out."""
+        warmth, among = read("temperature", temperature, whole=False), read("top_k", top_k)
+        numbers = {"temperature": float(warmth) if warmth is not None else None, "top_k": among}
+        return {"recipe": _every(recipe or "plain") if every else recipe or "plain", **{key: value for key, value in numbers.items() if value is not None}}
+
+    def filled(self, asked: dict[str, Any]) -> Updates:
+        """The controls as a request has them."""
+        recipe, _, more = str(asked["recipe"]).partition(":")
+        every = more == EVERY
+        return {
+            self.recipe: recipe if every else asked["recipe"], self.every: every, self.temperature: written(asked.get("temperature") or None),
+            self.top_k: written(asked.get("top_k")),
+        }  # fmt: skip
+
+    def show(self, wanted: bool) -> Updates:
+        return {self.column: gr.update(visible=wanted)}
+
+
+def choices(engine: Engine) -> list[tuple[str, str]]:
+    """(label, recipe): those of `FIRST`, small models of the models folder, then all others that need no file."""
+    from hasten.pipelines.recipes import catalogue
+
+    small = [(f"A small model, as a tree ({name})", f"dyspec:model={name}") for name in engine.models.drafting()]
+    others = [
+        (entry.name, entry.name) for entry in catalogue()
+        if entry.recipe.draft is not None and entry.name not in (*FIRST, PICTURES) and _stands(entry.name)
+    ]
+    return [*((label, name) for name, label in FIRST.items()), *(each for each in small if _stands(each[1])), *others]
+
+
+def _stands(recipe: str) -> bool:
+    """May a request name it as it is?"""
+    try:
+        check(recipe)
+    except HastenError:
+        return False
+    return True
+
+
+def _every(recipe: str) -> str:
+    """The same in every forward; recipes that know no such thing, and those as YAML, stay as they are."""
+    if "\n" in recipe or ": " in recipe or EVERY in recipe:
+        return recipe
+    changed = f"{recipe},{EVERY}" if ":" in recipe else f"{recipe}:{EVERY}"
+    return changed if _stands(changed) else recipe
