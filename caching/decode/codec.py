@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hasten.caching.decode.packed import Growing, gathered
+from hasten.caching.decode.turns import Turns
 from hasten.caching.store import numbered
 from hasten.errors import RefusedError
 from hasten.part import Part
@@ -21,19 +22,33 @@ from hasten.part import Part
 
 class Codec(Part):
     """Family of the codecs. Slots are packed once, in whole groups of `group` tokens, and never written again: what is
-    evicted leaves without a second rounding. residual: the newest tokens, which stay as they are.
+    evicted leaves without a second rounding. residual: the newest tokens, which stay as they are. prompts_only: does what is
+    generated stay as it is?
     """
 
-    group: ClassVar[int] = 1
+    prompts_only: ClassVar[bool] = False
     residual: int = Field(32, ge=0)
+
+    @property
+    def group(self) -> int:
+        """Tokens that are packed together."""
+        return 1
 
     def start(self) -> Codec:
         """Codecs remember nothing: this one itself."""
         return self
 
+    def least(self, channels: int) -> int:
+        """Fewer tokens than these are not packed yet; channels: numbers of a token's keys, all heads together."""
+        return 1
+
     def pack(self, x: Tensor, keys: bool) -> Growing:
         """x [B, Hk, n, D], n a multiple of `group`; keys: are these keys, or values?"""
         raise NotImplementedError(f"{type(self).__name__} has no pack().")
+
+    def form(self, place: Tensor, turns: Turns | None) -> Callable[[Tensor, bool], Growing]:
+        """`pack` for slots of which the first are at places int32 [B, P, n or more], in a model that turns keys so."""
+        return self.pack
 
 
 @dataclass(frozen=True, slots=True)

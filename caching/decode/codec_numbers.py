@@ -36,7 +36,10 @@ class Kivi(Codec):
     """
 
     kind: ClassVar[str] = "kivi"
-    group: ClassVar[int] = GROUP
+
+    @property
+    def group(self) -> int:
+        return GROUP
 
     def pack(self, x: Tensor, keys: bool) -> Growing:
         if x.shape[-1] % 2:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from hasten.caching.decode.amount import Amount, HeadBudget, LayerBudget, OwnHeads, SameLayers
 from hasten.caching.decode.codec import Codec
+from hasten.caching.decode.lazy import LazyState, LazyTokens
 from hasten.caching.decode.prompt import PromptChoice
 from hasten.caching.decode.score import Recency, Seen, SlotScore, SlotScoreState
 from hasten.caching.decode.slots import Slots
+from hasten.caching.decode.turns import Turns
 from hasten.errors import RecipeError
 from hasten.part import Part
 from hasten.recipe import KVPolicy
@@ -42,7 +44,7 @@ class KeptCache(KVPolicy):
     when: "prompt": after each piece of a prompt (a turn of a conversation), and what is generated stays; "always": while
     generating, too, once there are `every` more than the amount. layers, heads: who gets how much of the amount. codec: the
     form of what is older than its residual. shared: prefixes that are held once; prompt: which tokens of a prompt are read at
-    all; both for `generate` alone. Without amount and codec the cache is the model's own, token for token.
+    all; both for `generate` alone; lazy: which tokens deeper layers read. Without amount and codec the cache is the model's own, token for token.
 
     Positions stay those of the text: what is left is not moved together, as far as the model can tell.
     """
@@ -60,6 +62,7 @@ class KeptCache(KVPolicy):
     codec: Codec | None = None
     shared: Shared | None = None
     prompt: PromptChoice | None = None
+    lazy: LazyTokens | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> KeptCache:
@@ -72,6 +75,11 @@ class KeptCache(KVPolicy):
             raise RecipeError(
                 "a shared prefix is held once for several rows, and rows choose, evict and pack for themselves. Take `shared`"
                 " without amount, codec and prompt."
+            )
+        if self.lazy is not None and (self.amount, self.codec, self.shared, self.prompt) != (None, None, None, None):
+            raise RecipeError(
+                "lazy keeps the hidden states of tokens that layers left out, to compute what is missing later, and nothing may"
+                " leave or change behind its back. Take `lazy` without amount, codec, shared and prompt."
             )
         return self
 
@@ -94,10 +102,13 @@ class LayerFacts:
 
 
 class KeptState:
-    """Scores of one cache, layer by layer, and what was done. refused: why layers kept more than they should."""
+    """Scores of one cache, layer by layer, and what was done. refused: why layers kept more than they should. lazy: hidden
+    states of tokens that deeper layers left out. turns: how the model turns keys, where somebody needs to know."""
 
     def __init__(self, part: KeptCache, layers: int) -> None:
         self.part = part
+        self.lazy = LazyState(part.lazy, layers) if part.lazy is not None else None
+        self.turns: Turns | None = None
         self.factors = part.layers.factors(layers)
         self.scores: list[SlotScoreState] = [part.score.start() for _ in range(layers)]
         self.facts = [LayerFacts(layer) for layer in range(layers)]
@@ -120,9 +131,10 @@ class KeptState:
                 self._evict(slots, seen, lengths)
             if self.part.when == "prompt" and not self.part.score.lasting:
                 score.forget()
-        if self.part.codec is not None:
-            codec = self.part.codec
-            facts.packed += slots.pack(codec.pack, codec.residual, codec.group)
+        codec = self.part.codec
+        if codec is not None and (seen.prompt or not codec.prompts_only):
+            form, least = codec.form(slots.place[..., slots.behind :], self.turns), codec.least(slots.k.shape[1] * slots.k.shape[3])
+            facts.packed += slots.pack(form, codec.residual, codec.group, least)
 
     def _evict(self, slots: Slots, seen: Seen, lengths: Sequence[int]) -> None:
         amount, factor = self.part.amount, self.factors[seen.layer]
@@ -189,8 +201,11 @@ class KeptState:
         """The rows changed places (beams, samples of one prompt): int64 [m]."""
         for score in self.scores:
             score.rows(index)
+        if self.lazy is not None:
+            self.lazy.rows(index)
 
     @property
     def bytes(self) -> int:
         """Bytes held beside the slots."""
-        return sum(t.numel() * t.element_size() for score in self.scores for t in score.tensors())
+        noted = sum(t.numel() * t.element_size() for score in self.scores for t in score.tensors())
+        return noted + (self.turns.bytes if self.turns else 0) + (self.lazy.bytes if self.lazy else 0)

@@ -6,7 +6,7 @@ Shapes: see `hasten.caching.decode`; T slots of all rows and heads together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Growing(Packed, Protocol):
 
     def joined(self, other: Self) -> Self:
         """These slots, and those of `other` behind them."""
+
+
+@runtime_checkable
+class Some(Packed, Protocol):
+    """Of which some slots may be read without the others."""
+
+    def at(self, index: Tensor) -> Tensor:
+        """What these slots hold, int64 [B, 1 or Hk, n]: [B, Hk, n, D]; anything where the index is `NONE`."""
 
 
 def gathered(x: Tensor, index: Tensor) -> Tensor:
@@ -95,3 +103,42 @@ class Flat:
 
     def tensors(self) -> list[Tensor]:
         return [self.data]
+
+
+@dataclass(frozen=True, slots=True)
+class Far:
+    """Values [B, Hk, S, Dv] in the CPU's memory, exactly as they are; pinned where `device`, on which they are read, is a GPU."""
+
+    data: Tensor
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> Far:
+        return cls(_there(x.to("cpu", copy=True).contiguous(), x.device), x.device)
+
+    def read(self) -> Tensor:
+        return self.data.to(self.device)
+
+    def at(self, index: Tensor) -> Tensor:
+        """The values of these slots alone, int64 [B, 1 or Hk, n]: whole rows are copied, and only these cross over."""
+        b, heads, slots, d = self.data.shape
+        index = index.clamp(min=0).expand(b, heads, -1).to("cpu")
+        rows = index + torch.arange(b * heads).view(b, heads, 1) * slots
+        found = self.data.view(-1, d).index_select(0, rows.reshape(-1))
+        return found.view(b, heads, -1, d).to(self.device)
+
+    def take(self, index: Tensor) -> Far:
+        return Far(_there(gathered(self.data, index.to("cpu")), self.device), self.device)
+
+    def rows(self, index: Tensor) -> Far:
+        return Far(_there(self.data.index_select(0, index.to("cpu")), self.device), self.device)
+
+    def joined(self, other: Self) -> Far:
+        return Far(_there(torch.cat([self.data, other.data], 2), self.device), self.device)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.data]
+
+
+def _there(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory() if device.type == "cuda" else x

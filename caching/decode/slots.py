@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hasten.caching.decode.packed import NONE, Flat, Growing, Packed, gathered, stored
+from hasten.caching.decode.packed import NONE, Far, Flat, Growing, Packed, Some, gathered, stored
+from hasten.caching.decode.view import View
 from hasten.caching.store import numbered
 from hasten.errors import UsageError
 
@@ -25,22 +26,6 @@ GROW = 8
 
 EVEN = 0.95
 """Heads that hold at least this share of what they would, were they all as long as the longest, stay a rectangle."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What may be read now: k [B, Hk, S + N, D], v [B, Hk, S + N, Dv], place int32 [B, P, S + N] (`NONE`: not to be read).
-
-    tail: N, the newest tokens, which are not committed. reads: bool [B or 1, N, N], which of them each reads (a draft);
-    None: those whose place is not behind its own. holes: may a place be `NONE`?
-    """
-
-    k: Tensor
-    v: Tensor
-    place: Tensor
-    tail: int
-    reads: Tensor | None
-    holes: bool
 
 
 @dataclass(slots=True)
@@ -71,6 +56,7 @@ class Slots:
         self.ends: list[int] = []  # the next free column of each row
         self.tokens: list[float] = []
         self.holes = False
+        self.moves = 0  # how often slots left, so that the others stand elsewhere
         self.tail: _Tail | None = None
 
     # --- sizes --------------------------------------------------------------------------------------
@@ -82,9 +68,14 @@ class Slots:
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory held, spare columns, places and notes included."""
-        packed = [t for part in self.old or () for t in part.tensors()]
+        """Bytes of memory held, spare columns, places and notes included, but for what is in a slower memory."""
+        packed = [t for part in self.old or () if not isinstance(part, Far) for t in part.tensors()]
         return stored([self.k, self.v, self.place, *self.notes.values(), *packed])
+
+    @property
+    def far_bytes(self) -> int:
+        """Bytes held in the CPU's memory as the slower of two."""
+        return stored([t for part in self.old or () if isinstance(part, Far) for t in part.tensors()])
 
     def positions(self) -> Tensor:
         """The logical place of each committed slot, int32 [B, P, S]; `NONE` where it holds nothing."""
@@ -209,18 +200,35 @@ class Slots:
 
     def view(self) -> View:
         """All that may be read; the buffer itself where nothing is packed (do not write to it)."""
-        tail = self.tail
+        near = self.near()
+        if self.old is None:
+            return near
+        k, v = (part.read().to(new.dtype) for part, new in zip(self.old, (near.k, near.v), strict=True))
+        return near.behind(k, v, self.place[..., : self.behind])
+
+    def near(self) -> View:
+        """What is not packed, alone."""
+        tail, place = self.tail, self.place[..., self.behind :]
         columns = self.used + (tail.size if tail else 0)
-        k, v = self.k[:, :, :columns], self.v[:, :, :columns]
-        if self.old is not None:
-            k = torch.cat([self.old[0].read().to(k.dtype), k], 2)
-            v = torch.cat([self.old[1].read().to(v.dtype), v], 2)
-        place = self.place
         if tail is not None:
             place = torch.cat([place, tail.place[:, None].expand(-1, place.shape[1], -1)], -1)
         return View(
-            k, v, place, tail.size if tail else 0, tail.reads if tail else None, self.holes or bool(tail and tail.holes)
-        )
+            self.k[:, :, :columns], self.v[:, :, :columns], place, columns - self.used, tail.reads if tail else None,
+            self.holes or bool(tail and tail.holes),
+        )  # fmt: skip
+
+    @property
+    def partly(self) -> bool:
+        """Is something packed of which some may be read without the others?"""
+        return self.old is not None and all(isinstance(part, Some) for part in self.old)
+
+    def view_of(self, index: Tensor) -> View:
+        """Of what is packed these slots alone, int64 [B, Hk, n], `NONE` for none, and all that is not packed. For a store
+        that is `partly` readable."""
+        assert self.old is not None and self.partly
+        k, v = (cast(Some, part).at(index).to(new.dtype) for part, new in zip(self.old, (self.k, self.v), strict=True))
+        place = self.place.expand(-1, index.shape[1], -1).gather(-1, index.clamp(min=0))
+        return self.near().behind(k, v, torch.where(index >= 0, place, NONE).to(torch.int32))
 
     # --- leaving ------------------------------------------------------------------------------------
 
@@ -232,6 +240,7 @@ class Slots:
         """
         if self.tail is not None:
             raise UsageError("Slots.keep(): a draft is open. Commit or discard it first.")
+        self.moves += 1
         planes = max(mask.shape[1], self.place.shape[1])
         mask = (mask & (self.place >= 0)).expand(-1, planes, -1)
         if self.old is None or isinstance(self.old[0], Flat):
@@ -313,13 +322,13 @@ class Slots:
 
     # --- packing ------------------------------------------------------------------------------------
 
-    def pack(self, form: Callable[[Tensor, bool], Growing], newest: int, group: int) -> bool:
+    def pack(self, form: Callable[[Tensor, bool], Growing], newest: int, group: int, least: int = 1) -> bool:
         """Put all but the `newest` columns of the buffer, in whole groups of `group`, into another form; True where there
-        were any. form(x [B, Hk, n, D], is it keys?). What is packed is packed once and never written again.
+        were any (`least`, or more). form(x [B, Hk, n, D], is it keys?). What is packed is packed once and never written again.
         """
         free = min(self.ends, default=0) - newest
         count = free - free % group
-        if count <= 0 or self.tail is not None:
+        if count < max(1, least) or self.tail is not None:
             return False
         new = form(self.k[:, :, :count], True), form(self.v[:, :, :count], False)
         if self.old is None:

@@ -51,6 +51,8 @@ def attach(model: Any, recipe: Recipe, limits: Limits | None = None) -> DecodeSe
             f"{drafter.kind!r} reads the states of every token of the prompt, and this kv reads only some of them. Leave `prompt` and"
             " `shared` out of the kv, or take look-up."
         )
+    if recipe.kv.lazy is not None:
+        raise UsageError("lazy-llm chooses by each new token what is computed of the text, and drafts are several at once. Take one of them.")
     cache = KVSession(model, Recipe(name=recipe.name, kv=recipe.kv, attention=recipe.attention), limits)
     try:
         return DecodeSession(model, recipe, drafter, verifier, pace, limits or Limits(), cache)

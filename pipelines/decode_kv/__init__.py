@@ -2,7 +2,9 @@
 
     attention   what the registered attention function computes
     cache       transformers' `Cache`, with logical and physical lengths apart, drafts, and shared prefixes
+    layer       one layer of it
     site        one attention module
+    lazy        one decoder layer, which computes some of the tokens
     session     what `hasten.accelerate` puts on a model, and how it comes off again
     report      what was held, evicted and packed
     foreign     scores of other libraries (kvpress)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hasten.caching.decode.mass import allowed
-from hasten.caching.decode.slots import View
+from hasten.caching.decode.view import View
 from hasten.sparse_attn.merge import merge
 from hasten.sparse_attn.plan import Output
 from hasten.sparse_attn.text.exact import LOGITS, attend_all, attend_some

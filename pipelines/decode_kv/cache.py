@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from hasten.caching.decode.kept import KeptCache, KeptState
+from hasten.caching.decode.lazy import LazyState
 from hasten.caching.decode.packed import NONE
 from hasten.caching.decode.score import Seen
-from hasten.caching.decode.slots import Slots, View
+from hasten.caching.decode.slots import Slots
 from hasten.errors import UsageError
-from hasten.sparse_attn.text.reader import ReaderState
+from hasten.pipelines.decode_kv.layer import KVLayer
 
 if TYPE_CHECKING:
     from hasten.pipelines.decode_kv.session import KVSession
@@ -27,71 +27,6 @@ if TYPE_CHECKING:
 
 LATE = 32
 """Tokens that a layer with a window may hold beyond it, so that not every new token moves all others."""
-
-
-class KVLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer: what transformers asks of it, answered from `slots`. levels: what several rows share, read before what
-    they have of their own. view: what its attention is about to read. reader: state of what reads some of it; selected:
-    its calls."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, cache: KVCache, number: int) -> None:
-        super().__init__()
-        self.cache, self.number, self.slots = cache, number, Slots()
-        self.levels: list[Slots] = []
-        self.view: View | None = None
-        self.pending: Seen | None = None
-        self.reader: ReaderState | None = None
-        self.selected = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new tokens stand behind what is held; their attention commits them, unless they are a draft."""
-        now = self.cache.now
-        if now is None:
-            raise UsageError(
-                "This cache belongs to a model that hasten has accelerated, and this call did not go through it. Use the cache"
-                " with that model while its session is open; other models make a cache of their own."
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.slots.scratch(key_states, value_states, now.at, now.reads, now.holes)
-        self.view = self.slots.view()
-        return self.view.k, self.view.v
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Once for the whole cache, when the first layer is asked."""
-        if self.number == 0 and tokens_to_remove:
-            self.cache.shorten(-tokens_to_remove)
-
-    def reset(self) -> None:
-        if self.number == 0:
-            self.cache.clear()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.number == 0:
-            self.cache.rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.number == 0:
-            rows = torch.arange(len(self.cache.lengths), device=self.device)
-            self.cache.rows(rows.repeat_interleave(repeats))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +47,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
     lengths: tokens of each row so far, padding not counted; columns: tokens with padding, which transformers counts.
     from_generate: did `generate` make it, which reads the logits of the last token alone?
-    choosing: is a prompt read for the sake of choosing its tokens? repacked: do positions follow what was chosen?
+    choosing: is a prompt read for the sake of choosing its tokens? repacked: do positions follow what was chosen? prunes: may
+    this call leave tokens out of deeper layers? angles: what it passes to its layers for positions.
     A draft: `draft(reads, depth)`, one call of the model, `commit(index)` or `discard()`.
     """
 
@@ -130,11 +66,13 @@ class KVCache(Cache):  # type: ignore[misc]
         self.state: KeptState = self.part.start(len(self.layers))
         self._next: tuple[Tensor, Tensor] | None = None
         self._open: Now | None = None
-        self._wrote = self._broken = False
+        self._begun: Now | None = None
+        self._wrote = self._broken = self.prunes = False
+        self.angles: Any = None
         self.choosing = self.repacked = False
         for layer in self.layers:
             layer.slots, layer.levels, layer.view, layer.pending = Slots(), [], None, None
-            layer.reader, layer.selected = None, 0
+            layer.reader, layer.selected, layer.prepared, layer.partly = None, 0, 0, False
 
     # --- one call of the model ----------------------------------------------------------------------
 
@@ -158,8 +96,31 @@ class KVCache(Cache):  # type: ignore[misc]
         else:
             at = (base + valid.cumsum(1) - 1).masked_fill(~valid, NONE)
             new = valid.sum(1).tolist()
-        self.now = Now(at, holes, None, new, n > 1 or not any(self.lengths), False)
+        self.now = self._begun = Now(at, holes, None, new, n > 1 or not any(self.lengths), False)
+        if self.state.lazy is not None:
+            self._begin_lazily(self.state.lazy, self.now, base[:, 0])
         return self.now
+
+    def _begin_lazily(self, lazy: LazyState, now: Now, before: Tensor) -> None:
+        self.prunes = now.at.shape[1] == 1 or self.from_generate
+        if self.prunes and now.holes and bool((now.at[:, -1] < 0).any()):
+            self.prunes = False
+            self.session.note("A text is padded behind its end, so that its last token is not the last of the call; nothing was left out of it.")
+        if now.at.shape[1] > 1 and not self.from_generate:
+            self.session.note("A call outside generate wants every token's logits, and every layer computed every token for it.")
+        lazy.begin(sum(now.new), before)
+
+    @property
+    def ends(self) -> int:
+        """No token of the call under way stands at this place or behind it."""
+        assert self.now is not None
+        return max(self.lengths) + self.now.at.shape[1]
+
+    def narrow(self, at: Tensor) -> None:
+        """The next layers compute tokens at these places, int [B, n], `NONE` for padding."""
+        assert self.now is not None
+        if at is not self.now.at:
+            self.now = replace(self.now, at=at, holes=bool((at < 0).any()))
 
     def _drafted(self, base: Tensor, n: int) -> Now:
         assert self._next is not None
@@ -170,7 +131,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def end(self, done: bool) -> None:
         """The call is over; done=False: it failed, and the cache with it if a layer had committed its tokens."""
-        now, self.now = self.now, None
+        now, self.now, self._begun = self._begun or self.now, None, None
         assert now is not None
         self._broken, self._wrote = self._wrote and not done, False
         for layer in self.layers:
@@ -216,6 +177,8 @@ class KVCache(Cache):  # type: ignore[misc]
     def draft(self, reads: Tensor, depth: Tensor) -> None:
         """The next call's n tokens are a draft. reads: bool [B or 1, n, n], which of them each reads (its ancestors and
         itself); depth: int [B or 1, n], how far each is from the end of its row, 0 for the next token."""
+        if self.state.lazy is not None:
+            raise UsageError("Drafts would read other tokens in each layer than the last accepted one chose. Take lazy-llm without drafts.")
         self._next = reads, depth
 
     def commit(self, index: Tensor, counts: list[int] | None = None) -> None:
@@ -260,6 +223,8 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.slots.rows(index)
+            if layer.reader is not None:
+                layer.reader.rows(index)
         self.state.rows(index)
 
     def shorten(self, tokens: int) -> None:
@@ -272,10 +237,18 @@ class KVCache(Cache):  # type: ignore[misc]
             if layer.is_initialized:
                 end = torch.tensor(self.lengths, device=layer.slots.place.device)[:, None, None]
                 layer.slots.keep(layer.slots.place < end)
+        if self.state.lazy is not None:
+            self.state.lazy.shorten(torch.tensor(self.lengths))
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory held: slots, their places and notes, and what scores remember."""
+        """Bytes of memory held: slots, their places and notes, and what scores and readers remember."""
         slots = [slots for layer in self.layers for slots in (*layer.levels, layer.slots)]
-        held: int = sum(each.bytes for each in slots) + self.state.bytes
+        read = sum(layer.reader.num_bytes() for layer in self.layers if layer.reader is not None)
+        held: int = sum(each.bytes for each in slots) + self.state.bytes + read
         return held
+
+    @property
+    def far_bytes(self) -> int:
+        """Bytes held beside these in the CPU's memory, by codecs that put values there."""
+        return sum(layer.slots.far_bytes for layer in self.layers)

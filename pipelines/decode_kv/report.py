@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from hasten.report_forms import readable_bytes
 
 if TYPE_CHECKING:
+    from hasten.pipelines.decode_kv.cache import KVCache
     from hasten.pipelines.decode_kv.session import KVSession
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One layer of the last cache. tokens: of the texts, over all rows; held: those that are still there (mean over heads);
-    share: the smallest part of the attention so far that stayed at an eviction, None where the score is not attention."""
+    share: the smallest part of the attention so far that stayed at an eviction, None where the score is not attention. far_bytes:
+    of values in the CPU's memory, beside `bytes`. read: share of prompts that the layer computed when they came, revived: tokens
+    that it computed later, where deeper layers leave tokens out."""
 
     layer: int
     tokens: int
@@ -26,17 +29,24 @@ class LayerReport:
     packed: int
     bytes: int
     full_bytes: int
+    far_bytes: int = 0
+    read: float | None = None
+    revived: int = 0
 
 
 @dataclass(frozen=True)
 class KVReport:
-    """The account of the last cache; `print` it, or `to_dict` it. inert: what was enabled and did nothing, in words."""
+    """The account of the last cache; `print` it, or `to_dict` it. far_bytes: in the slower of two memories, beside `bytes`;
+    left_bytes: of hidden states that deeper layers left out, a part of `bytes`. inert: what was enabled and did nothing, in
+    words."""
 
     model: str
     policy: str
     layers: list[LayerReport] = field(default_factory=list)
     bytes: int = 0
     full_bytes: int = 0
+    far_bytes: int = 0
+    left_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     inert: list[str] = field(default_factory=list)
 
@@ -60,15 +70,23 @@ class KVReport:
         else:
             lines.append(
                 f"cache: {readable_bytes(self.bytes)} held, {readable_bytes(self.full_bytes)} for all tokens ({100 * self.share:.0f} %)"
+                + (f", {readable_bytes(self.far_bytes)} beside that in the CPU's memory" if self.far_bytes else "")
+                + (f", of it {readable_bytes(self.left_bytes)} hidden states of tokens that were left out" if self.left_bytes else "")
             )
         for row in self.layers:
             share = "" if row.share is None else f", at least {100 * row.share:.1f} % of the attention stayed"
             packed = f", packed {row.packed} times" if row.packed else ""
             lines.append(
-                f"  layer {row.layer}: {row.held:,.0f} of {row.tokens:,} tokens held, {row.evicted:,.0f} evicted{share}{packed},"
+                f"  layer {row.layer}: {row.held:,.0f} of {row.tokens:,} tokens held, {row.evicted:,.0f} evicted{share}{packed}{_lazily(row)},"
                 f" {readable_bytes(row.bytes)}"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in dict.fromkeys([*self.notes, *self.inert]))])
+
+
+def _lazily(row: LayerReport) -> str:
+    if row.read is None:
+        return ""
+    return f", read {100 * row.read:.0f} % of the prompt" + (f", {row.revived:,} computed later" if row.revived else "")
 
 
 def report_of(session: KVSession) -> KVReport:
@@ -83,12 +101,18 @@ def report_of(session: KVSession) -> KVReport:
         tokens = sum(cache.lengths)
         rows.append(LayerReport(
             layer.number, tokens, sum(slots.tokens), facts.evicted, facts.evictions, facts.share, facts.packed, slots.bytes,
-            tokens * each,
+            tokens * each, slots.far_bytes, *_lazy_facts(cache, layer.number),
         ))  # fmt: skip
     return KVReport(
-        type(session.host).__name__, name, rows, cache.bytes, sum(row.full_bytes for row in rows),
-        [*session.notes, *cache.state.refused], _inert(session, rows),
+        type(session.host).__name__, name, rows, cache.bytes, sum(row.full_bytes for row in rows), cache.far_bytes,
+        cache.state.lazy.bytes if cache.state.lazy else 0, [*session.notes, *cache.state.refused], _inert(session, rows),
     )  # fmt: skip
+
+
+def _lazy_facts(cache: KVCache, number: int) -> tuple[float | None, int]:
+    """(share of prompts that a layer computed as they came, tokens that it computed later)."""
+    facts = cache.state.lazy.facts[number] if cache.state.lazy else None
+    return (None, 0) if facts is None or not facts.tokens else (facts.read / facts.tokens, facts.revived)
 
 
 def _each(slots: Any) -> int:
@@ -102,4 +126,6 @@ def _inert(session: KVSession, rows: list[LayerReport]) -> list[str]:
         found.append("Nothing was evicted: no text was longer than the amount.")
     if session.part.codec is not None and not any(row.packed for row in rows):
         found.append("Nothing was packed: no text was longer than the codec's residual.")
+    if session.part.lazy is not None and rows and all((row.read or 1.0) == 1.0 for row in rows):
+        found.append("Every layer computed every token of the prompt.")
     return found

@@ -34,11 +34,13 @@ def save_context(cache: KVCache, path: str | Path, tokens: Tensor, *, levels: in
 
     levels: numbers that a key's or value's channel is rounded to, 4 to 128 (16: about 3 to 4 bits each; twice as many in
     the first third of the layers); None: exact, in the dtype of the model. Raises `UsageError` for a cache that holds
-    nothing or has a draft open, and for shared prefixes.
+    nothing or has a draft open, for shared prefixes, and for `lazy`.
     """
     slots = [layer.slots for layer in cache.layers]
     if not cache.lengths or cache.layers[0].levels or slots[0].tail is not None:
         raise UsageError("save_context() needs a cache that holds something, without an open draft or shared prefixes.")
+    if cache.state.lazy is not None:
+        raise UsageError("save_context(): deeper layers of this cache lack tokens, and their hidden states are not saved. Leave `lazy` out.")
     if tokens.shape != (len(cache.lengths), cache.columns):
         raise UsageError(f"save_context(): the cache has read tokens of shape {(len(cache.lengths), cache.columns)}, got {tuple(tokens.shape)}.")
     if levels is not None and not 4 <= levels <= 128:

@@ -19,6 +19,7 @@ from hasten.limits import Limits
 from hasten.pipelines.causal.attention import attention_modules
 from hasten.pipelines.causal.configs import redirect, taken
 from hasten.pipelines.decode_kv.cache import KVCache
+from hasten.pipelines.decode_kv.lazy import LazyLayer
 from hasten.pipelines.decode_kv.report import KVReport, report_of
 from hasten.pipelines.decode_kv.shared import in_stages
 from hasten.pipelines.decode_kv.site import NAME, Chosen, Site, register
@@ -50,6 +51,8 @@ class KVSession:
                 f"{type(model).__name__} has layers with a sliding window, in which a shared prefix goes out of sight row by row."
                 " Leave `shared` out of the recipe."
             )
+        if self.part.lazy is not None:
+            self._heed_lazy(modules)
         register()
         try:
             self._attach(modules)
@@ -57,9 +60,29 @@ class KVSession:
             self._attachment.restore()
             raise
 
+    def _heed_lazy(self, modules: dict[str, nn.Module]) -> None:
+        if any(_slides(module.config) for module in modules.values()):
+            raise RefusedError(
+                f"{type(self.host).__name__} has layers with a sliding window, which drop what lazy-llm would compute later. Leave"
+                " `lazy` out of the recipe."
+            )
+        apart = [place for place in modules if not isinstance(self.host.get_submodule(_above(_above(place))), nn.ModuleList)]
+        shared: int = getattr(self.host.config, "num_kv_shared_layers", 0)
+        if apart or shared:
+            raise RefusedError(
+                f"The layers of {type(self.host).__name__} are not a list of attention and what follows it, each with keys of its own,"
+                " so that lazy-llm has no place to leave tokens out. Leave `lazy` out of the recipe."
+            )
+        if self.reader is not None:
+            raise UsageError("lazy-llm chooses what each layer reads, and so does the recipe's attention. Take one of them.")
+
     def _attach(self, modules: dict[str, nn.Module]) -> None:
         for module in modules.values():
             self._attachment.replace(module, "forward", Site(self, module).forward(module.forward))
+        if self.part.lazy is not None:
+            layers = {int(module.layer_idx): self.host.get_submodule(_above(place)) for place, module in modules.items()}  # type: ignore[arg-type]
+            for number, layer in layers.items():
+                self._attachment.replace(layer, "forward", LazyLayer(number, min(layers)).forward(layer.forward))
         redirect(self._attachment, self.host, modules.values(), NAME)
         base = self.host.base_model
         self._attachment.replace(base, "forward", self._around(base.forward))
@@ -180,12 +203,13 @@ class KVSession:
 
     # --- what users ask -------------------------------------------------------------------------------
 
-    def cache(self) -> KVCache:
+    def cache(self, last: bool = False) -> KVCache:
         """A new cache, for calls of the model that are not `generate`, and for a conversation: pass it as
-        `past_key_values` again and again."""
+        `past_key_values` again and again. last: only the logits of each call's last token are wanted, as by `generate`."""
         if self._closed:
             raise UsageError("This session is closed; its caches are, too. Open one with hasten.accelerate(model, recipe).")
         self.last = KVCache(self, self.layers, self.part)
+        self.last.from_generate = last
         return self.last
 
     def report(self) -> KVReport:
@@ -204,7 +228,8 @@ class KVSession:
         part = self.part
         named = {
             "drops tokens": part.amount is not None, "rounds what it holds": part.codec is not None,
-            "reads a part of the prompt": part.prompt is not None, "reads a part of what it holds": self.reader is not None,
+            "reads a part of the prompt": part.prompt is not None, "computes a part of the text in deeper layers": part.lazy is not None,
+            "reads a part of what it holds": self.reader is not None,
         }  # fmt: skip
         return " and ".join(name for name, is_so in named.items() if is_so)
 
@@ -234,6 +259,11 @@ def attach(model: Any, recipe: Recipe | KeptCache, limits: Limits | None = None)
     """What `hasten.accelerate` does with a causal language model and a recipe whose `kv` is a `KeptCache`."""
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(kv=recipe)
     return KVSession(model, recipe, limits)
+
+
+def _above(place: str) -> str:
+    """The module that holds this one, by their dotted names."""
+    return place.rpartition(".")[0]
 
 
 def _slides(config: Any) -> bool:

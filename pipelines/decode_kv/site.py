@@ -6,6 +6,7 @@ Shapes: see `hasten.caching.decode`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hasten.caching.decode.low_rank import LowRank
 from hasten.caching.decode.score import Seen
+from hasten.caching.decode.turns import Turns
 from hasten.errors import RefusedError
 from hasten.pipelines.decode_kv.attention import attend, attend_levels
-from hasten.pipelines.decode_kv.cache import KVCache, KVLayer
+from hasten.pipelines.decode_kv.cache import KVCache
+from hasten.pipelines.decode_kv.layer import KVLayer
 
 if TYPE_CHECKING:
     from hasten.pipelines.decode_kv.session import KVSession
@@ -71,11 +75,32 @@ class Site:
         if cache.choosing and layer.number == self.session.deciding:
             raise Chosen(q, view.k, q.shape[-1] ** -0.5 if scale is None else scale)
         window = extra.pop("sliding_window", None)
+        if layer.number == 0 and isinstance(cache.part.codec, LowRank):
+            self._note_turns(cache, named)
         o = self._read(q, layer, scale, window, extra)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale, view = q.shape[-1] ** -0.5 if scale is None else scale, layer.view
+        lazy = cache.state.lazy
+        if lazy is not None and layer.number in lazy.shares and cache.prunes:
+            lengths = [length + new for length, new in zip(cache.lengths, now.new, strict=True)]
+            lazy.weigh(layer.number, q, view.k, now.at, view.place, lengths, scale)
         host = (self.module, hidden, named) if cache.part.score.asks_host else (None, None, None)
         cache.settle(layer, Seen(layer.number, q, now.at, view.k, view.v, scale, now.prompt, window, *host))
         return o
+
+    def _note_turns(self, cache: KVCache, named: dict[str, Any]) -> None:
+        """How the model turns keys by position, for a codec that undoes it."""
+        given, now = named.get("position_embeddings"), cache.now
+        assert now is not None
+        if cache.state.turns is None and not turns_by_halves(self.module, given):
+            self.session.note(
+                f"How {type(self.module).__name__} turns keys is not known, and they are decomposed as they stand, which takes a higher"
+                " rank; if that is how they are before any position, nothing is lost."
+            )
+            return
+        if cache.state.turns is None:
+            cache.state.turns = Turns()
+        cos, sin = given  # type: ignore[misc]
+        cache.state.turns.write(cos, sin, now.at, cache.ends)
 
     def _read(
         self, q: Tensor, layer: KVLayer, scale: float | None, window: int | None, extra: dict[str, Any]
@@ -96,12 +121,19 @@ class Site:
         lengths, and what the recipe keeps dense."""
         reader = self.session.reader
         assert reader is not None and reader.cache is not None and layer.view is not None
-        view, now = layer.view, layer.cache.now
+        now = layer.cache.now
         assert now is not None
-        keys, scale = view.k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
-        drafted = view.reads is not None and view.reads.shape[0] > 1
-        if window is not None or layer.levels or drafted or not reader.acts_on(layer.number, self.session.layers):
+        keys, scale = layer.slots.slots + q.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+        drafted = now.reads is not None and now.reads.shape[0] > 1
+        silent = window is not None or layer.levels or drafted or not reader.acts_on(layer.number, self.session.layers)
+        if layer.partly:
+            found = None if silent or keys < reader.min_tokens else self._unpacked(q, layer, scale)
+            if found is not None:
+                return found
+            layer.whole()
+        if silent:
             return None
+        view = layer.view
         first = None
         if view.holes:
             first = (view.place >= 0).int().argmax(-1).amin(1)
@@ -112,6 +144,7 @@ class Site:
             layer.reader = reader.cache.start()
             if now.prompt:
                 layer.reader.prepare(q, view.k, view.v, first, scale)
+                layer.prepared = layer.slots.moves
                 return None
         if keys < reader.min_tokens:
             return None
@@ -119,6 +152,37 @@ class Site:
         o = layer.reader.attend(q, view.k, view.v, first, scale, tree).o
         layer.selected += 1
         return o.transpose(1, 2).contiguous()
+
+    def _unpacked(self, q: Tensor, layer: KVLayer, scale: float) -> Tensor | None:
+        """The reader's choice of what is packed, and what is not packed; None where it cannot choose without seeing all."""
+        slots, now = layer.slots, layer.cache.now
+        assert layer.reader is not None and now is not None
+        place = slots.place[..., : slots.behind]
+        first = (place >= 0).int().argmax(-1).amin(1) if slots.holes else None
+        uneven = first is not None and bool(((place >= 0).sum(-1) != slots.behind - first[:, None]).any())
+        index = None if uneven else layer.reader.places(q, slots.behind, first, scale)
+        if index is None:
+            return None
+        layer.selected += 1
+        return attend(self.module, q, slots.view_of(index), now.at, scale, None, {})
+
+
+def turns_by_halves(module: nn.Module, given: Any) -> bool:
+    """Does a module turn number i and i + R / 2 of its keys by `given`, cosines and sines [B, n, R]? Its file's own function is
+    asked."""
+    own = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if own is None or not isinstance(given, tuple) or len(given) != 2 or given[0].dim() != 3:
+        return False
+    cos, sin = (x[:1, -1:].float() for x in given)
+    turns = Turns()
+    place = torch.zeros(1, 1, dtype=torch.int64, device=cos.device)
+    turns.write(cos, sin, place, 1)
+    x = torch.linspace(-1, 1, int(module.head_dim), device=cos.device).view(1, 1, 1, -1)  # type: ignore[arg-type]
+    try:
+        turned = own(x, x, cos, sin)[1]
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    return torch.allclose(turned, turns.made(x, place[:, None]), atol=1e-5)
 
 
 def _attention(

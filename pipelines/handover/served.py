@@ -105,7 +105,7 @@ class Asked:
             return ""
         if not isinstance(kv, KeptCache):
             self.refuse(f"its cache {kv.kind!r} is for texts that are written in any order")
-        if kv.amount is not None or kv.prompt is not None:
+        if kv.amount is not None or kv.prompt is not None or kv.lazy is not None:
             self.refuse(
                 "it leaves tokens out of the cache, and the server's blocks of keys hold the same tokens for all heads and layers,"
                 " until a request is over",

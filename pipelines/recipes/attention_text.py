@@ -120,10 +120,10 @@ def quest(top: int = 64, page: int = 16, min_tokens: int = 4096) -> Recipe:
     return Recipe(attention=CausalAttention(cache=cache, min_tokens=min_tokens), paper="Quest, arXiv 2406.10774")
 
 
-def shadow_kv(top: int = 256, page: int = 8, outliers: int = 48, min_tokens: int = 4096) -> Recipe:
-    """ShadowKV's landmarks: of a cache in chunks those whose mean keys fit a query, and the odd ones; without its offloading."""
+def landmarks(top: int = 256, page: int = 8, outliers: int = 48, min_tokens: int = 4096) -> Recipe:
+    """ShadowKV's landmarks: of a cache in chunks those whose mean keys fit a query, and the odd ones; nothing is packed."""
     cache = Pages(page=page, top=top, by="means", outliers=outliers)
-    return Recipe(attention=CausalAttention(cache=cache, min_tokens=min_tokens), paper="ShadowKV, arXiv 2410.21465")
+    return Recipe(attention=CausalAttention(cache=cache, min_tokens=min_tokens), paper="ShadowKV, arXiv 2410.21465, landmarks only")
 
 
 def delta_llm(share: float = 0.25, window: int = 256, min_tokens: int = 4096) -> Recipe:

@@ -9,10 +9,14 @@ from hasten.caching.decode.amount import AdaptiveHeads, Amount, Enough, Pyramid,
 from hasten.caching.decode.codec_numbers import Fp8, Int8, Kivi
 from hasten.caching.decode.codec_sparse import Bitmap
 from hasten.caching.decode.kept import KeptCache, Shared
+from hasten.caching.decode.lazy import LazyTokens
+from hasten.caching.decode.low_rank import LowRank
 from hasten.caching.decode.prompt import GemFilter
 from hasten.caching.decode.score import AnyOf, KeyNorm
 from hasten.caching.decode.score_attention import HeavyHitters, Keyformer, LastQueries
 from hasten.recipe import Recipe
+from hasten.sparse_attn.text.causal import CausalAttention
+from hasten.sparse_attn.text.pages import Pages
 
 
 def _amount(share: float, tokens: int | None) -> Amount:
@@ -108,6 +112,22 @@ def gem_filter(share: float = 0.5, depth: float = 0.4) -> Recipe:
     """GemFilter: an early layer's last query says which tokens of the prompt the whole model reads."""
     kept = KeptCache(prompt=GemFilter(depth=depth, amount=Share(share=share)))
     return Recipe(kv=kept, paper="GemFilter, arXiv 2409.17422")
+
+
+def lazy_llm(share: float = 0.5, stages: int = 3, begin: float = 0.3) -> Recipe:
+    """LazyLLM: deeper layers read fewer tokens, down to this share; what is needed later is computed then."""
+    depths = tuple(begin + (0.9 - begin) * stage / stages for stage in range(stages))
+    shares = tuple(1.0 + (share - 1.0) * (stage + 1) / stages for stage in range(stages))
+    return Recipe(kv=KeptCache(lazy=LazyTokens(depths=depths, shares=shares)), paper="LazyLLM, arXiv 2407.14057")
+
+
+def shadow_kv(rank: float = 0.15625, top: int = 256, outliers: int = 48, chunk: int = 8, near: int = 32) -> Recipe:
+    """ShadowKV: a prompt's keys as a thin product, its values in the CPU's memory; new tokens read the chunks that fit them."""
+    codec = LowRank(rank=rank, chunk=chunk, outliers=outliers + 1, residual=near)  # one more: the first chunk may be among them
+    pages = Pages(page=chunk, top=top, by="means", outliers=outliers, of="prompt", near=near)
+    return Recipe(
+        kv=KeptCache(codec=codec), attention=CausalAttention(cache=pages, min_tokens=0), paper="ShadowKV, arXiv 2410.21465",
+    )  # fmt: skip
 
 
 def hydragen(least: int = 64) -> Recipe:

@@ -25,7 +25,9 @@ class Pages(Reader):
     Scores are shares of the softmax over pages for "means", so that heads of a group compare; the best of a group's heads
     and of the new queries counts. Every sample and key head chooses for itself.
 
-    ShadowKV's other half, keys of low rank with values in the CPU's memory, is not here: pages are read from the cache.
+    of: "cache": pages are made of all keys; "prompt": of the prompt's, and all that came after it is read (ShadowKV). near: keys
+    at the end of either that are read in any case. Pages of a prompt need its keys once: then chosen pages can be read from a
+    store that holds them in another form (`places`). Without a prompt that was seen there are none of these, and all is read.
     """
 
     kind: ClassVar[str] = "pages"
@@ -34,6 +36,8 @@ class Pages(Reader):
     by: Literal["bounds", "means"] = "bounds"
     outliers: int = Field(default=0, ge=0)
     sinks: int = Field(default=1, ge=0)
+    of: Literal["cache", "prompt"] = "cache"
+    near: int = Field(default=0, ge=0)
 
     def start(self) -> ReaderState:
         return _Pages(self)
@@ -46,6 +50,17 @@ class _Pages(ReaderState):
         self.part = part
         self.low = self.high = self.odd = torch.empty(0)
         self.witness: Witness | None = None
+        self.prompt = 0  # keys of the prompt
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float) -> None:
+        if self.part.of == "prompt":
+            self.prompt = k.shape[2]
+            self._summarise(k, self._pages(k.shape[2], 0))
+
+    def _pages(self, keys: int, new: int) -> int:
+        """Whole pages of so many keys, the last `new` of which belong to the new queries."""
+        end = keys - new if self.part.of == "cache" else min(self.prompt, keys - new)
+        return max(0, end - self.part.near) // self.part.page
 
     def num_bytes(self) -> int:
         known = (self.low, self.odd) if self.high is self.low else (self.low, self.high, self.odd)
@@ -54,7 +69,7 @@ class _Pages(ReaderState):
     def work(self, q: Tensor, k: Tensor, first: Tensor | None, scale: float) -> Work:
         part, (b, hk, s, _) = self.part, k.shape
         begin = torch.zeros(b, dtype=torch.int64, device=k.device) if first is None else first
-        pages = max(0, s - q.shape[2]) // part.page
+        pages = self._pages(s, q.shape[2])
         self._summarise(k, pages)
         edges = torch.arange(pages + 1, device=k.device) * part.page
         bounds = torch.cat([edges.expand(b, -1).maximum(begin[:, None]), torch.full((b, 1), s, device=k.device)], 1)
@@ -63,6 +78,30 @@ class _Pages(ReaderState):
             keep[..., :pages] = self._chosen(q, scale, pages, begin)
         rows = bounds.repeat_interleave(hk, 0)
         return select(keep.view(b * hk, -1), rows, workers(k.device), places=s)
+
+    def places(self, q: Tensor, keys: int, first: Tensor | None, scale: float) -> Tensor | None:
+        part, pages, b = self.part, keys // self.part.page, q.shape[0]
+        if part.of != "prompt" or self.witness is None or not pages or keys % part.page or self.low.shape[2] < pages:
+            return None
+        begin = torch.zeros(b, dtype=torch.int64, device=q.device) if first is None else first
+        most = part.top + part.sinks + part.outliers
+        if pages <= most:
+            keep = torch.ones(b, self.low.shape[1], pages, dtype=torch.bool, device=q.device)
+        else:
+            keep = self._chosen(q, scale, pages, begin)
+        width = min(pages, most) if first is None else int(keep.sum(-1).max())
+        page = keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :width]
+        place = page[..., None] * part.page + torch.arange(part.page, device=q.device)
+        real = keep.gather(-1, page)[..., None] & (place >= begin[:, None, None, None])
+        self.read = real.sum()
+        return torch.where(real, place, -1).flatten(2)
+
+    def rows(self, index: Tensor) -> None:
+        if self.witness is not None:
+            same = self.high is self.low
+            self.low, self.high, self.odd = (x.index_select(0, index) for x in (self.low, self.high, self.odd))
+            self.high = self.low if same else self.high
+            self.witness.keys = self.witness.keys.index_select(0, index)
 
     def _summarise(self, k: Tensor, pages: int) -> None:
         """Pages that are whole by now, and all of them anew where this is another cache than last time."""

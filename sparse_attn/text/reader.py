@@ -56,6 +56,15 @@ class ReaderState:
         """What is read of k, the new keys included."""
         raise NotImplementedError
 
+    def places(self, q: Tensor, keys: int, first: Tensor | None, scale: float) -> Tensor | None:
+        """Which of the first `keys` places q [B, Hq, n, D] reads, by what `prepare` noted alone, for caches whose keys cost
+        something to look at: int64 [B, Hk, m], ascending, -1 for none (with `first` alone). What comes after is read in any
+        case. None where a reader has to see keys."""
+        return None
+
+    def rows(self, index: Tensor) -> None:
+        """The rows changed places, int64 [m]; for those who answer `places`. Others notice by their `Witness`."""
+
     def num_bytes(self) -> int:
         """Bytes held between tokens."""
         return 0
