@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hasten.pipelines.decode.laws import Processors
-from hasten.samplers.decode.proposal import Proposal, chain, sample
+from hasten.samplers.decode.draws import sample
+from hasten.samplers.decode.proposal import Proposal, chain
 from hasten.samplers.decode.protocols import Verdict
 
 

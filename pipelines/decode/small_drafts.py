@@ -13,8 +13,9 @@ from torch import Tensor
 from hasten.errors import ModelError, RefusedError
 from hasten.pipelines.decode import compat
 from hasten.pipelines.decode.small_model import Branch, Reader, read_drafts
-from hasten.samplers.decode.proposal import Proposal, Tree
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Context, DrafterState, Facts, Outcome
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.drafters.host_tree import HostTree, joined
 
 if TYPE_CHECKING:

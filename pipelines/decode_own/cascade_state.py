@@ -12,8 +12,9 @@ import torch
 from hasten.pipelines.decode_own.cascade import Cascade
 from hasten.pipelines.decode_own.own_state import OwnModelState
 from hasten.pipelines.decode_own.scratch import step
-from hasten.samplers.decode.proposal import Proposal, Tree, nothing
+from hasten.samplers.decode.proposal import Proposal, nothing
 from hasten.samplers.decode.protocols import Context, DrafterState, Facts, Outcome, Prefill
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.drafters_own.trees import usable
 
 

@@ -15,8 +15,9 @@ from hasten.pipelines.causal.attention import attach as attach_attention
 from hasten.pipelines.decode_own.own_model import OwnModel
 from hasten.pipelines.decode_own.scratch import decoder, scratch, step
 from hasten.pipelines.decode_own.standing import Standing
-from hasten.samplers.decode.proposal import Proposal, Tree, nothing
+from hasten.samplers.decode.proposal import Proposal, nothing
 from hasten.samplers.decode.protocols import Context, DrafterState, Facts, Prefill
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.drafters_own.trees import usable
 
 

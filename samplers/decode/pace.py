@@ -12,6 +12,9 @@ from pydantic import Field
 from hasten.rounds import Round
 from hasten.samplers.decode.protocols import Facts, Pace, PaceState
 
+RUN = 16
+"""Rounds without drafts that are run in one go, at most."""
+
 
 class Steady(Pace):
     """Always the same number. nodes None: as many as the drafter makes."""
@@ -29,6 +32,9 @@ class _SteadyState(PaceState):
 
     def next(self, most: int) -> int:
         return most if self.pace.nodes is None else min(most, self.pace.nodes)
+
+    def quiet(self) -> int:
+        return RUN - 1 if self.pace.nodes == 0 else 0
 
 
 class Average(Pace):
@@ -106,8 +112,7 @@ class GoodputState(PaceState):
         self.patience: dict[int, int] = {}
 
     def next(self, most: int) -> int:
-        self.rounds += 1
-        if most == 0 or self.rounds <= self.WARM:
+        if most == 0 or self.rounds < self.WARM:
             return 0
         if not self.ranks:
             return min(most, self.FIRST)
@@ -119,10 +124,15 @@ class GoodputState(PaceState):
         self.wait = min(2 * self.wait, self.pace.rare)
         return max(sizes(most)[1:], key=self.goodput)
 
+    def quiet(self) -> int:
+        """What drafts would gain is looked up again after `RUN` rounds at most: the times may have changed."""
+        left = self.WARM - self.rounds if self.rounds < self.WARM else min(RUN, self.wait - self.idle)
+        return max(0, left - 1)
+
     def _climbed(self, best: int, most: int) -> int:
         """`best`, or more of them where the last ones stood; each such number ever more seldom while it gains nothing."""
         more = min(self.more, most)
-        self.climbing = more > best and self.rounds >= self.again.get(more, 0)
+        self.climbing = more > best and self.rounds + 1 >= self.again.get(more, 0)
         return more if self.climbing else best
 
     def goodput(self, nodes: int) -> float:
@@ -135,6 +145,7 @@ class GoodputState(PaceState):
         return self.reading.of(nodes) + (self.drafting.of(nodes) if nodes else 0.0)
 
     def learn(self, done: Round) -> None:
+        self.rounds += 1
         if self.rounds > 1:
             self.reading.add(done.nodes, done.verify + done.commit)
         self.idle = 0 if done.asked else self.idle + 1
@@ -161,18 +172,21 @@ class GoodputState(PaceState):
 class Times:
     """Seconds by size: the median of the last of each, else on the line between or beyond the sizes that are known.
 
-    What is known of one size alone is taken for all smaller ones, and for larger ones in proportion.
+    What is known of one size alone is taken for all smaller ones, and for larger ones in proportion. known: the medians.
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, deque[float]] = {}
+        self.last: dict[int, deque[float]] = {}
+        self.known: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
-        self.known.setdefault(size, deque(maxlen=9)).append(seconds)
+        times = self.last.setdefault(size, deque(maxlen=9))
+        times.append(seconds)
+        self.known[size] = median(times)
 
     def of(self, size: int) -> float:
         """0 where nothing is known."""
-        known = {each: median(times) for each, times in self.known.items()}
+        known = self.known
         if size in known or not known:
             return known.get(size, 0.0)
         if len(known) == 1:

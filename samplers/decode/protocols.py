@@ -4,7 +4,8 @@ Shapes: B rows, N nodes of a proposal, V tokens of the vocabulary, H hidden widt
 state of one call of `generate`.
 
 One round: `pace.next()` -> `drafter.propose(context, nodes)` -> the model reads the tree -> `verifier.verify(proposal,
-target)` -> the loop commits the path -> `drafter.observe(outcome)`, `pace.learn(round)`.
+target)` -> the loop commits the path -> `drafter.observe(outcome)`, `pace.learn(round)`. Without drafts: `verifier.alone`
+for each token, until `pace.quiet()` rounds are over; then the drafter and the pace are told.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from hasten.recipe import Drafting, Pacing, Verify
 from hasten.rounds import Round
-from hasten.samplers.decode.proposal import Proposal, Warp
+from hasten.samplers.decode.proposal import Proposal, nothing
+from hasten.samplers.decode.tree import Warp
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ class DrafterState:
 
     def observe(self, outcome: Outcome, context: Context) -> None:
         """After each round, also after those without drafts: learn, and take back what was not accepted. `context` is that
-        after the commit."""
+        after the commit. Several rounds without drafts are one outcome, as of a chain that stood."""
 
 
 class Target(Protocol):
@@ -176,6 +178,10 @@ class VerifierState:
         """Which path is accepted, and what is written behind it. Never waits for the device."""
         raise NotImplementedError(f"{type(self).__name__} has no verify().")
 
+    def alone(self, last: Tensor, target: Target) -> Tensor:
+        """What is written behind `last` int64 [B] where nothing was drafted: the same as the verdict's token on `nothing`."""
+        return self.verify(nothing(last), target).token
+
 
 class Pace(Pacing):
     """Base of the paces; `start()` gives the state for one call of `generate`."""
@@ -192,5 +198,10 @@ class PaceState:
         """How many drafts of a row the next round should have, 0 to `most`; 0: plain decoding."""
         raise NotImplementedError(f"{type(self).__name__} has no next().")
 
+    def quiet(self) -> int:
+        """After `next` has said 0: in how many rounds behind that one it will say so again, whatever they show. So many are run
+        in one go; 0: it wants to be asked."""
+        return 0
+
     def learn(self, done: Round) -> None:
-        """After each round."""
+        """After each round, in order; rounds that were run in one go one after the other when they are over."""

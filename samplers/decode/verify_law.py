@@ -10,9 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hasten.samplers.decode.proposal import Proposal, ancestors, path_to, sample
+from hasten.samplers.decode.draws import sample
+from hasten.samplers.decode.paths import path_to
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Facts, Target, Verdict, Verifier, VerifierState
-from hasten.samplers.decode.verify_match import match
+from hasten.samplers.decode.verify_match import ComparedState, match
 
 
 class Lossless(Verifier):
@@ -24,7 +26,7 @@ class Lossless(Verifier):
         return _LosslessState()
 
 
-class _LosslessState(VerifierState):
+class _LosslessState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if proposal.law == "point" or not target.sampled:
             return match(proposal, target)
@@ -45,7 +47,7 @@ class Speculative(Verifier):
         return _SpeculativeState()
 
 
-class _SpeculativeState(VerifierState):
+class _SpeculativeState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled or proposal.size == 1:
             return match(proposal, target)
@@ -70,7 +72,7 @@ class MultiRound(Verifier):
         return _MultiRoundState()
 
 
-class _MultiRoundState(VerifierState):
+class _MultiRoundState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled:
             return match(proposal, target)
@@ -92,7 +94,7 @@ class Block(Verifier):
         return _BlockState()
 
 
-class _BlockState(VerifierState):
+class _BlockState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled or proposal.size == 1:
             return match(proposal, target)
@@ -163,7 +165,7 @@ def multi_round(proposal: Proposal, law: Tensor) -> Verdict:
             drawn = refused if proposal.drawn is None else refused & proposal.drawn[:, node, None]
             spent = (spent | drawn & torch.zeros_like(spent).scatter(1, token, True)) & ~passed[:, None]
         at, count = torch.where(passed, node, at), count + passed
-    return Verdict(path_to(at, ancestors(parent)), count, sample(left, 1, "iid")[:, 0])
+    return Verdict(path_to(at, proposal.ancestors(), proposal.depth()), count, sample(left, 1, "iid")[:, 0])
 
 
 def _law_of(proposal: Proposal, node: int, spent: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hasten.samplers.decode.proposal import Proposal, path_to, sample
+from hasten.samplers.decode.draws import sample
+from hasten.samplers.decode.paths import path_to
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Facts, Target, Verdict, Verifier, VerifierState
 
 
@@ -39,7 +41,14 @@ class SampleMatch(Verifier):
         return _MatchState()
 
 
-class _MatchState(VerifierState):
+class ComparedState(VerifierState):
+    """Of verifiers that write, where nothing was drafted, what the model writes."""
+
+    def alone(self, last: Tensor, target: Target) -> Tensor:
+        return chosen(target)[:, 0]
+
+
+class _MatchState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         return match(proposal, target)
 
@@ -74,9 +83,7 @@ def follow(proposal: Proposal, tokens: Tensor, *, once: bool = False) -> Verdict
 
 def longest(proposal: Proposal, right: Tensor, tokens: Tensor) -> Verdict:
     """The longest path from node 0 through nodes that are `right` bool [B, N], and the token behind it."""
-    above = proposal.ancestors()
-    stands = right | (proposal.parent < 0)
-    alive = ~(above & ~stands[:, None, :]).any(-1)
-    depth = torch.where(alive, above.sum(-1) - 1, -1)
-    count, at = depth.max(1)
-    return Verdict(path_to(at, above), count, tokens.gather(1, at[:, None])[:, 0])
+    above, depth = proposal.ancestors(), proposal.depth()
+    fallen = (above & ~(right | (proposal.parent < 0))[:, None, :]).any(-1)
+    count, at = depth.masked_fill(fallen, -1).max(1)
+    return Verdict(path_to(at, above, depth), count, tokens.gather(1, at[:, None])[:, 0])

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.samplers.decode.proposal import Proposal, Tree, nothing
+from hasten.samplers.decode.proposal import Proposal, nothing
 from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Outcome
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.drafters_own.same_noise import PlaceNoise
 from hasten.samplers.drafters_own.trees import last_node, usable
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UsageError
-from hasten.samplers.decode.proposal import Law, Proposal, Tree
+from hasten.samplers.decode.draws import Law
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import (
     Context,
     Drafter,
@@ -20,6 +21,7 @@ from hasten.samplers.decode.protocols import (
     Verifier,
     VerifierState,
 )
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.decode.verify_law import Block, Lossless, MultiRound, Speculative, chain_verdict
 from hasten.samplers.decode.verify_lossy import Typical
 from hasten.samplers.decode.verify_match import SampleMatch

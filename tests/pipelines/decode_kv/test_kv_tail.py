@@ -7,7 +7,7 @@ import torch
 from hasten.caching.decode.amount import Tokens
 from hasten.caching.decode.kept import KeptCache
 from hasten.pipelines.decode_kv.tail import KeptTail
-from hasten.samplers.decode.proposal import Tree
+from hasten.samplers.decode.tree import Tree
 from tests.pipelines.decode_kv.kv_contract import model, open_session, padded, steps, text
 
 

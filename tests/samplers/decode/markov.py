@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.samplers.decode.proposal import Law, Proposal, Tree
+from hasten.samplers.decode.draws import Law
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Facts, Verifier
+from hasten.samplers.decode.tree import Tree
 from hasten.testing import Agreement, Cell, compare
 
 TOKENS, RUNS = 6, 20_000

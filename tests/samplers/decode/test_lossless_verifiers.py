@@ -11,8 +11,11 @@ from torch import Tensor
 
 from hasten.errors import RecipeError, UsageError
 from hasten.part import parse
-from hasten.samplers.decode.proposal import Proposal, Tree, ancestors, chain, nothing, path_to, sample
+from hasten.samplers.decode.draws import sample
+from hasten.samplers.decode.paths import ancestors, path_to
+from hasten.samplers.decode.proposal import Proposal, chain, nothing
 from hasten.samplers.decode.protocols import Facts, Target, Verdict, Verifier, VerifierState
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.decode.verify_law import (
     Block,
     Lossless,
@@ -221,7 +224,7 @@ def test_trees_know_their_paths() -> None:
     parent = torch.tensor([[-1, 0, 0, 1, 3, 2], [-1, 0, 1, 2, 3, 4]])
     above = ancestors(parent)
     assert (above.sum(-1) - 1).tolist() == [[0, 1, 1, 2, 3, 2], [0, 1, 2, 3, 4, 5]]
-    assert path_to(torch.tensor([4, 5]), above).tolist() == [[0, 1, 3, 4, -1, -1], [0, 1, 2, 3, 4, 5]]
+    assert path_to(torch.tensor([4, 5]), above, above.sum(-1) - 1).tolist() == [[0, 1, 3, 4, -1, -1], [0, 1, 2, 3, 4, 5]]
     found = chain(torch.tensor([7]), torch.tensor([[3, 4]]), torch.tensor([[True, True]]))
     found.check(9)
     assert found.is_chain() and not Proposal(torch.zeros(2, 6, dtype=torch.long), parent, parent >= -1).is_chain()

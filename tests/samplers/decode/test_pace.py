@@ -93,7 +93,6 @@ def test_times_between_and_beyond_what_was_measured() -> None:
     state = goodput()
     for nodes in (0, 4):
         for _ in range(3):
-            state.rounds += 1
             state.learn(Round(nodes, nodes, (nodes,), (1,), (0,) * nodes, verify=1 + 0.5 * nodes))
     assert [state.reading.of(nodes) for nodes in (0, 2, 4, 8)] == pytest.approx([1, 2, 3, 5])
 

@@ -16,8 +16,9 @@ from hasten.pipelines.decode.drafters_candidates import Candidates
 from hasten.pipelines.decode.drafters_small import SmallModel
 from hasten.recipe import Recipe
 from hasten.samplers.decode.pace import Steady
-from hasten.samplers.decode.proposal import Tree, chain
+from hasten.samplers.decode.proposal import chain
 from hasten.samplers.decode.protocols import Drafter
+from hasten.samplers.decode.tree import Tree
 from hasten.samplers.drafters.copy_input import Copy
 from hasten.samplers.drafters.look_up import LookUp
 from hasten.samplers.drafters.mixed import Mixed, together
