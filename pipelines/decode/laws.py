@@ -44,7 +44,10 @@ class Processors:
         return _scores(self.given(none, flat)).view_as(logits)
 
     def first(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """Behind the prompt: ids int64 [B, L], logits [B, V]; as `generate` calls them itself."""
+        """Where all rows are equally long, as behind the prompt: ids int64 [B, L], logits [B, V]; as `generate` calls them itself.
+        float32 [B, V], which may be `logits` themselves. Of kind "alone", nobody looks at `ids`."""
+        if not len(self.given):
+            return logits.float()
         return _scores(self.given(ids, logits.to(torch.float32, copy=True)))
 
     def _by_prefix(self, logits: Tensor, nodes: Tensor, tokens: Tensor, parent: Tensor) -> Tensor:
@@ -62,22 +65,25 @@ class Processors:
         return logits
 
 
-class TreeTarget:
-    """What the model says behind every node: a `Target`.
+class Scores:
+    """What the model says behind every node: a `Target`. scores float32 [B, N, V]: logits behind the processors."""
 
-    logits [B, N, V] of the model; `scores` are these behind the processors, float32.
-    """
-
-    def __init__(self, processors: Processors, logits: Tensor, tokens: Tensor, parent: Tensor) -> None:
-        self.sampled = processors.sampled
-        nodes = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        self.scores = processors(logits, nodes, tokens, parent)
+    def __init__(self, sampled: bool, scores: Tensor) -> None:
+        self.sampled, self.scores = sampled, scores
 
     def best(self) -> Tensor:
         return self.scores.argmax(-1)
 
     def law(self) -> Tensor:
         return torch.softmax(self.scores, -1)
+
+
+class TreeTarget(Scores):
+    """The same, from the model's logits [B, N, V] behind the nodes of a tree."""
+
+    def __init__(self, processors: Processors, logits: Tensor, tokens: Tensor, parent: Tensor) -> None:
+        nodes = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        super().__init__(processors.sampled, processors(logits, nodes, tokens, parent))
 
 
 def _path(node: int, tokens: list[int], parent: list[int]) -> list[int]:

@@ -18,10 +18,12 @@ from hasten.pipelines.decode.call import Call
 from hasten.pipelines.decode.laws import Processors, TreeTarget
 from hasten.pipelines.decode.ordered import first_path, in_order
 from hasten.pipelines.decode.rows import Rows
+from hasten.pipelines.decode.steps import MOST_NUMBERS, Steps
 from hasten.pipelines.decode.tail import DenseTail, Tail
 from hasten.pipelines.decode.told import Told
 from hasten.pipelines.decode_kv.cache import KVCache
 from hasten.pipelines.decode_kv.tail import KeptTail
+from hasten.rounds import Round
 from hasten.samplers.decode.proposal import Proposal, nothing
 from hasten.samplers.decode.protocols import Context, Facts, Outcome, Prefill, Verdict
 
@@ -39,7 +41,8 @@ class Loop:
         self.processors = Processors(call.processors, bool(call.config.do_sample))
         self.scores: list[list[Tensor]] = [[] for _ in range(self.rows.count)]
         self.logits: list[list[Tensor]] = [[] for _ in range(self.rows.count)]
-        if call.keeps[0]:
+        self.keeps = call.keeps
+        if self.keeps[0]:
             self.rows.scores = self.scores
         self.needs = sorted({int(need.removeprefix("hidden:")) for need in session.drafter.needs})
         self.seen: Outcome | None = None
@@ -55,6 +58,7 @@ class Loop:
         )  # fmt: skip
         self.drafter, self.verifier = self.session.drafter.start(facts), self.session.verifier.start(facts)
         self.pace = self.session.pace_of(facts)
+        self.vocabulary = facts.vocabulary
         self._first(prefill)
         while not self.rows.over:
             self._round()
@@ -99,7 +103,7 @@ class Loop:
         scores = self.processors.first(self.call.ids, prefill.logits)
         drawn = scores.softmax(-1) / torch.empty_like(scores).exponential_() if self.processors.sampled else scores
         for row, token in enumerate(drawn.argmax(-1).tolist()):
-            self._keep(row, prefill.logits[row : row + 1], scores[row : row + 1])
+            self.keep(row, prefill.logits[row : row + 1], scores[row : row + 1])
             self.rows.write(row, [token])
         if not self.processors.sampled:
             self.session.lead(scores[:, None], [1] * self.rows.count)
@@ -110,27 +114,54 @@ class Loop:
     # --- a round ----------------------------------------------------------------------------------
 
     def _round(self) -> None:
-        clock = [time.perf_counter()]
-        context = self.context
+        """A round with drafts, or some without."""
+        began, context = time.perf_counter(), self.context
+        asked = self.pace.next(self._most(context))
+        steps = self._steps(1 + self.pace.quiet()) if asked == 0 else None
+        if steps is not None:
+            return self._account(steps.run())
         if self.processors.kind != "alone":
             self.processors.show([self.rows.so_far(row) for row in range(self.rows.count)])
-        asked = self.pace.next(self._most(context))
         proposal = self._proposal(context, asked)
-        clock.append(time.perf_counter())
+        drafted = time.perf_counter()
+        steps = self._steps(1) if proposal.size == 1 else None
+        if steps is not None:
+            return self._account(steps.run(asked, drafted - began))
+        return self._account([self._verified(proposal, asked, [began, drafted])])
+
+    def _account(self, rounds: list[Round]) -> None:
+        for each in rounds:
+            self.pace.learn(each)
+        self.session.trace.rounds += rounds
+
+    def _steps(self, most: int) -> Steps | None:
+        """Up to `most` rounds without drafts in one go; None where each has to be a round of its own."""
+        if self.processors.kind != "alone" and self.rows.level is None:
+            return None
+        space, logits = self.tail.space(), self.rows.count * self.vocabulary
+        most = min(most, self.context.reach + 1, max(1, MOST_NUMBERS // logits), most if space is None else space)
+        walk = self.tail.walk(most)
+        return None if walk is None else Steps(self, walk, most)
+
+    def _verified(self, proposal: Proposal, asked: int, clock: list[float]) -> Round:
+        """Read, verify and commit a proposal. clock: when drafting began, and when it was over."""
+        context = self.context
         logits, hidden = self._read(proposal)
         verdict, scores = self._verdict(proposal, logits, context)
         told = Told.of(proposal, verdict)
         clock.append(time.perf_counter())
         lengths = self._write(context, told, verdict.path, logits, scores)
-        self.tail.commit(verdict.path, verdict.count.new_tensor(lengths), self._longest())
-        self.seen = Outcome(proposal, verdict, told.written(lengths, verdict.path.device), lengths, logits, hidden)
-        self.context = self._context()
-        self.drafter.observe(self.seen, self.context)
+        self.tail.commit(verdict.path, torch.tensor(lengths), self.longest(), straight=told.straight(lengths))
+        self.tell(Outcome(proposal, verdict, told.written(lengths, verdict.path.device), lengths, logits, hidden))
         self.rows.stream()
         clock.append(time.perf_counter())
-        done = told.round(asked, context.active, lengths, clock)
-        self.pace.learn(done)
-        self.session.trace.rounds.append(done)
+        return told.round(asked, context.active, lengths, clock)
+
+    def tell(self, outcome: Outcome) -> None:
+        """Go on behind what was committed; the drafter learns what became of it."""
+        self.seen = outcome
+        self.context = self._context()
+        self.drafter.observe(outcome, self.context)
 
     def _context(self) -> Context:
         last = torch.tensor([row[-1] for row in self.rows.texts], device=self.call.ids.device)
@@ -157,17 +188,20 @@ class Loop:
             return proposal
         return proposal.widened(1 << (proposal.size - 1).bit_length())  # fixed shapes: a compiled forward has few of them
 
+    def read(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's logits [B, N, V], and the hidden states that the drafter needs, for tokens [B, N]."""
+        found = self._call(**inputs)
+        return found.logits, {f"hidden:{need}": each for need, each in zip(self.needs, self._hidden(found), strict=True)}
+
     def _read(self, proposal: Proposal) -> tuple[Tensor, dict[str, Tensor]]:
         """The model's logits [B, N, V] behind every node, and the hidden states that the drafter needs."""
         inputs = self.tail.inputs(proposal)
         with self.drafter.reading(proposal):
             if proposal.vectors is None or proposal.prompt is None:
-                found = self._call(input_ids=proposal.tokens, **inputs)
-            else:
-                plain = self.model.get_input_embeddings()(proposal.tokens)
-                mixed = torch.where(proposal.prompt[..., None], proposal.vectors.to(plain.dtype), plain)
-                found = self._call(inputs_embeds=mixed, **inputs)
-        return found.logits, {f"hidden:{need}": each for need, each in zip(self.needs, self._hidden(found), strict=True)}
+                return self.read(input_ids=proposal.tokens, **inputs)
+            plain = self.model.get_input_embeddings()(proposal.tokens)
+            mixed = torch.where(proposal.prompt[..., None], proposal.vectors.to(plain.dtype), plain)
+            return self.read(inputs_embeds=mixed, **inputs)
 
     def _call(self, **inputs: Any) -> Any:
         more = {"output_hidden_states": True} if self.needs else {}
@@ -177,34 +211,35 @@ class Loop:
         return tuple(found.hidden_states[need] for need in self.needs)
 
     def _verdict(self, proposal: Proposal, logits: Tensor, context: Context) -> tuple[Verdict, Tensor]:
-        """The verdict, and the processed scores behind the nodes of its path, [B, D, V]."""
+        """The verdict, and the processed scores behind the nodes (in order: those of its path alone), [B, N, V]."""
         if self.processors.kind == "order":
             return in_order(proposal, logits, self.processors, self.rows.so_far(0), context.room[0], self.rows.ends)
         target = TreeTarget(self.processors, logits, proposal.tokens, proposal.parent)
-        verdict = self.verifier.verify(proposal, target)
-        return verdict, behind(verdict.path, target.scores)
+        return self.verifier.verify(proposal, target), target.scores
 
     def _write(self, context: Context, told: Told, path: Tensor, logits: Tensor, scores: Tensor) -> list[int]:
         """Write down what was accepted; returns how many tokens each row took."""
-        raw = behind(path, logits) if self.call.keeps[1] else logits
+        path = path[:, : max(told.count) + 1]
+        raw = behind(path, logits) if self.keeps[1] else logits
+        scores = behind(path, scores) if self.keeps[0] or not self.processors.sampled else scores
         lengths = []
         for row, active in enumerate(context.active):
             tokens = told.tokens(row) if active else []
-            if active and any(self.call.keeps):
-                self._keep(row, raw[row, : len(tokens)], scores[row, : len(tokens)])
+            if active and any(self.keeps):
+                self.keep(row, raw[row, : len(tokens)], scores[row, : len(tokens)])
             lengths.append(self.rows.write(row, tokens))
         if not self.processors.sampled:
-            self.session.lead(scores[:, : max(lengths)], lengths)
+            self.session.lead(scores, lengths)
         return lengths
 
-    def _keep(self, row: int, logits: Tensor, scores: Tensor) -> None:
+    def keep(self, row: int, logits: Tensor, scores: Tensor) -> None:
         """Keep what `generate` returns on request: logits, scores [n, V] behind the tokens that are written next."""
-        if self.call.keeps[0]:
+        if self.keeps[0]:
             self.scores[row] += scores.unbind(0)
-        if self.call.keeps[1]:
+        if self.keeps[1]:
             self.logits[row] += logits.float().unbind(0)
 
-    def _longest(self) -> int:
+    def longest(self) -> int:
         """Slots of the longest row that still writes: its prompt and all new tokens but the last, which is not read yet. What
         finished rows have behind that is dropped, so that fixed caches have room for the others."""
         lengths = [len(row) for row in self.rows.written]

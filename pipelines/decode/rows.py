@@ -75,6 +75,12 @@ class Rows:
         return max(len(row) if done is None else done for row, done in zip(self.written, self.done, strict=True))
 
     @property
+    def level(self) -> int | None:
+        """New tokens of the rows that still write, where they all have as many; None where they have not."""
+        found = {len(row) for row, active in zip(self.written, self.active, strict=True) if active}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def _most(self) -> int:
         return (1 << 60) if self.limit is None else self.limit - self.width
 
@@ -115,7 +121,10 @@ class Rows:
 
     def result(self) -> Tensor:
         """Prompts and new tokens, int64 [B, P + new]."""
-        length = self.length
+        return self.columns(self.length)
+
+    def columns(self, length: int) -> Tensor:
+        """Prompts and the first `length` new columns, int64 [B, P + length], with padding behind finished rows."""
         new = [[self._at(row, column) for column in range(length)] for row in self.written]
         return torch.cat([self.ids, torch.tensor(new, device=self.device, dtype=self.ids.dtype).view(self.count, length)], 1)
 

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from hasten.pipelines.decode import compat
+from hasten.pipelines.decode.walk import Walk
 from hasten.samplers.decode.proposal import Proposal
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Tail(Protocol):
@@ -27,9 +30,13 @@ class Tail(Protocol):
     def inputs(self, proposal: Proposal) -> dict[str, Any]:
         """What the model is called with beside tokens: cache, positions, mask."""
 
-    def commit(self, path: Tensor, keep: Tensor, longest: int) -> None:
-        """Keep the first `keep` int64 [B] nodes of `path` int64 [B, D], and drop the others. longest: slots of the longest row
-        that goes on, prompt included; finished rows may lose what they have behind it."""
+    def walk(self, most: int) -> Walk | None:
+        """For reading at most `most` tokens of each row, one by one, before the next commit; None where only proposals are read."""
+
+    def commit(self, path: Tensor, keep: Tensor, longest: int, *, straight: bool = False) -> None:
+        """Keep the first `keep` int64 [B], on the host, nodes of `path` int64 [B, D], and drop the others. longest: slots of the
+        longest row that goes on, prompt included; finished rows, those that keep nothing, may lose what they have behind it.
+        straight: the kept nodes of all rows are 0, 1, 2, and so on, as they are behind a walk."""
 
     def finish(self, aligned: bool) -> Any:
         """The cache as `generate` returns it, or None where its rows do not end at one slot."""
@@ -43,82 +50,118 @@ class DenseTail:
     """
 
     def __init__(self, cache: Any, mask: Tensor, kinds: tuple[str, ...], window: int | None, additive: torch.dtype | None) -> None:
-        self.cache, self.kinds, self.window, self.additive = cache, kinds, window, additive
+        self.cache, self.kinds, self.additive, self.device = cache, frozenset(kinds), additive, mask.device
+        self.window = window if SLIDING in self.kinds else None
         self.prompt = mask.bool()
         self.used = mask.shape[1]
-        self.end = torch.full_like(mask[:, 0], self.used)
-        self.logical = mask.sum(1)
-        self.padded = not bool(self.prompt.all())
+        self.ends = [self.used] * len(mask)
+        self.read: list[int] = mask.sum(1).tolist()
+        self.padded = min(self.read) < self.used
         self.static = compat.is_static(cache)
-        self._drafted = 0
 
     def space(self) -> int | None:
-        return int(self.cache.layers[0].max_cache_len) - self.used if self.static else None
+        return self.slots - self.used if self.static else None
+
+    @property
+    def slots(self) -> int:
+        """Of a cache that does not grow."""
+        return int(self.cache.layers[0].max_cache_len)
+
+    @property
+    def level(self) -> bool:
+        """Have all rows that go on committed what stands in the slots?"""
+        return min(self.ends) == self.used
+
+    @property
+    def plain(self) -> bool:
+        """Does the next token of each row read all slots there are?"""
+        return self.level and not self.padded and not self.static and self.window is None
+
+    @property
+    def places(self) -> Tensor:
+        """Tokens of each row, int64 [B]: the position of the next one."""
+        return torch.tensor(self.read, device=self.device)
 
     def inputs(self, proposal: Proposal) -> dict[str, Any]:
-        self._drafted = proposal.size
-        alone = proposal.size == 1 and len(self.end) == 1 and not self.padded
-        if alone and not self.static and self.window is None:
-            return {"past_key_values": self.cache, "position_ids": self.logical[:, None], "use_cache": True, "attention_mask": None}
-        above = proposal.ancestors()
-        position = self.logical[:, None] + above.sum(-1) - 1
-        found = {"past_key_values": self.cache, "position_ids": position, "use_cache": True}
-        mask = self._mask(above & proposal.valid[:, None, :] | torch.eye(proposal.size, dtype=torch.bool, device=above.device))
-        masks = {kind: self._form(self._near(mask, position) if kind == "sliding_attention" else mask) for kind in set(self.kinds)}
-        return found | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+        found = {"past_key_values": self.cache, "use_cache": True}
+        if proposal.size == 1 and self.plain:
+            return found | {"position_ids": self.places[:, None], "attention_mask": None}
+        position = self.places[:, None] + proposal.depth()
+        itself = torch.eye(proposal.size, dtype=torch.bool, device=self.device)
+        mask = self._mask(proposal.ancestors() & (proposal.valid[:, None, :] | itself))
+        sliding = None if self.window is None else self.form(self._near(mask, position)[:, None])
+        return found | {"position_ids": position, "attention_mask": self.of_kinds(self.form(mask[:, None]), sliding)}
 
-    def commit(self, path: Tensor, keep: Tensor, longest: int) -> None:
-        moved = self._drafted > 1 or len(path) > 1
+    def walk(self, most: int) -> Walk:
+        return Walk(self, most)
+
+    def commit(self, path: Tensor, keep: Tensor, longest: int, *, straight: bool = False) -> None:
+        counts: list[int] = keep.tolist()
+        moved = not (straight and self.level)
         if moved:
-            steps = torch.arange(path.shape[1], device=path.device)
-            source, goal = self.used + path.clamp(min=0), self.end[:, None] + steps
+            steps = torch.arange(max(counts), device=self.device)
+            source = self.used + path[:, : len(steps)].clamp(min=0)
+            goal = torch.tensor(self.ends, device=self.device)[:, None] + steps
         for layer in self.cache.layers:
             if not layer.is_initialized:
                 continue
-            for name in ("keys", "values") if moved or self.used + 1 != longest else ():  # else all of it stays where it is
+            for name in ("keys", "values"):
                 tensor = getattr(layer, name)
                 if moved:
                     _move(tensor, source, goal)
-                if not self.static:
+                if not self.static and tensor.shape[2] != longest:
                     setattr(layer, name, tensor[:, :, :longest])
             if self.static:
                 layer.cumulative_length.fill_(longest)
-        self.end, self.logical = (self.end + keep).clamp(max=longest), self.logical + keep
+        # What a finished row holds is never asked for again: it counts as full, so that others need no mask on its account.
+        self.ends = [min(end + count, longest) if count else longest for end, count in zip(self.ends, counts, strict=True)]
+        self.read = [read + count for read, count in zip(self.read, counts, strict=True)]
         self.used = longest
 
     def finish(self, aligned: bool) -> Any:
         return self.cache if aligned else None
 
-    def _mask(self, tree: Tensor) -> Tensor:
-        """Which slots every node reads, bool [B, N, S]. tree bool [B, N, N]: which nodes."""
-        slots = int(self.cache.layers[0].max_cache_len) if self.static else self.used + tree.shape[1]
-        index = torch.arange(slots, device=tree.device)
+    def committed(self, slots: int, *, ahead: bool) -> Tensor:
+        """Which of the first `slots` a row has committed, bool [B, S]. ahead: and those behind all rows, which are to be read."""
         prompt = torch.nn.functional.pad(self.prompt, (0, slots - self.prompt.shape[1]), value=True)
-        committed = prompt & (index < self.end[:, None])
-        node = (index - self.used).clamp(0, tree.shape[1] - 1).expand(*tree.shape[:2], -1)
-        drafted = tree.gather(2, node) & (index >= self.used) & (index < self.used + tree.shape[1])
-        return committed[:, None, :] | drafted
+        if self.level and (ahead or slots == self.used):
+            return prompt
+        index = torch.arange(slots, device=self.device)
+        there = index < torch.tensor(self.ends, device=self.device)[:, None]
+        return prompt & (there | (index >= self.used) if ahead else there)
 
-    def _near(self, mask: Tensor, position: Tensor) -> Tensor:
-        """Of `mask` bool [B, N, S], what a sliding window reaches. position int64 [B, N]."""
-        if self.window is None:
-            return mask
+    def slot_places(self, slots: int) -> Tensor:
+        """Position of the token in each of the first `slots`, int64 [B, S], if those behind all rows are read one by one."""
         before = self.prompt.long().cumsum(1) - 1
-        index = torch.arange(mask.shape[2], device=mask.device)
-        prompt = self.prompt.shape[1]
-        behind = before[:, -1:] + 1 + index[prompt:] - prompt
-        places = torch.cat([before, behind.expand(len(mask), -1)], 1)[:, None, :].expand(-1, mask.shape[1], -1)
-        inside = position[:, :, None] - places < self.window
-        node = (index >= self.used) & (index < self.used + position.shape[1])
-        shifted = (index - self.used).clamp(0, position.shape[1] - 1)
-        near = position[:, :, None] - position[:, None, :].gather(2, shifted.expand(len(mask), 1, -1)) < self.window
-        return mask & torch.where(node, near, inside)
+        index = torch.arange(slots - self.prompt.shape[1], device=self.device)
+        found = torch.cat([before, before[:, -1:] + 1 + index], 1)
+        found[:, self.used :] = self.places[:, None] + torch.arange(slots - self.used, device=self.device)
+        return found
 
-    def _form(self, mask: Tensor) -> Tensor:
-        mask = mask[:, None]
+    def form(self, mask: Tensor) -> Tensor:
+        """A mask bool [B, 1, N, S] as the attention wants it."""
         if self.additive is None:
             return mask
         return torch.zeros_like(mask, dtype=self.additive).masked_fill(~mask, torch.finfo(self.additive).min)
+
+    def of_kinds(self, full: Tensor, sliding: Tensor | None) -> Any:
+        """The mask of all layers, or of each kind of them."""
+        if sliding is None:
+            return full
+        return {FULL: full, SLIDING: sliding} if FULL in self.kinds else sliding
+
+    def _mask(self, tree: Tensor) -> Tensor:
+        """Which slots every node reads, bool [B, N, S]. tree bool [B, N, N]: which nodes."""
+        nodes = tree.shape[1]
+        before = self.committed(self.used, ahead=False)[:, None].expand(-1, nodes, -1)
+        behind = self.slots - self.used - nodes if self.static else 0
+        return torch.cat([before, tree, tree.new_zeros(*tree.shape[:2], behind)] if behind else [before, tree], 2)
+
+    def _near(self, mask: Tensor, position: Tensor) -> Tensor:
+        """Of `mask` bool [B, N, S], what a sliding window reaches. position int64 [B, N]."""
+        assert self.window is not None
+        places = torch.cat([self.slot_places(self.used), position], 1)
+        return mask & (position[:, :, None] - places[:, None, :] < self.window)
 
 
 def _move(tensor: Tensor, source: Tensor, goal: Tensor) -> None:

@@ -51,6 +51,10 @@ class Told:
         names = tuple(self.sources[self.source[row][node]] for node in accepted)
         return names + ("",) * (length - len(names))
 
+    def straight(self, lengths: list[int]) -> bool:
+        """Are the nodes that each row keeps, `lengths` of them, 0, 1, 2, and so on?"""
+        return all(node == place for path, length in zip(self.path, lengths, strict=True) for place, node in enumerate(path[:length]))
+
     def written(self, lengths: list[int], device: torch.device) -> Tensor:
         """These tokens as far as they were written, int64 [B, most], -1 behind them."""
         most = max(lengths)

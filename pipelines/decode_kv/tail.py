@@ -35,9 +35,12 @@ class KeptTail:
         self.cache.draft(above & proposal.valid[:, None, :] | itself, above.sum(-1) - 1)
         return {"past_key_values": self.cache, "use_cache": True, "attention_mask": None, "position_ids": None}
 
-    def commit(self, path: Tensor, keep: Tensor, longest: int) -> None:
-        """Keep the first `keep` int64 [B] nodes of `path` int64 [B, D]. longest: slots of the longest row, which nobody here
-        needs. Waits for the device, unless `keep` is on the host."""
+    def walk(self, most: int) -> None:
+        """What leaves is decided behind every token, so nothing is read in one go."""
+
+    def commit(self, path: Tensor, keep: Tensor, longest: int, *, straight: bool = False) -> None:
+        """Keep the first `keep` int64 [B] nodes of `path` int64 [B, D]. longest: slots of the longest row, and straight, whether
+        the path is a plain one: nobody here needs them. Waits for the device, unless `keep` is on the host."""
         counts: list[int] = keep.tolist()
         steps = torch.arange(max(counts, default=0), device=path.device)
         index = path[:, : len(steps)]
