@@ -1,7 +1,8 @@
 """Is a way of drafting lossless? A test that everyone can run on their own drafter, verifier and model.
 
-    from hasten.testing import assert_lossless
+    from hasten.testing import assert_lossless, first_divergence
     print(assert_lossless(LookUp(nodes=8), MultiRound(), model))
+    print(first_divergence(model, inputs, "look-up", max_new_tokens=200))
 
 What a sampled text may be is enumerated with the model alone, and compared with what many drafted runs wrote (chi-square,
 total variation). Greedy texts have to be the same, token for token: in a batch of prompts of different lengths, at every
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor
 
 import hasten
+from hasten.divergence import Divergence, first_divergence
 from hasten.errors import UsageError
 from hasten.recipe import Drafting, Recipe, Verify
+
+__all__ = ["Agreement", "Divergence", "assert_lossless", "compare", "exact_law", "first_divergence"]
 
 Cell = tuple[int, ...]
 """The new tokens of a row, with padding behind its end."""
