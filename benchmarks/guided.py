@@ -3,8 +3,8 @@
     python benchmarks/guided.py [--guides tiny-draft tiny-lm] [--seeds 5 6] [--count 16] [--workloads lists code]
 
 The rules that need no guide stand beside `guided` with each guide, alone and with the same caches. One text at a time, so
-that no guide reads texts that are over. Token-layers of the guide are its own layers' (tiny-draft's are a quarter as heavy
-as tiny-dllm's, tiny-lm's as heavy); `multiply_adds` puts both on one scale: tokens times the weights of the layers they
+that no guide reads texts that are over. Token-layers of the guide are its own layers' (tiny-draft's and tiny-lm's are far
+smaller than tiny-dllm's); `multiply_adds` puts both on one scale: tokens times the weights of the layers they
 went through (what attention adds for each pair of tokens is left out, for both). Questions of `--seeds` are for tuning,
 never the ones of docs/dllm-bench.md. Writes `benchmarks/results/cpu-2core/guided.json`.
 """
@@ -117,7 +117,7 @@ def main() -> None:
         work = workload(name, tokenizer, options.count, options.seeds)
         plain = dllm.Bench(host, tokenizer, batch=1)
         base = plain.generate(find_recipe(dllm.SEQUENTIAL), work)
-        rows.append(measured(plain, work, dllm.SEQUENTIAL, base, base))
+        rows.append(measured(plain, work, dllm.SEQUENTIAL, base))
         for cache in CACHES:
             for recipe in ALONE:
                 rows.append(measured(plain, work, recipe + cache, base))
