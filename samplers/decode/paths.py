@@ -14,7 +14,9 @@ def ancestors(parent: Tensor) -> Tensor:
     index = torch.arange(nodes, device=parent.device)
     reach = ((parent[..., None] == index) | (index[:, None] == index)).float()
     for _ in range(max(1, math.ceil(math.log2(max(2, nodes))))):
-        reach = (reach @ reach).clamp(max=1)
+        reach = reach @ reach
+        if nodes > 64:  # of so many, ways from node to node may be more than a float can count
+            reach = reach.clamp(max=1)
     return reach > 0
 
 
