@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -50,10 +51,16 @@ def finalists(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
 
 
 def promising(trial: Trial, failed: Sequence[Trial], goal: Goal) -> bool:
-    """Whether a finalist was better on the tuning samples than those that failed on held-out ones. What was faster and no
-    worse has failed already."""
-    level = goal.better(trial.measured.counted(goal))
-    return all(level > goal.better(other.measured.counted(goal)) for other in failed)
+    """Whether a finalist was better on some tuning sample than each of those that failed on held-out ones. What was faster and
+    nowhere worse has failed already. (The worst sample alone would not do: with few samples it is a matter of luck, and what was
+    fitted to them looks better there than it is.)"""
+    return all(any(mine > theirs for mine, theirs in zip(_levels(trial, goal), _levels(other, goal), strict=False)) for other in failed)
+
+
+def _levels(trial: Trial, goal: Goal) -> list[float]:
+    """How good each sample is, more is better; minus infinity where nothing could be measured."""
+    found = [each.value(goal) for each in trial.measured.outcomes]
+    return [-math.inf if value is None else goal.better(value) for value in found]
 
 
 def close(trial: Trial, chosen: Trial) -> bool:

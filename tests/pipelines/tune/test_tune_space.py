@@ -17,7 +17,7 @@ from hasten.pipelines.tune.job import Job
 from hasten.pipelines.tune.space import Space, first_guesses, parts_alone
 from hasten.pipelines.tune.study import Trial, front
 from hasten.pipelines.tune.trials import Measured, Outcome
-from hasten.pipelines.tune.verify import Interaction, fastest, finalists, interval, is_control, verified
+from hasten.pipelines.tune.verify import Interaction, fastest, finalists, interval, is_control, promising, verified
 from hasten.recipe import Recipe, from_yaml
 from tests.pipelines.tune.test_tune_plan import recorded
 
@@ -127,6 +127,14 @@ def test_what_makes_fewer_evaluations_is_measured_too_where_the_clock_may_be_wro
     assert fastest(found[2:], PSNR) is None
     asked.clear()
     assert len(verified(Toy(), trials, PSNR, lambda: True)) == 1 and asked == ["r0"]  # type: ignore[arg-type]
+
+
+def test_what_was_better_on_some_sample_than_all_that_failed_is_still_tried() -> None:
+    failed = [run(6, 38, 36, 31), run(5, 33, 39, 33)]
+    assert promising(run(4, 37, 37, 32), failed, PSNR), "better than the first on the second and third, than the second on the first"
+    assert not promising(run(4, 38, 36, 30), failed, PSNR), "nowhere better than the first"
+    assert promising(run(4, None, 36, 31), failed, PSNR), "None is identical"
+    assert promising(run(4, 1, 1, 1), [], PSNR)
 
 
 def test_finalists_keep_the_goal_on_all_samples_and_come_fastest_first() -> None:
