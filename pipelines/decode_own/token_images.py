@@ -18,7 +18,7 @@ from hasten.errors import ModelError, UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.masked_codes import Codebook, Words
 from hasten.pipelines.masked_images import Output, shown
-from hasten.pipelines.quiet import quiet
+from hasten.pipelines.quiet import no_bars, quiet
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import Recipe
 
@@ -70,7 +70,7 @@ class TokenImagePipeline:
         folder = tiny_models.path(str(name_or_path)) if str(name_or_path) in tiny_models.names() else Path(name_or_path)
         codebook, library = Codebook.load(folder), AutoModelForCausalLM
         more: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype or torch.float32}
-        with quiet("transformers.utils.import_utils"):
+        with quiet("transformers.utils.import_utils"), no_bars():
             model: Any = library.from_pretrained(str(folder), **more)
         return cls(model.eval().to(device or "cpu"), codebook)
 
