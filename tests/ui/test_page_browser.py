@@ -57,6 +57,27 @@ def test_another_run_shows_what_it_left_out(tab: Any) -> None:
     expect(tab.locator(".hv-timeline:visible h3")).to_have_text("What fast:student=false computed", timeout=PATIENT)
 
 
+def test_a_causal_model_goes_on_with_a_prompt_and_its_text_says_who_guessed_it(tab: Any) -> None:
+    show(tab, "Text")
+    expect(tab.locator("#text-drafts")).to_be_hidden()
+    tab.locator("#text-model input").click()
+    tab.get_by_role("option", name="tiny-lm", exact=True).click()
+    expect(tab.locator("#text-drafts")).to_be_visible(timeout=PATIENT)
+    expect(tab.locator("#tabs .speed:visible")).to_have_count(0)
+    tab.locator("#text-prompt textarea").fill("<img src=x onerror=window.PWN=1> a b c d a b c d a b")
+    tab.get_by_label("Guess in every forward").check()
+    tab.locator("#text-run").click()
+    expect(tab.locator("#text-result .hv-exact h3")).to_contain_text("Same text", timeout=PATIENT)
+    assert tab.evaluate("typeof window.PWN") == "undefined"
+    slider = tab.locator("#text-result").get_by_role("slider", name="Token")
+    slider.focus()
+    tab.keyboard.press("Home")
+    expect(tab.locator('#text-result [data-part="said"]')).to_contain_text("Token 1: written by the model itself, behind the prompt")
+    tab.reload()
+    show(tab, "Text")
+    expect(tab.locator("#text-result .hv-exact h3")).to_contain_text("Same text", timeout=PATIENT)
+
+
 def test_keys_reach_the_player_from_anywhere(tab: Any) -> None:
     frame = tab.locator('#compare-player [data-part="frame"]')
     tab.keyboard.press("ArrowRight")
