@@ -116,8 +116,8 @@ def gem_filter(share: float = 0.5, depth: float = 0.4) -> Recipe:
 
 def lazy_llm(share: float = 0.5, stages: int = 3, begin: float = 0.3) -> Recipe:
     """LazyLLM: deeper layers read fewer tokens, down to this share; what is needed later is computed then."""
-    depths = tuple(begin + (0.9 - begin) * stage / stages for stage in range(stages))
-    shares = tuple(1.0 + (share - 1.0) * (stage + 1) / stages for stage in range(stages))
+    depths = tuple(round(begin + (0.9 - begin) * stage / stages, 3) for stage in range(stages))
+    shares = tuple(round(1.0 + (share - 1.0) * (stage + 1) / stages, 3) for stage in range(stages))
     return Recipe(kv=KeptCache(lazy=LazyTokens(depths=depths, shares=shares)), paper="LazyLLM, arXiv 2407.14057")
 
 

@@ -44,7 +44,7 @@ class Pages(Reader):
 
 
 class _Pages(ReaderState):
-    """low, high: float32 [B, Hk, C, D] (for means both are the mean). odd: float32 [B, Hk, C], the smallest cosine."""
+    """low, high: [B, Hk, C, D] in the dtype of the keys (for means both are the mean). odd: float32 [B, Hk, C], the smallest cosine."""
 
     def __init__(self, part: Pages) -> None:
         self.part = part
@@ -111,10 +111,10 @@ class _Pages(ReaderState):
         new = k[:, :, known * self.part.page : pages * self.part.page].float()
         new = new.reshape(*k.shape[:2], -1, self.part.page, k.shape[3])
         if self.part.by == "bounds":
-            found = [new.amin(3), new.amax(3), new.new_zeros(new.shape[:3])]
+            found = [new.amin(3).to(k.dtype), new.amax(3).to(k.dtype), new.new_zeros(new.shape[:3])]
         else:
             mean = new.mean(3)
-            found = [mean, mean, torch.cosine_similarity(new, mean[:, :, :, None], dim=-1).amin(-1)]
+            found = [mean.to(k.dtype), mean.to(k.dtype), torch.cosine_similarity(new, mean[:, :, :, None], dim=-1).amin(-1)]
         if known:
             held = (self.low, self.high, self.odd)
             found = [torch.cat([old[:, :, :known], more], 2) for old, more in zip(held, found, strict=True)]
@@ -127,7 +127,7 @@ class _Pages(ReaderState):
         part, (b, hq, n, d) = self.part, q.shape
         hk = self.low.shape[1]
         rows = q.reshape(b, hk, hq // hk * n, d).float() * scale
-        low, high = self.low[:, :, :pages], self.high[:, :, :pages]
+        low, high = self.low[:, :, :pages].float(), self.high[:, :, :pages].float()
         number, opened = torch.arange(pages, device=q.device), (begin + part.page - 1) // part.page
         empty = (number < opened[:, None])[:, None]  # or begun with padding: read, whatever it is worth
         if part.by == "means":

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from hasten.caching.decode.kept import KeptCache
 from hasten.pipelines import tiny_models
 from hasten.pipelines.decode_kv import bench, bench_shared
+from hasten.sparse_attn.text.causal import CausalAttention
+from hasten.sparse_attn.text.pages import Pages
 
 
 def test_rows_of_policies() -> None:
@@ -15,6 +20,14 @@ def test_rows_of_policies() -> None:
     assert full["kl"] == 0 and full["agreement"] == 1 and full["letters"] > 0.95
     assert 0 < window["kl"] and 0 < lot["kl"] and window["bytes_share"] < 0.4
     assert 0 < int8["kl"] < 0.02 < window["kl"] and int8["letters"] > 0.9 > lot["letters"]
+
+
+@pytest.mark.parametrize("name", bench.READING)
+def test_what_readers_read_is_a_share_of_the_prompt(name: str) -> None:
+    recipe = bench.budgeted(name, 0.25, 192)
+    assert isinstance(recipe.kv, KeptCache) and isinstance(recipe.attention, CausalAttention)
+    pages = recipe.attention.cache
+    assert isinstance(pages, Pages) and (pages.top + pages.outliers + pages.sinks) * pages.page == 48
 
 
 def test_shared_prefixes_are_measured_on_equal_outputs() -> None:
