@@ -95,3 +95,11 @@ def test_a_language_model_is_no_diffusers_pipeline(name: str) -> None:
 
 def test_defaults_of_a_foreign_pipeline_are_empty(tmp_path: Path) -> None:
     assert tiny_models.call_defaults(object()) == {}
+
+
+def test_the_package_stays_small() -> None:
+    """What is bundled is downloaded by everybody who installs hasten."""
+    files = [file for name in tiny_models.names() for file in tiny_models.path(name).rglob("*.safetensors")]
+    files += tiny_models.path("tiny-image").parent.glob("*/*.safetensors")
+    files += tiny_models.path("tiny-image").parent.glob("students/*/*.safetensors")
+    assert sum(file.stat().st_size for file in {file.resolve() for file in files}) < 40_000_000
