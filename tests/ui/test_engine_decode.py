@@ -116,6 +116,8 @@ def test_a_comparison_names_the_first_token_that_differs() -> None:
     assert "token 2" in found.headline and "“b”" in found.sentence and "“x”" in found.sentence and "0.002 apart" in found.sentence
     shorter = base.compared([5, 6], [5, 6, 7], ["a", "b"], ["a", "b", "c"], [1.0, 2.0])
     assert shorter.verdict == "differs" and "the end of the text" in shorter.sentence
+    parts = base.compared([5, 6], [5, 6, 7], ["a", "b"], ["a", "b", ""], [1.0, 2.0])
+    assert parts.verdict == "differs" and "“…”" in parts.sentence, "a token that is a part of a character is one, too"
     assert base.compared([5, 6], [5, 6], ["a", "b"], ["a", "b"], [1.0, 2.0]).verdict == "same"
     assert Exactness("", "", False, 3).verdict == "plain" and Exactness("typical", "so", True, 3).verdict == "lossy"
 

@@ -13,14 +13,15 @@ ROUNDING = "A forward of several tokens adds in another order than one of a sing
 class Exactness:
     """verifier: its kind, "" where nothing was drafted. lossy: why it may be another text than the model's own, "" where nothing
     is left out. drawn: tokens were sampled, so that two texts cannot be compared one by one. tokens: of the text. same: how many,
-    from the first on, are those of plain decoding; None where that was not asked. ours, plain: the first ones that differ, "" for
-    the end of a text. gap: how far the two best logits were apart there. lead: the same for the closest of all tokens."""
+    from the first on, are those of plain decoding, which wrote `against`; None where that was not asked. ours, plain: the first
+    ones that differ, "" for the end of a text. gap: how far the two best logits were apart there. lead: the same for the closest of all tokens."""
 
     verifier: str
     lossy: str
     drawn: bool
     tokens: int
     same: int | None = None
+    against: int | None = None
     ours: str = ""
     plain: str = ""
     gap: float | None = None
@@ -31,9 +32,9 @@ class Exactness:
         same = next((at for at, (a, b) in enumerate(zip(ours, plain, strict=False)) if a != b), min(len(ours), len(plain)))
         lead = min(leads, default=None)
         if same == len(ours) == len(plain):
-            return Exactness(self.verifier, self.lossy, self.drawn, len(ours), same, lead=lead)
+            return Exactness(self.verifier, self.lossy, self.drawn, len(ours), same, len(plain), lead=lead)
         return Exactness(
-            self.verifier, self.lossy, self.drawn, len(ours), same, _at(words, same), _at(plain_words, same),
+            self.verifier, self.lossy, self.drawn, len(ours), same, len(plain), _at(words, same), _at(plain_words, same),
             leads[same] if same < len(leads) else None, lead,
         )  # fmt: skip
 
@@ -44,7 +45,7 @@ class Exactness:
             return "plain"
         if self.drawn:
             return "lossy" if self.lossy else "law"
-        return "same" if self.same == self.tokens and not (self.ours or self.plain) else "differs"
+        return "same" if self.same == self.tokens == self.against else "differs"
 
     @property
     def headline(self) -> str:
@@ -77,7 +78,8 @@ class Exactness:
 
 
 def _at(words: Sequence[str], place: int) -> str:
-    return words[place] if place < len(words) else ""
+    """The word there; a part of a character has none of its own."""
+    return (words[place] or "…") if place < len(words) else ""
 
 
 def _quoted(word: str) -> str:

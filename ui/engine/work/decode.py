@@ -31,8 +31,8 @@ def decode(ask: Decode, desk: Desk, report: Report) -> dict[str, Any]:
 
     tokens: [{"text", "given", "by", "round", "lead"}]; by: the drafter that guessed it, "" for the model itself, None while that is
     not known; round: the forward behind the prompt that wrote it, from 1, 0 for the prompt's own. rounds: [{"drafted", "accepted",
-    "written"}]. drafters: {name: [drafted, accepted]}. exact: `Exactness`. Where tokens are not drawn, the prompt is decoded plainly as well, and both are timed behind
-    their first token. trace: the session's report, None for plain.
+    "written"}]. drafters: {name: [drafted, accepted]}. exact: `Exactness`. Where it drafts, the prompt is decoded plainly as well, with the same seed, and both are timed
+    behind their first token. trace: the session's report, None for plain.
     """
     recipe = _drafting(desk.recipe(ask.recipe))
     writer = desk.language_model(ask.model, report)
