@@ -29,6 +29,7 @@ from doc_tables import (
     runs,
     samplers,
     text_tuning,
+    token_images,
 )
 from doc_tables.results import ROOT
 
@@ -65,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "resolutions-windows": resolutions.windows,
     "resolutions-drafts": resolutions.drafts,
     "resolutions-restore": resolutions.restore,
+    "token-images": token_images.token_images,
     "tune-text": text_tuning.text_tuning,
     "samplers-orders": samplers.orders,
     "samplers-solvers": samplers.solvers,
