@@ -22,10 +22,11 @@ from hasten.pipelines.decode_kv.cache import KVCache
 
 @dataclass(slots=True)
 class LazyLayer:
-    """One decoder layer, by its number."""
+    """One decoder layer, by its number; first, last: those of the model."""
 
     number: int
     first: int
+    last: int
 
     def forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """The layer's forward, on the tokens that go on."""
@@ -55,6 +56,8 @@ class LazyLayer:
         if self.number in lazy.shares and cache.prunes:
             found, at = lazy.go_on(self.number, found, now.at)
             cache.narrow(at)
+        if self.number == self.last and lazy.at is not None:
+            return found[:, -1:]  # nobody asked for the others, and some of them are not of this call
         return found
 
 

@@ -82,7 +82,7 @@ class KVSession:
         if self.part.lazy is not None:
             layers = {int(module.layer_idx): self.host.get_submodule(_above(place)) for place, module in modules.items()}  # type: ignore[arg-type]
             for number, layer in layers.items():
-                self._attachment.replace(layer, "forward", LazyLayer(number, min(layers)).forward(layer.forward))
+                self._attachment.replace(layer, "forward", LazyLayer(number, min(layers), max(layers)).forward(layer.forward))
         redirect(self._attachment, self.host, modules.values(), NAME)
         base = self.host.base_model
         self._attachment.replace(base, "forward", self._around(base.forward))
@@ -205,7 +205,8 @@ class KVSession:
 
     def cache(self, last: bool = False) -> KVCache:
         """A new cache, for calls of the model that are not `generate`, and for a conversation: pass it as
-        `past_key_values` again and again. last: only the logits of each call's last token are wanted, as by `generate`."""
+        `past_key_values` again and again. last: only the logits of each call's last token are wanted, as by `generate`; it may
+        give these alone."""
         if self._closed:
             raise UsageError("This session is closed; its caches are, too. Open one with hasten.accelerate(model, recipe).")
         self.last = KVCache(self, self.layers, self.part)

@@ -106,9 +106,10 @@ def test_a_token_that_is_needed_again_is_computed_from_where_it_stopped() -> Non
         lazy = cache.state.lazy
         assert lazy is not None
         for step in range(8):
+            assert cache.columns == TEXT + step
             before = {layer: (left.place[0].tolist(), left.hidden[0].clone()) for layer, left in lazy.left.items()}
             had = {layer: held(cache, layer) for layer in range(3)}
-            steps(run, cache, [text(1, 1, seed=20 + step)])
+            assert steps(run, cache, [text(1, 1, seed=20 + step)]).shape[1] == 1
             for layer, (places, hidden) in before.items():
                 new = sorted(set(held(cache, layer + 1)) - set(had[layer + 1]) - {TEXT + step})
                 slots = cache.layers[layer + 1].slots
