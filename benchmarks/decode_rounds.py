@@ -15,18 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import hasten
 from hasten.pipelines.bench.decode_texts import noise
+from hasten.pipelines.host import hardware
 from hasten.pipelines.tiny_models import text
 from hasten.recipe import Recipe
+from hasten.report_forms import installed_versions
 from hasten.samplers.decode.pace import Goodput, Steady
 from hasten.samplers.drafters.look_up import LookUp
 
@@ -93,14 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--models", nargs="+", default=["tiny-lm", "tiny-draft"])
-    parser.add_argument("--json", help="write the rows there, too")
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
     asked = parser.parse_args()
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="hasten: ")
     found = [row for name in asked.models for row in rows(name, asked.repeats)]
     if asked.json:
-        with open(asked.json, "w") as file:
-            json.dump({"command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": found}, file, indent=1)
+        about = {"command": "benchmarks/decode_rounds.py", "versions": installed_versions(), "hardware": hardware("cpu")}
+        asked.json.write_text(json.dumps(about | {"rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
