@@ -70,6 +70,19 @@ def test_trees_keep_the_law(verifier: Verifier, drafts: str) -> None:
         assert found.p_value > LEAST, found
 
 
+@pytest.mark.parametrize("verifier", [*ANY, Speculative(), Block(), Typical(allow_lossy=True)], ids=lambda each: each.kind)
+def test_without_drafts_the_models_own_token_is_written(verifier: Verifier) -> None:
+    torch.manual_seed(0)
+    p, _ = tables(0)
+    last = torch.zeros(20_000, dtype=torch.long)
+    proposal, state = nothing(last), verifier.start(FACTS)
+    best = TableTarget(proposal, p, sampled=False)
+    assert torch.equal(state.alone(last, best), state.verify(proposal, best).token)
+    target = TableTarget(proposal, p)
+    shares = state.alone(last, target).bincount(minlength=TOKENS) / len(last)
+    torch.testing.assert_close(shares, target.law()[0, 0].float(), atol=0.015, rtol=0.0)
+
+
 def test_drafts_that_are_the_models_own_are_all_accepted() -> None:
     torch.manual_seed(0)
     p, _ = tables(0)
