@@ -22,6 +22,7 @@ QUALITY: Columns = {
     "letters": ("letters found", percent),
     "needles": ("needles found", percent),
     "bytes_share": ("bytes held", percent),
+    "far_share": ("in a slower memory", lambda value: percent(value) if value else ""),
 }
 
 SHARED: Columns = {
