@@ -25,6 +25,7 @@ from hasten.errors import HastenError
 from hasten.pipelines.bench.decode_peers import Peer
 from hasten.pipelines.bench.decode_texts import Workload
 from hasten.pipelines.decode.drafters_candidates import Candidates
+from hasten.pipelines.decode.drafters_small import SmallModel
 from hasten.pipelines.decode.session import DecodeSession
 from hasten.pipelines.recipes import catalogue
 from hasten.pipelines.recipes import recipe as find_recipe
@@ -235,12 +236,13 @@ def _when(recipe: Recipe) -> str:
 
 
 def _family(drafter: Any) -> str:
-    """What a draft costs: "text" looks into texts alone, "model" runs a network."""
+    """What a draft costs: "text" looks into texts alone, "model" runs a smaller network; the "dear" ones run the model itself, in
+    part or whole, or a network as large, and transformers has nothing to compare them with."""
     if isinstance(drafter, Mixed):
-        return "model" if "model" in (_family(drafter.first), _family(drafter.second)) else "text"
+        return max((_family(drafter.first), _family(drafter.second)), key=("text", "model", "dear").index)
     if isinstance(drafter, Candidates):
         return "text" if drafter.which == "prompt-lookup" else "model"
-    return "text" if isinstance(drafter, TEXT_DRAFTERS) else "model"
+    return "text" if isinstance(drafter, TEXT_DRAFTERS) else "model" if isinstance(drafter, SmallModel) else "dear"
 
 
 TEXT_DRAFTERS = (LookUp, Trie, TriGram, Copy, Jacobi)

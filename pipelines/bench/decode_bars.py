@@ -15,7 +15,7 @@ SHARED_FASTER = 3.0
 SHARED_EXACT = 1e-4
 """Largest difference of attention outputs of about unit size that rounding of float32 explains."""
 
-FAMILIES = {"text": "drafts from texts", "model": "drafts by a network"}
+FAMILIES = {"text": "drafts from texts", "model": "drafts by a smaller network"}
 
 
 def bars(rows: Sequence[Row], clock: str = "speedup_processor") -> list[Bar]:
