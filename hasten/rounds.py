@@ -14,8 +14,9 @@ class Round:
     the largest). drafted, written: for each active row, its drafts, and the tokens that it gained: accepted drafts and one
     more. ranks: for each node from 1, in how many rows it was accepted. sources: for each drafter its drafted and its
     accepted nodes. depths: for each depth from 1 its drafted and its accepted nodes. by: for each active row, who guessed each
-    of its new tokens: a drafter, "" for the model itself; () where nothing was drafted. draft, verify, commit: seconds of
-    proposing, of the model's forward with the verdict, and of writing it down.
+    of its new tokens: a drafter, "" for the model itself; () where nothing was drafted. ahead: by how many tokens the row that
+    has most of its way before it came nearer to its end; 0 where that is not known. draft, verify, commit: seconds of proposing,
+    of the model's forward with the verdict, and of writing it down.
     """
 
     asked: int
@@ -26,6 +27,7 @@ class Round:
     sources: tuple[tuple[str, int, int], ...] = ()
     depths: tuple[tuple[int, int], ...] = ()
     by: tuple[tuple[str, ...], ...] = ()
+    ahead: int = 0
     draft: float = 0.0
     verify: float = 0.0
     commit: float = 0.0

@@ -145,7 +145,7 @@ class Loop:
 
     def _verified(self, proposal: Proposal, asked: int, clock: list[float]) -> Round:
         """Read, verify and commit a proposal. clock: when drafting began, and when it was over."""
-        context = self.context
+        context, reach = self.context, self.context.reach
         logits, hidden = self._read(proposal)
         verdict, scores = self._verdict(proposal, logits, context)
         told = Told.of(proposal, verdict)
@@ -155,7 +155,8 @@ class Loop:
         self.tell(Outcome(proposal, verdict, told.written(lengths, verdict.path.device), lengths, logits, hidden))
         self.rows.stream()
         clock.append(time.perf_counter())
-        return told.round(asked, context.active, lengths, clock)
+        ahead = min(max(lengths), max(1, reach - self.context.reach))
+        return told.round(asked, context.active, lengths, ahead, clock)
 
     def tell(self, outcome: Outcome) -> None:
         """Go on behind what was committed; the drafter learns what became of it."""

@@ -61,8 +61,8 @@ class Told:
         rows = [self.tokens(row)[:length] for row, length in enumerate(lengths)]
         return torch.tensor([row + [-1] * (most - len(row)) for row in rows], dtype=torch.long, device=device)
 
-    def round(self, asked: int, active: list[bool], lengths: list[int], clock: list[float]) -> Round:
-        """For the account. clock: when drafting, reading and committing began, and when they were over."""
+    def round(self, asked: int, active: list[bool], lengths: list[int], ahead: int, clock: list[float]) -> Round:
+        """For the account. ahead: see `Round`. clock: when drafting, reading and committing began, and when they were over."""
         rows = [row for row, here in enumerate(active) if here]
         size = len(self.nodes[0])
         ranks, sources, depths = [0] * (size - 1), Counter[tuple[int, int]](), Counter[tuple[int, int]]()
@@ -83,6 +83,6 @@ class Told:
             ranks=tuple(ranks),
             sources=tuple((name, sources[at, 0], sources[at, 1]) for at, name in enumerate(self.sources) if sources[at, 0]),
             depths=tuple((depths[at, 0], depths[at, 1]) for at in range(1, 1 + max((key for key, _ in depths), default=0))),
-            by=tuple(self.by(row, lengths[row]) for row in rows),
+            by=tuple(self.by(row, lengths[row]) for row in rows), ahead=ahead,
             draft=clock[1] - clock[0], verify=clock[2] - clock[1], commit=clock[3] - clock[2],
         )  # fmt: skip

@@ -74,14 +74,20 @@ class Goodput(Pace):
     drafter that is a network may cost more than the model. Where no draft pays, one round in `probe` tries again, and
     ever fewer (twice as many rounds in between, up to `rare`) while it keeps failing. Where nearly all drafts of a round stood,
     twice as many are tried, because nothing is known of ranks that were given up; ever more seldom, too, while that gains nothing.
+    Whatever the estimates say, what drafts have cost more than they gained stays within `loss` of all the time (and `FREE` plain
+    rounds): beyond that nothing is drafted.
 
-    Differs: SmartSpec fits its times offline, and assumes one acceptance rate for all positions.
+    Rows of a batch wait for the slowest of them: a round gains what brings the row nearer that has most before it.
+
+    Differs: SmartSpec fits its times offline, assumes one acceptance rate for all positions, and serves rows that do not wait for
+    each other.
     """
 
     kind: ClassVar[str] = "goodput"
     memory: int = Field(20, ge=1)
     probe: int = Field(8, ge=2)
     rare: int = Field(128, ge=2)
+    loss: float = Field(0.02, ge=0)
 
     def start(self, facts: Facts) -> PaceState:
         return GoodputState(self)
@@ -92,14 +98,20 @@ class GoodputState(PaceState):
 
     ranks: for each rank from 1, how often the draft of this rank was accepted. reading: seconds of the model's forward with
     the verdict and the commit; drafting: of proposing. more: drafts that one of the next rounds should have at least, because the
-    last ones stood. patience: for each number that was tried so, how many rounds go by until it is again; again: the round then.
+    last ones stood. spent: seconds of all rounds; lost: of these, what rounds with drafts took longer than plain ones would have
+    for as much. mean, slowest: accepted drafts of the mean row and of the one that the batch waits for, fading sums. patience: for each number that was tried so, how many rounds go by until it is again; again: the round then.
     """
 
     WARM = 2
     """Rounds without drafts at the start, for their time; the first of them is slower than others and not counted."""
 
     FIRST = 1
-    """Drafts of the first round that has any."""
+    """Drafts of the first round that has any. It is not counted as lost: first times are slower than others."""
+
+    FREE = 2
+    """Plain rounds that may be lost before there is time to lose a share of."""
+
+    FADE = 0.98
 
     def __init__(self, pace: Goodput) -> None:
         self.pace = pace
@@ -110,6 +122,8 @@ class GoodputState(PaceState):
         self.more, self.climbing = 0, False
         self.again: dict[int, int] = {}
         self.patience: dict[int, int] = {}
+        self.spent = self.lost = 0.0
+        self.mean = self.slowest = 1.0
 
     def next(self, most: int) -> int:
         if most == 0 or self.rounds < self.WARM:
@@ -117,12 +131,19 @@ class GoodputState(PaceState):
         if not self.ranks:
             return min(most, self.FIRST)
         best = max(sizes(most), key=self.goodput)
-        if best:
+        if best and self._affordable():
             return self._climbed(best, most)
         if self.idle < self.wait:
             return 0
+        tried = max(sizes(most)[1:], key=self.goodput)
+        if not self._affordable(self.seconds(tried) - self.seconds(0)):
+            return 0
         self.wait = min(2 * self.wait, self.pace.rare)
-        return max(sizes(most)[1:], key=self.goodput)
+        return tried
+
+    def _affordable(self, more: float = 0.0) -> bool:
+        """Whether `more` seconds may be lost."""
+        return self.lost + more <= self.pace.loss * self.spent + self.FREE * self.seconds(0)
 
     def quiet(self) -> int:
         """What drafts would gain is looked up again after `RUN` rounds at most: the times may have changed."""
@@ -137,7 +158,7 @@ class GoodputState(PaceState):
 
     def goodput(self, nodes: int) -> float:
         """Expected tokens per second of a round with so many drafts."""
-        gain = 1 + sum(self.ranks[:nodes])
+        gain = 1 + self.slowest / self.mean * sum(self.ranks[:nodes])
         return gain / max(self.seconds(nodes), 1e-9)
 
     def seconds(self, nodes: int) -> float:
@@ -146,16 +167,21 @@ class GoodputState(PaceState):
 
     def learn(self, done: Round) -> None:
         self.rounds += 1
+        self.spent += done.seconds
         if self.rounds > 1:
             self.reading.add(done.nodes, done.verify + done.commit)
         self.idle = 0 if done.asked else self.idle + 1
         if not done.asked:
             return
         self.drafting.add(done.asked, done.draft)
-        if done.written and max(done.written) > 1:
-            self.wait = self.pace.probe
         self.drafted += 1
         gained = (sum(done.written) - done.rows) / max(1, done.rows)
+        ahead = done.ahead or 1 + gained
+        self.mean, self.slowest = self.FADE * self.mean + gained, self.FADE * self.slowest + ahead - 1
+        if self.drafted > 1:
+            self.lost += self.seconds(done.asked) - ahead * self.seconds(0)
+        if ahead * self.seconds(0) >= self.seconds(done.asked):
+            self.wait = self.pace.probe
         stood = gained >= 0.75 * done.asked
         self.more = 2 * done.asked if stood else 0
         if self.climbing:

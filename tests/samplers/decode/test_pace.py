@@ -68,6 +68,42 @@ def test_a_dear_drafter_costs_little_before_it_is_given_up() -> None:
     assert tokens / seconds > 3, "four stand, and cost half a forward: five tokens for 1.5"
 
 
+def test_what_drafts_cost_is_bounded_whatever_they_seem_to_gain() -> None:
+    """Of sixteen rows fifteen gain seven tokens of every draft, and all wait for the last, which gains none."""
+    state = goodput()
+    spent = lost = 0.0
+    for number in range(600):
+        nodes = state.next(MOST)
+        right = (nodes,) * 15 + (0,)
+        done = Round(
+            nodes, nodes, (nodes,) * 16, tuple(1 + each for each in right), (15,) * nodes, ahead=1, draft=0.5 * nodes, verify=1 + 0.3 * nodes
+        )
+        state.learn(done)
+        spent, lost = spent + done.seconds, lost + done.seconds - 1
+        assert number < 100 or lost / spent < 0.05, number
+    assert lost / spent < 0.03
+
+
+def test_a_drafter_as_dear_as_many_forwards_is_hardly_tried() -> None:
+    state = goodput()
+    spent = 0.0
+    for _ in range(200):
+        nodes = state.next(MOST)
+        done = Round(nodes, nodes, (nodes,), (1 + nodes,), (1,) * nodes, draft=15.0 if nodes else 0.0, verify=1)
+        state.learn(done)
+        spent += done.seconds
+    assert spent < 200 + 15 + 0.03 * 200, "one try"
+
+
+def test_a_slow_first_try_does_not_end_drafts_that_pay() -> None:
+    state = goodput()
+    for _ in range(60):
+        nodes = state.next(MOST)
+        draft = (2.5 if not state.drafted else 0.05) if nodes else 0.0
+        state.learn(Round(nodes, nodes, (nodes,), (1 + nodes,), (1,) * nodes, draft=draft, verify=1 + 0.02 * nodes))
+    assert state.next(MOST) == MOST
+
+
 def test_a_time_that_is_known_of_one_size_grows_with_larger_ones() -> None:
     times = Times()
     assert times.of(3) == 0.0
