@@ -147,8 +147,10 @@ class GoodputState(PaceState):
 
     def quiet(self) -> int:
         """What drafts would gain is looked up again after `RUN` rounds at most: the times may have changed."""
-        left = self.WARM - self.rounds if self.rounds < self.WARM else min(RUN, self.wait - self.idle)
-        return max(0, left - 1)
+        if self.rounds < self.WARM:
+            return self.WARM - self.rounds - 1
+        waiting = self.wait - self.idle
+        return (min(RUN, waiting) if waiting > 0 else RUN) - 1  # it waits no more: a try is not affordable yet
 
     def _climbed(self, best: int, most: int) -> int:
         """`best`, or more of them where the last ones stood; each such number ever more seldom while it gains nothing."""
