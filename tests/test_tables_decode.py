@@ -16,21 +16,28 @@ def test_nothing_measured_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_rows_and_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = {"part": "drafts", "model": "tiny-lm", "workload": "code", "batch": 1, "mode": "greedy", "n": 16}
+    noise = common | {"workload": "noise", "adverse": True}
+    four = common | {"batch": 4, "n": 8}
+    look_up = {"recipe": "look-up", "tokens_per_forward": 2.346, "drafts": 5.25, "speedup_processor": 1.52}
+    peer = {"recipe": "prompt look-up, 10 tokens", "control": "peer:transformers prompt look-up", "tokens_per_forward": 2.0, "drafts": 9.0}
     rows = [
-        common | {"recipe": "plain", "tokens_per_forward": 1.0, "drafts": 0.0, "speedup_processor": 1.0, "speedup": 1.0, "exact_match": 1.0},
-        common | {"recipe": "look-up", "drafts_when": "goodput", "tokens_per_forward": 2.346, "drafts": 5.25, "speedup_processor": 1.52,
-                  "speedup": 1.5, "exact_match": 1.0},
-        common | {"recipe": "prompt look-up, 10 tokens", "control": "peer:transformers prompt look-up", "tokens_per_forward": 2.0},
-        {key: common[key] for key in ("part", "model", "workload", "batch", "mode")} | {"recipe": "medusa", "note": "no heads"},
+        common | {"recipe": "plain", "tokens_per_forward": 1.0, "drafts": 0.0, "speedup_processor": 1.0},
+        common | look_up | {"drafts_when": "every round"},
+        common | look_up | {"drafts_when": "goodput", "tokens_per_forward": 1.9, "speedup_processor": 1.6},
+        noise | look_up | {"drafts_when": "goodput", "speedup_processor": 0.99},
+        four | look_up | {"drafts_when": "goodput", "speedup_processor": 1.1},
+        common | peer | {"speedup_processor": 1.4},
+        {key: four[key] for key in ("part", "model", "workload", "batch", "mode")} | peer | {"note": "not for more than one row"},
         {"part": "shared", "recipe": "hydragen", "speedup": 4.0},
-    ]  # fmt: skip
+    ]
     bars = [{"bar": "faster", "met": True, "detail": "2x"}, {"bar": "exact", "met": None, "detail": "no row"}]
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "decode.json").write_text(json.dumps({"hardware": {"threads": 1}, "rows": rows, "bars": bars}))
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    text = decode.decode()
-    assert "### `tiny-lm`, code, greedy, 1 at once\n16 texts; cpu: 1 threads" in text
-    assert "| `look-up` | goodput | 2.35 | 5.2 | 1.52x | 1.50x | 100 % |" in text
-    assert text.index("`look-up`") < text.index("prompt look-up, 10 tokens |  | 2.00") < text.index("| plain |")
-    assert "- `medusa`: no heads" in text and "hydragen" not in text
+    forwards, speeds = decode.decode().split("### Speed-ups")
+    assert "drafting in every round, greedy\n16 texts; tiny-lm; cpu: 1 threads" in forwards and "noise" not in forwards
+    assert forwards.index("| `look-up` | 2.35 (5.2) |") < forwards.index("| prompt look-up, 10 tokens | 2.00 (9.0) |") < forwards.index("| plain |")
+    assert "8 or 16 texts" in speeds and "| recipe | code x 1 | code x 4 | noise x 1 |" in speeds
+    assert speeds.index("| prompt look-up, 10 tokens | 1.40x |  |  |") < speeds.index("| `look-up` | 1.60x | 1.10x | 0.99x |")
+    assert "- prompt look-up, 10 tokens: not for more than one row" in speeds and "hydragen" not in speeds
     assert "| `tiny-lm` | faster | **yes**: 2x |" in decode.bars() and "not measured yet: no row" in decode.bars()

@@ -1,27 +1,12 @@
-"""`hasten bench decode`: the bars, and what each way of drafting gives."""
+"""`hasten bench decode`: the bars, what drafts are worth in every round, and what they save where they are made when they pay."""
 
 from __future__ import annotations
 
-from doc_tables.results import (
-    VERDICT,
-    Columns,
-    Row,
-    below_each_other,
-    documents,
-    hardware_and_versions,
-    known,
-    percent,
-    table,
-    times,
-)
+from collections.abc import Callable, Sequence
 
-COLUMNS: Columns = {
-    "tokens_per_forward": ("tokens per forward", lambda value: f"{value:.2f}"),
-    "drafts": ("drafts per forward", lambda value: f"{value:.1f}"),
-    "speedup_processor": ("speed-up, processor", times),
-    "speedup": ("wall", times),
-    "exact_match": ("same texts", percent),
-}
+from doc_tables.results import VERDICT, Row, below_each_other, documents, hardware_and_versions, table, times
+
+PACED, NOISE = "goodput", "noise"
 
 
 def bars() -> str:
@@ -35,32 +20,58 @@ def bars() -> str:
 
 
 def decode() -> str:
-    """All rows with drafts, a table for each kind of prompt, batch size and mode."""
+    """Two kinds of tables for each model: tokens per forward, one text at a time; and speed-ups for each batch size."""
     parts = []
     for file, document in documents("decode"):
         rows: list[Row] = [row for row in document["rows"] if row["part"] == "drafts"]
-        where = hardware_and_versions(document, file)
-        for place in dict.fromkeys((row["workload"], row["batch"], row["mode"]) for row in rows):
-            mine = [row for row in rows if (row["workload"], row["batch"], row["mode"]) == place]
-            parts.append(_cell(mine, f"### `{mine[0]['model']}`, {place[0]}, {place[2]}, {place[1]} at once", where))
-    return below_each_other(parts)
+        where = f"{rows[0]['model']}; {hardware_and_versions(document, file)}"
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            mine = [row for row in rows if row["mode"] == mode and row["batch"] == 1 and not row.get("adverse") and row.get("drafts_when") != PACED]
+            parts.append(f"### Tokens per forward, drafting in every round, {mode}\n{_counts(mine)}; {where}\n\n{_forwards(mine)}")
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            mine = [row for row in rows if row["mode"] == mode and (row.get("drafts_when") == PACED or row.get("control"))]
+            parts.append(f"### Speed-ups where drafts are made when they pay, {mode}\n{_counts(mine)}; {where}\n\n{_speeds(mine)}")
+        parts.append(_refused(rows))
+    return below_each_other([part for part in parts if part])
 
 
-def _cell(rows: list[Row], title: str, where: str) -> str:
-    """One table: what was measured by falling tokens per forward, then what was refused, once for each reason."""
-    measured = sorted((row for row in rows if row.get("n")), key=lambda row: -row["tokens_per_forward"])
-    body = table(
-        ["recipe", "drafts", *(heading for heading, _ in COLUMNS.values())],
-        [[_name(row), str(row.get("drafts_when", "")), *(known(row, key, COLUMNS) for key in COLUMNS)] for row in measured],
-        left=2,
+def _forwards(rows: Sequence[Row]) -> str:
+    """A line for each recipe and peer, the most tokens first; how many drafts a forward read is behind them."""
+    return _lines(rows, [(str(row["workload"]),) for row in rows], lambda row: f"{row['tokens_per_forward']:.2f} ({row['drafts']:.1f})", "tokens_per_forward")
+
+
+def _speeds(rows: Sequence[Row]) -> str:
+    """A line for each recipe and peer, the largest first."""
+    return _lines(rows, [(str(row["workload"]), str(row["batch"])) for row in rows], lambda row: times(row["speedup_processor"]), "speedup_processor")
+
+
+def _lines(rows: Sequence[Row], places: Sequence[tuple[str, ...]], told: Callable[[Row], str], key: str) -> str:
+    """places: the column of each row; those of noise come last."""
+    columns = sorted(dict.fromkeys(places), key=lambda place: place[0] == NOISE)
+    lines: dict[str, dict[tuple[str, ...], Row]] = {}
+    for row, place in zip(rows, places, strict=True):
+        if row.get("n"):
+            lines.setdefault(_name(row), {})[place] = row
+    ordered = sorted(lines.items(), key=lambda line: -sum(row[key] for row in line[1].values()) / len(line[1]))
+    return table(
+        ["recipe", *(" x ".join(place) for place in columns)],
+        [[name, *(told(found[place]) if place in found else "" for place in columns)] for name, found in ordered],
     )
-    refused: dict[str, list[str]] = {}
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    counts = sorted({row["n"] for row in rows if row.get("n")})
+    return f"{' or '.join(str(count) for count in counts)} texts"
+
+
+def _refused(rows: Sequence[Row]) -> str:
+    """What was not run, once for each reason."""
+    reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row.get("n"):
-            refused.setdefault(str(row["note"]), []).append(_name(row))
-    reasons = "".join(f"- {', '.join(dict.fromkeys(names))}: {note}\n" for note, names in refused.items())
-    texts = f"{measured[0]['n']} texts; {where}" if measured else where
-    return f"{title}\n{texts}\n\n{body}" + (f"\nNot run:\n\n{reasons}" if reasons else "")
+            reasons.setdefault(str(row["note"]), []).append(_name(row))
+    told = [f"- {', '.join(dict.fromkeys(names))}: {note}" for note, names in reasons.items()]
+    return "\n".join(["Not run:", "", *told]) + "\n" if told else ""
 
 
 def _name(row: Row) -> str:
