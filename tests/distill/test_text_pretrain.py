@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from hasten.distill.pretrain.config import load_config
-from hasten.distill.pretrain.text_config import CodeConfig, RecallConfig, TasksConfig, load_any, load_text_config
+from hasten.distill.pretrain.text_config import (
+    CodeConfig,
+    RecallConfig,
+    TasksConfig,
+    load_any,
+    load_text_config,
+)
 from hasten.distill.pretrain.text_data import code_batch, recall_batch, tasks_batch
 from hasten.distill.pretrain.text_objective import TextObjective, masked, predict, seen, seen_doubled
 from hasten.distill.pretrain.text_tokenizer import load_tokenizer

@@ -67,7 +67,10 @@ def test_recipes_join_where_their_phases_are_disjoint(one: str, two: str) -> Non
     assert isinstance(both.attention, CausalAttention) and phases(both.attention) == (True, True)
     assert both.name == f"{one}+{two}" and from_yaml(both.to_yaml()) == both
     assert both.attention == hasten.recipe(f"{two}+{one}").attention
-    assert {both.attention.prompt, both.attention.cache} == {left.prompt or right.prompt, left.cache or right.cache}
+    prompts, caches = (left, right) if left.prompt else (right, left)
+    assert prompts.prompt is not None and (both.attention.cache, both.attention.min_tokens) == (caches.cache, caches.min_tokens)
+    least = prompts.prompt.min_tokens if prompts.min_tokens == caches.min_tokens else prompts.min_tokens
+    assert both.attention.prompt == prompts.prompt.model_copy(update={"min_tokens": least}), "its own least length, as without the other"
 
 
 def test_some_recipes_do_join() -> None:

@@ -244,7 +244,7 @@ def test_a_text_fills_in_step_by_step(page: Any) -> None:
     assert masked.count() == 10
     slider.fill("4")
     assert masked.count() == 6 and "4 of 10 tokens" in page.locator('.hv-canvas [data-part="said"]').inner_text()
-    assert PROMPT in page.locator(".hv-words").inner_text()
+    assert PROMPT in page.locator(".hv-canvas .hv-words").inner_text()
 
 
 def test_a_text_is_watched_again_and_stops_at_a_touch(page: Any) -> None:

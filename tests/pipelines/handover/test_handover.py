@@ -163,7 +163,8 @@ def test_lengths_of_a_session() -> None:
 
 def test_medusa_heads_in_vllms_layout(tmp_path: Path) -> None:
     model, _ = tiny_models.text("tiny-lm")
-    weights = {f"blocks.{i}.{name}": torch.randn(shape) for i in range(2) for name, shape in (("weight", (256, 256)), ("bias", (256,)))}
+    width = model.config.hidden_size
+    weights = {f"blocks.{i}.{name}": torch.randn(shape) for i in range(2) for name, shape in (("weight", (width, width)), ("bias", (width,)))}
     (tmp_path / "student").mkdir()
     save_file(weights, tmp_path / "student" / HEADS)
     served = serve_medusa(model, "owner/name", tmp_path / "student", tmp_path / "vllm")
@@ -176,7 +177,7 @@ def test_medusa_heads_in_vllms_layout(tmp_path: Path) -> None:
         "blocks.0.layers.0.bias", "blocks.0.layers.0.weight", "blocks.1.layers.0.bias", "blocks.1.layers.0.weight", "lm_heads.0.weight",
     ]  # fmt: skip
     # x + SiLU(W x + b), then the last layer: what vLLM computes of this folder, and the training did of its own
-    x = torch.randn(3, 256)
+    x = torch.randn(3, width)
     theirs = x + torch.nn.functional.silu(x @ found["blocks.1.layers.0.weight"].T + found["blocks.1.layers.0.bias"])
     ours = x + torch.nn.functional.silu(x @ weights["blocks.1.weight"].T + weights["blocks.1.bias"])
     assert torch.equal(theirs, ours) and torch.equal(found["lm_heads.0.weight"], model.get_output_embeddings().weight)
@@ -189,7 +190,7 @@ def test_heads_that_are_none(tmp_path: Path) -> None:
     save_file({"blocks.0.weight": torch.zeros(8, 8)}, tmp_path / HEADS)
     with pytest.raises(ModelError, match="width 8"):
         serve_medusa(model, "m", tmp_path, tmp_path / "out")
-    save_file({"blocks.1.weight": torch.zeros(256, 256)}, tmp_path / HEADS)
+    save_file({"blocks.1.weight": torch.zeros(model.config.hidden_size, model.config.hidden_size)}, tmp_path / HEADS)
     with pytest.raises(ModelError, match="no complete"):
         serve_medusa(model, "m", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

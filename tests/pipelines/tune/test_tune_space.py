@@ -17,7 +17,15 @@ from hasten.pipelines.tune.job import Job
 from hasten.pipelines.tune.space import Space, first_guesses, parts_alone
 from hasten.pipelines.tune.study import Trial, front
 from hasten.pipelines.tune.trials import Measured, Outcome
-from hasten.pipelines.tune.verify import Interaction, fastest, finalists, interval, is_control, promising, verified
+from hasten.pipelines.tune.verify import (
+    Interaction,
+    fastest,
+    finalists,
+    interval,
+    is_control,
+    promising,
+    verified,
+)
 from hasten.recipe import Recipe, from_yaml
 from tests.pipelines.tune.test_tune_plan import recorded
 
