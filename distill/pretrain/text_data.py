@@ -75,13 +75,8 @@ def tasks_batch(tokenizer: Any, c: TasksConfig, seed: int, *, held_out: bool = F
 
 def code_batch(row: Tensor, c: CodeConfig, seed: int) -> Batch:
     """Random windows of a long row of ids; in every other one a beginning of random length is not asked for."""
-    if len(row) < c.length:
-        raise UsageError(
-            f"code.length is {c.length}, but the sources have only {len(row)} tokens: name a folder with more of them."
-        )
     g = torch.Generator().manual_seed(seed)
-    start = torch.randint(len(row) - c.length + 1, (c.batch, 1), generator=g)
-    ids = row[start + torch.arange(c.length)].long()
+    ids = _windows("code", row, c, g)
     given = torch.randint(1, c.length, (c.batch, 1), generator=g) * (torch.arange(c.batch) % 2)[:, None]
     answer = torch.arange(c.length) >= given
     return Batch(ids, answer, answer.float())
@@ -93,13 +88,8 @@ def recall_batch(row: Tensor, c: RecallConfig, seed: int, entries: int) -> Batch
     entries: of the vocabulary, for passages by lot (the first three are special and are not drawn). The passage's
     second copy counts as much as all of the rest, but for its first two tokens, which nothing tells.
     """
-    if len(row) < c.length:
-        raise UsageError(
-            f"recall.length is {c.length}, but the sources have only {len(row)} tokens: name a folder with more of them."
-        )
     g = torch.Generator().manual_seed(seed)
-    start = torch.randint(len(row) - c.length + 1, (c.batch, 1), generator=g)
-    ids = row[start + torch.arange(c.length)].long()
+    ids = _windows("recall", row, c, g)
     lot = torch.randint(3, entries, (c.batch, c.longest), generator=g)
     again = torch.zeros_like(ids, dtype=torch.bool)
     for b in range(c.batch):
@@ -111,3 +101,13 @@ def recall_batch(row: Tensor, c: RecallConfig, seed: int, entries: int) -> Batch
         again[b, 2 - size :] = True
     weight = torch.where(again, (~again).sum() / again.sum(), 1.0)
     return Batch(ids, torch.ones_like(again), weight)
+
+
+def _windows(section: str, row: Tensor, c: CodeConfig | RecallConfig, g: torch.Generator) -> Tensor:
+    """int64 (b, l): random stretches of a long row of ids."""
+    if len(row) < c.length:
+        raise UsageError(
+            f"{section}.length is {c.length}, but the sources have only {len(row)} tokens: name a folder with more of them."
+        )
+    start = torch.randint(len(row) - c.length + 1, (c.batch, 1), generator=g)
+    return row[start + torch.arange(c.length)].long()
