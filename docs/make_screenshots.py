@@ -72,19 +72,10 @@ def shoot(url: str, chromium: str, wanted: dict[str, Any]) -> None:
             page.goto(url)
             page.get_by_role("tab", name=tab, exact=True).click()
             page.locator(RESULTS[tab]).first.wait_for()
-            if tab == "Text":
-                choose(page, DRAFTED["model"])
             settle(page)
             save(page.screenshot(), IMAGES / f"{name}.png")
             context.close()
         browser.close()
-
-
-def choose(page: Any, model: str) -> None:
-    """A model that writes from left to right, so that its own controls are there."""
-    page.locator("#text-model input").click()
-    page.get_by_role("option", name=model, exact=True).click()
-    page.locator("#text-drafts").wait_for()
 
 
 def settle(page: Any) -> None:

@@ -64,7 +64,8 @@ def test_a_causal_model_goes_on_with_a_prompt_and_its_text_says_who_guessed_it(t
     tab.get_by_role("option", name="tiny-lm", exact=True).click()
     expect(tab.locator("#text-drafts")).to_be_visible(timeout=PATIENT)
     expect(tab.locator("#tabs .speed:visible")).to_have_count(0)
-    tab.locator("#text-prompt textarea").fill("<img src=x onerror=window.PWN=1> a b c d a b c d a b")
+    prompt = "<img src=x onerror=window.PWN=1> a b c d a b c d a b"
+    tab.locator("#text-prompt textarea").fill(prompt)
     tab.get_by_label("Guess in every forward").check()
     tab.locator("#text-run").click()
     expect(tab.locator("#text-result .hv-exact h3")).to_contain_text("Same text", timeout=PATIENT)
@@ -76,6 +77,10 @@ def test_a_causal_model_goes_on_with_a_prompt_and_its_text_says_who_guessed_it(t
     tab.reload()
     show(tab, "Text")
     expect(tab.locator("#text-result .hv-exact h3")).to_contain_text("Same text", timeout=PATIENT)
+    expect(tab.locator("#text-model input")).to_have_value("tiny-lm")
+    expect(tab.locator("#text-prompt textarea")).to_have_value(prompt)
+    expect(tab.get_by_label("Guess in every forward")).to_be_checked()
+    expect(tab.locator("#tabs .speed:visible")).to_have_count(0)
 
 
 def test_keys_reach_the_player_from_anywhere(tab: Any) -> None:

@@ -9,6 +9,7 @@ import gradio as gr
 import pytest
 
 from hasten.ui.engine import Engine, RequestError, Snapshot, read
+from hasten.ui.page.app import asked_again
 from hasten.ui.page.drafting import choices as drafting_choices
 from hasten.ui.page.settings import Speed, checked, recipe_choices
 from hasten.ui.page.speed import PICTURES, TEXTS, levels, place_of
@@ -38,6 +39,27 @@ def test_settings_that_are_restored_ask_for_the_same(tabs: dict[str, Any], asked
     updates = tab.filled(read_json(whole))
     assert set(updates) <= set(tab.fills)
     assert read(asks(tab, updates)) == whole
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: f"{asked['kind']}-{asked['model']}")
+def test_a_page_that_is_opened_again_asks_for_the_same(engine: Engine, tabs: dict[str, Any], asked: dict[str, Any]) -> None:
+    tab = tabs[PLACE.get(asked["kind"], asked["kind"])]
+    if "\n" in asked.get("recipe", ""):
+        asked = {**asked, "recipe": edited()}
+    job = engine.submit(asked)
+    updates = asked_again(tab, job.id)
+    assert set(updates) <= set(tab.fills)
+    if len(asked.get("recipes", ())) > 1:
+        assert updates == {}, "the slider would be without a meaning"
+    else:
+        assert read(asks(tab, updates)) == job.request
+
+
+def test_controls_stay_where_a_job_says_nothing_of_them(engine: Engine, tabs: dict[str, Any]) -> None:
+    gone = engine.jobs.submit(read(ASKED[4] | {"model": "folder:gone"})).id  # it was there when it was asked
+    other = engine.submit(ASKED[7]).id
+    for job in ("", gone, other, "../../etc"):
+        assert asked_again(tabs["text"], job) == {}
 
 
 def test_a_page_as_it_opens_asks_for_what_is_allowed(tabs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from hasten.ui.engine import Engine
+from hasten.errors import HastenError
+from hasten.ui.engine import Engine, to_json
 from hasten.ui.page.api import publish
 from hasten.ui.page.first import begin
 from hasten.ui.page.sentences import heading
@@ -23,8 +25,8 @@ from hasten.ui.page.tabs.history import HistoryTab
 from hasten.ui.page.tabs.text import TextTab
 from hasten.ui.page.tabs.train import TrainTab
 from hasten.ui.page.tabs.tune import TuneTab
-from hasten.ui.page.watch import HIDDEN, Watch
-from hasten.ui.page.ways import connect
+from hasten.ui.page.watch import HIDDEN, Updates
+from hasten.ui.page.ways import Tab, connect
 from hasten.ui.views.component import launch_options as views_options
 from hasten.ui.views.component import shown
 
@@ -59,7 +61,7 @@ def build(engine: Engine) -> gr.Blocks:
             chosen.select(_choices(now), None, [box], queue=False, **HIDDEN)
         tuning.select(tune.offered, None, [tune.students], queue=False, **HIDDEN)
         connect(tabs, compare, generate, text, tune, train, history, export)
-        _found_again(page, kept, [compare.watch, generate.watch, text.watch, tune.watch, train.watch])
+        _found_again(page, kept, [compare, generate, text, tune, train])
         status.begin(page)
         publish(engine)
     assert isinstance(page, gr.Blocks)
@@ -84,15 +86,32 @@ def _choices(tab: GenerateTab | CompareTab) -> Callable[[], Any]:
     return lambda: gr.update(choices=tab.choices())
 
 
-def _found_again(page: gr.Blocks, kept: gr.BrowserState, watches: list[Watch]) -> None:
-    """A page that is opened looks at its jobs again, whoever runs them."""
+def _found_again(page: gr.Blocks, kept: gr.BrowserState, tabs: list[Tab]) -> None:
+    """A page that is opened looks at its jobs again, whoever runs them, and its controls stand as those were asked for."""
 
-    def found(known: dict[str, str] | None) -> list[str]:
-        return [watch.found_again(known) for watch in watches]
+    def found(known: dict[str, str] | None) -> Updates:
+        updates: Updates = {}
+        for tab in tabs:
+            job = tab.watch.found_again(known)
+            updates |= {tab.watch.job: job, **asked_again(tab, job)}
+        return updates
 
-    loaded = page.load(found, [kept], [watch.job for watch in watches], queue=False, **HIDDEN)
-    for watch in watches:
-        watch.follows(loaded.then)
+    outputs = dict.fromkeys(box for tab in tabs for box in (tab.watch.job, *tab.fills))
+    loaded = page.load(found, [kept], list(outputs), queue=False, **HIDDEN)
+    for tab in tabs:
+        tab.watch.follows(loaded.then)
+
+
+def asked_again(tab: Tab, job: str) -> Updates:
+    """A tab's controls as the request of its job has them. They stay as they are where there is none, where its model or student is
+    gone, and for a comparison of several recipes, which would leave the slider without a meaning."""
+    if not job:
+        return {}
+    try:
+        asked = json.loads(to_json(tab.engine.job(job).request))
+        return tab.filled(asked) if asked["kind"] in tab.watch.kinds and len(asked.get("recipes") or ()) < 2 else {}
+    except HastenError:  # what is gone is said where it is used; the result itself is still shown
+        return {}
 
 
 def _secret(file: Path) -> str:
