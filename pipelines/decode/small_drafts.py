@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import heapq
 import json
 from pathlib import Path
@@ -61,12 +63,19 @@ def check(small: Any, facts: Facts) -> None:
         raise RefusedError(f"The small model is on {small.device}, the model on {facts.device}. Move it there with .to().")
 
 
-def _tokens(model: Any) -> Any:
-    """What a model's tokenizer knows, from the folder it was loaded from; None where that is not known."""
+def _tokens(model: Any) -> str | None:
+    """A digest of what a model's tokenizer knows, from the folder it was loaded from; None where that is not known."""
     file = Path(str(model.config.name_or_path)) / "tokenizer.json"
     if not str(model.config.name_or_path) or not file.is_file():
         return None
-    return json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+    return _digest(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(file: Path, stamp: int) -> str | None:
+    """Of the tokens in a tokenizer's file, which is read once, and again when it has changed; None where it lists none."""
+    tokens = json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+    return None if tokens is None else hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
 
 
 class SmallState(DrafterState):
@@ -239,7 +248,7 @@ class Drawn(Growth):
         device = self.context.last.device
         parent = torch.tensor([[each[1] if each else 0] for each in best], device=device)
         where = torch.tensor([[each is not None] for each in best], device=device)
-        node = self.tree.draw(parent, 1, where)
+        node = self.tree.extend(where) if self.width == 1 else self.tree.draw(parent, 1, where)
         number = self.tree.size - 1
         told = torch.cat([self.tree.score.gather(1, node), self.tree.valid.gather(1, node), self.tree.tokens.gather(1, node)], 1)
         for row, (score, valid, token) in enumerate(told.double().tolist()):

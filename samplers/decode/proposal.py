@@ -50,6 +50,7 @@ class Proposal:
     drawn: Tensor | None = None
     _laws: Tensor | None = None  # [B, S, V]: one for each node that had children drawn
     _slot: Tensor | None = None  # int64 [B, N]: which of them is the node's
+    _line: Tensor | None = None  # the very `parent` of a chain that `Tree.extend` drew; another one is none
     _seal: object = None
 
     def __post_init__(self) -> None:
@@ -98,6 +99,11 @@ class Proposal:
         found = self.valid & (self.parent >= 0)
         return found if self.prompt is None else found & ~self.prompt
 
+    @property
+    def straight(self) -> bool:
+        """Was all of it drawn by `Tree.extend`, node i + 1 behind node i? Known without waiting for the device."""
+        return self._line is not None and self._line is self.parent
+
     def ancestors(self) -> Tensor:
         """bool [B, N, N]: may node i read node j? True for itself and all nodes above it."""
         return self._above
@@ -129,8 +135,9 @@ class Proposal:
             return None if each is None else torch.nn.functional.pad(each, (0, more), value=value)
 
         pad = torch.nn.functional.pad
+        parent = pad(self.parent, (0, more))
         return replace(
-            self, tokens=pad(self.tokens, (0, more)), parent=pad(self.parent, (0, more)), valid=pad(self.valid, (0, more)),
+            self, tokens=pad(self.tokens, (0, more)), parent=parent, _line=parent if self.straight else None, valid=pad(self.valid, (0, more)),
             score=wide(self.score), source=wide(self.source), prompt=wide(self.prompt), drawn=wide(self.drawn),
             vectors=None if self.vectors is None else pad(self.vectors, (0, 0, 0, more)), _slot=wide(self._slot, -1),
         )  # fmt: skip

@@ -43,7 +43,7 @@ class Tree:
         self.source = torch.zeros_like(first)
         self.slot = torch.full_like(first, -1)
         self.laws: Tensor | None = None
-        self._drew = False
+        self._drew, self._straight = False, True
         self._asked: list[tuple[int, Tensor]] = []
 
     @property
@@ -97,6 +97,17 @@ class Tree:
             wide, tokens.flatten(1), found.flatten(1), laws.gather(-1, tokens).flatten(1), source, drawn=True
         )
 
+    def extend(self, where: Tensor | None = None, source: int = 0) -> Tensor:
+        """One child of the last node of each row, drawn as `draw` does; returns their indices int64 [B, 1]. where bool [B, 1]:
+        only there; a row that was left out once has no more of them.
+
+        A tree that is made by this alone is a chain of which a verifier may decide as a whole (`Proposal.straight`).
+        """
+        straight = self._straight
+        node = self.draw(torch.full_like(self.tokens[:, :1], self.size - 1), 1, where, source)
+        self._straight = straight
+        return node
+
     def redraw(
         self, parent: Tensor, before: Proposal, node: Tensor, there: Tensor, where: Tensor | None = None, source: int = 0
     ) -> Tensor:
@@ -138,7 +149,7 @@ class Tree:
         return Proposal(
             self.tokens, self.parent, self.valid, self.score, self.source, self.sources, prompt, vectors,
             law=self.law if told else "point", drawn=self.drawn if told else None, _laws=self.laws if told else None,
-            _slot=self.slot if told else None, _seal=_SEAL if told else None,
+            _slot=self.slot if told else None, _seal=_SEAL if told else None, _line=self.parent if told and self._straight else None,
         )  # fmt: skip
 
     def _prompts(self) -> tuple[Tensor | None, Tensor | None]:
@@ -155,6 +166,7 @@ class Tree:
         self, parent: Tensor, tokens: Tensor, valid: Tensor, chance: Tensor, source: int, *, drawn: bool
     ) -> Tensor:
         begin = self.size
+        self._straight = False
         valid = valid & self.valid.gather(1, parent)
         self._drew = self._drew or drawn
         self.score = torch.cat([self.score, self.score.gather(1, parent) * chance * valid], 1)

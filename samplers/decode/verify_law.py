@@ -18,7 +18,8 @@ from hasten.samplers.decode.verify_match import ComparedState, match
 
 
 class Lossless(Verifier):
-    """Whatever suits the draft: points are compared (`SampleMatch`), drawn nodes go through `MultiRound`."""
+    """Whatever keeps most of the draft: points are compared (`SampleMatch`), chains that were drawn node by node go through
+    `Block`, other drawn nodes through `MultiRound`."""
 
     kind: ClassVar[str] = "lossless"
 
@@ -30,7 +31,7 @@ class _LosslessState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if proposal.law == "point" or not target.sampled:
             return match(proposal, target)
-        return multi_round(proposal, target.law())
+        return (block if proposal.straight else multi_round)(proposal, target.law())
 
 
 class Speculative(Verifier):
@@ -98,22 +99,26 @@ class _BlockState(ComparedState):
     def verify(self, proposal: Proposal, target: Target) -> Verdict:
         if not target.sampled or proposal.size == 1:
             return match(proposal, target)
-        law = target.law()
-        p, q, p_of, q_of = chain_laws(proposal, law)
-        there = proposal.verified[:, 1:]
-        kept = [torch.ones_like(p_of[:, 0])]
-        for step in range(p_of.shape[1]):
-            kept.append((kept[-1] * p_of[:, step] / q_of[:, step].clamp(min=1e-30)).clamp(max=1))
-        share = torch.stack(kept, 1)  # [B, N]: P_0 .. P_n
-        rest = (share[:, :-1, None] * p - q).clamp(min=0)  # [B, N - 1, V]: behind node i, for i < n
-        mass = rest.sum(-1)[:, 1:]
-        inner = mass / (mass + 1 - share[:, 1:-1]).clamp(min=1e-30)
-        last = there & ~torch.cat([there[:, 1:], torch.zeros_like(there[:, :1])], 1)
-        chance = torch.where(last, share[:, 1:], torch.cat([inner, share[:, -1:]], 1))
-        keep = there & (torch.rand_like(chance) < chance)
-        index = torch.arange(1, keep.shape[1] + 1, device=keep.device)
-        count = torch.where(keep, index, 0).amax(1)
-        return chain_verdict(proposal, law, count, rest)
+        return block(proposal, target.law())
+
+
+def block(proposal: Proposal, law: Tensor) -> Verdict:
+    """Block verification of a chain. law float32 [B, N, V]."""
+    p, q, p_of, q_of = chain_laws(proposal, law)
+    there = proposal.verified[:, 1:]
+    kept = [torch.ones_like(p_of[:, 0])]
+    for step in range(p_of.shape[1]):
+        kept.append((kept[-1] * p_of[:, step] / q_of[:, step].clamp(min=1e-30)).clamp(max=1))
+    share = torch.stack(kept, 1)  # [B, N]: P_0 .. P_n
+    rest = (share[:, :-1, None] * p - q).clamp(min=0)  # [B, N - 1, V]: behind node i, for i < n
+    mass = rest.sum(-1)[:, 1:]
+    inner = mass / (mass + 1 - share[:, 1:-1]).clamp(min=1e-30)
+    last = there & ~torch.cat([there[:, 1:], torch.zeros_like(there[:, :1])], 1)
+    chance = torch.where(last, share[:, 1:], torch.cat([inner, share[:, -1:]], 1))
+    keep = there & (torch.rand_like(chance) < chance)
+    index = torch.arange(1, keep.shape[1] + 1, device=keep.device)
+    count = torch.where(keep, index, 0).amax(1)
+    return chain_verdict(proposal, law, count, rest)
 
 
 def chain_laws(proposal: Proposal, law: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

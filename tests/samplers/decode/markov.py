@@ -58,6 +58,17 @@ def grown(table: Tensor, law: Law, widths: tuple[int, ...], rows: int = RUNS, *,
     return tree.proposal()
 
 
+def extended(table: Tensor, steps: int, rows: int = RUNS, *, ragged: bool = False) -> Proposal:
+    """A chain by `Tree.extend`, of which a verifier may decide as a whole. ragged: as in `grown`."""
+    tree = Tree(torch.zeros(rows, dtype=torch.long), law="iid")
+    kind = torch.arange(rows) % 3
+    for step in range(steps):
+        last = torch.full((rows, 1), tree.size - 1)
+        tree.know(last, table[tree.tokens[:, -1:]].log())
+        tree.extend((kind > step)[:, None] if ragged else None)
+    return tree.proposal()
+
+
 def agreement(verifier: Verifier, proposal: Proposal, table: Tensor) -> Agreement:
     """How well the first two tokens that are written fit the model's law."""
     facts = Facts(len(proposal.tokens), TOKENS, proposal.tokens.device, True, lambda logits, *_: logits)

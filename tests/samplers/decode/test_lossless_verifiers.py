@@ -3,6 +3,7 @@ caught."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -26,7 +27,7 @@ from hasten.samplers.decode.verify_law import (
 )
 from hasten.samplers.decode.verify_lossy import Confident, Surprise, Typical
 from hasten.samplers.decode.verify_match import GreedyTree, SampleMatch
-from tests.samplers.decode.markov import TOKENS, TableTarget, agreement, grown, tables
+from tests.samplers.decode.markov import TOKENS, TableTarget, agreement, extended, grown, tables
 
 LEAST = 1e-4
 
@@ -35,6 +36,9 @@ CHAINS = {
     "three": lambda q: grown(q, "iid", (1, 1, 1)),
     "argmax": lambda q: grown(q, "point", (1, 1)),
     "ragged": lambda q: grown(q, "iid", (1, 1), ragged=True),
+    "extended": lambda q: extended(q, 3),
+    "extended, ragged": lambda q: extended(q, 3, ragged=True),
+    "extended, wide": lambda q: extended(q, 2).widened(5),
     "one": lambda q: grown(q, "iid", (1,)),
     "none": lambda q: nothing(torch.zeros(20_000, dtype=torch.long)),
 }
@@ -105,6 +109,40 @@ def test_more_is_accepted_by_better_verifiers() -> None:
     assert match < token < block
     assert kept(MultiRound(), tree) > token
     assert abs(kept(MultiRound(), proposal) - token) < 0.03
+
+
+def test_a_chain_is_decided_as_a_whole() -> None:
+    """`Lossless` keeps as much of it as `Block`, because the tree knows that it is one; of any other tree it does not know."""
+    p, q = tables(1)
+    proposal = extended(q, 3)
+    assert proposal.straight and proposal.widened(6).straight and proposal.is_chain()
+    counts = []
+    for verifier in (Lossless(), Block()):
+        torch.manual_seed(0)
+        counts.append(verifier.start(FACTS).verify(proposal, TableTarget(proposal, p)).count)
+    assert torch.equal(*counts)
+    torch.manual_seed(0)
+    assert float(MultiRound().start(FACTS).verify(proposal, TableTarget(proposal, p)).count.float().mean()) < float(counts[0].float().mean())
+
+
+@pytest.mark.parametrize("how", ["draw", "add", "redraw", "top", "other parents"])
+def test_what_is_no_chain_for_certain_is_not_decided_as_a_whole(how: str) -> None:
+    _, q = tables(1)
+    rows = torch.zeros(3, 1, dtype=torch.long)
+    tree = Tree(rows[:, 0], law="iid")
+    tree.know(rows, q[rows].log())
+    first = tree.extend()
+    tree.know(first, q[tree.tokens.gather(1, first)].log())
+    before = tree.proposal()
+    if how == "other parents":
+        assert before.straight and not replace(before, parent=before.parent.clone()).straight
+        return
+    steps = {
+        "draw": lambda: tree.draw(rows), "add": lambda: tree.add(first, rows), "top": lambda: tree.top(first),
+        "redraw": lambda: tree.redraw(first, before, first, torch.ones_like(rows, dtype=torch.bool)),
+    }  # fmt: skip
+    steps[how]()
+    assert not tree.proposal().straight
 
 
 FACTS = Facts(20_000, TOKENS, torch.device("cpu"), True, lambda logits, *_: logits)
