@@ -61,20 +61,27 @@ class Candidates(Drafter):
 
 
 class _CandidatesState(DrafterState):
-    """hidden: what the model's layers said of tokens that the generator has not seen, [1, n, H] by index."""
+    """generators: one for each row that was asked for drafts. hidden: what the model's layers said of tokens that the generator has
+    not seen, pieces [1, n, H] by index."""
 
     def __init__(self, drafter: Candidates, facts: Facts) -> None:
         self.drafter, self.facts = drafter, facts
         self.config = copy.deepcopy(facts.host.generation_config)
         self.config.update(do_sample=False, max_length=1 << 30, max_new_tokens=None, min_length=0, num_return_sequences=1)
         self.generators: list[Any] = []
-        self.hidden: dict[int, Tensor] = {}
+        self.reads = False
+        self.small: Any = None
+        self.hidden: dict[int, list[Tensor]] = {}
         self.last: Proposal | None = None
         self.count: list[int] = []
 
     def begin(self, prefill: Prefill, context: Context) -> None:
-        self.generators = [self._made(text) for text in context.texts]
-        self.reads = any(each.requires_model_outputs for each in self.generators)
+        self.generators = [None for _ in context.texts]
+        if self.drafter.which == "assisted":
+            self.small = self._opened()  # whether it can draft is said at once
+        if self.drafter.which in ("mtp", "given"):
+            self.generators = [self._made(text) for text in context.texts]
+            self.reads = any(each.requires_model_outputs for each in self.generators)
         if self.reads and len(self.generators) > 1:
             raise RefusedError(
                 f"{type(self.generators[0]).__name__} reads the hidden states of one text, and there are {len(self.generators)}. Generate"
@@ -85,8 +92,6 @@ class _CandidatesState(DrafterState):
     def _made(self, text: list[int]) -> Any:
         from transformers.generation import candidate_generator as theirs
 
-        from hasten.pipelines.decode.small_drafts import check, opened
-
         host, drafter = self.facts.host, self.drafter
         if drafter.which == "prompt-lookup":
             return theirs.PromptLookupCandidateGenerator(None, drafter.nodes, drafter.longest, max_length=1 << 30)
@@ -94,12 +99,18 @@ class _CandidatesState(DrafterState):
             return theirs.MTPCandidateGenerator(host, self.config, {})
         if drafter.which == "given":
             return drafter._make(host, self.config)
-        small = self.facts.kept.get(f"candidates:{drafter.model}")
-        if small is None:
-            small = self.facts.kept[f"candidates:{drafter.model}"] = opened(drafter.model, self.facts)
-        check(small, self.facts)
         ids = torch.tensor([text], device=self.facts.device)
-        return theirs.AssistedCandidateGenerator(ids, small, self.config, {"attention_mask": torch.ones_like(ids)})
+        return theirs.AssistedCandidateGenerator(ids, self.small, self.config, {"attention_mask": torch.ones_like(ids)})
+
+    def _opened(self) -> Any:
+        """The assistant; it is opened once in a session."""
+        from hasten.pipelines.decode.small_drafts import check, opened
+
+        name = f"candidates:{self.drafter.model}"
+        if name not in self.facts.kept:
+            self.facts.kept[name] = opened(self.drafter.model, self.facts)
+        check(self.facts.kept[name], self.facts)
+        return self.facts.kept[name]
 
     def propose(self, context: Context, nodes: int) -> Proposal:
         drafts = [
@@ -117,9 +128,11 @@ class _CandidatesState(DrafterState):
         return self.last
 
     def _row(self, row: int, text: list[int], most: int) -> list[int]:
-        generator = self.generators[row]
         if most < 1:
             return []
+        generator = self.generators[row]
+        if generator is None:
+            generator = self.generators[row] = self._made(text)
         for name, value in (("num_assistant_tokens", most), ("num_output_tokens", most), ("main_model_max_length", len(text) + most + 1)):
             if hasattr(generator, name):
                 setattr(generator, name, value)
@@ -133,18 +146,17 @@ class _CandidatesState(DrafterState):
         """What transformers' loop hands to generators that read the model's outputs: all since they were last asked."""
         if not self.reads:
             return {}
-        fresh = next(iter(self.hidden.values())).shape[1]
+        hidden = {index: torch.cat(pieces, 1) for index, pieces in self.hidden.items()}
+        fresh = next(iter(hidden.values())).shape[1]
         known = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None], "attention_mask": torch.ones_like(ids)}
-        outputs = SimpleNamespace(hidden_states=dict(self.hidden))
+        outputs = SimpleNamespace(hidden_states=hidden)
         self.hidden = {}
         return {"model_kwargs": known, "model_outputs": outputs, "is_first_iteration": False, "n_last_matches": fresh - 1}
 
     def _keep(self, hidden: dict[str, Tensor], count: int) -> None:
         """Keep the first `count` tokens' hidden states, [1, n, H]."""
         for name, each in hidden.items() if self.reads else ():
-            index = int(name.removeprefix("hidden:"))
-            before = self.hidden.get(index)
-            self.hidden[index] = each[:, :count] if before is None else torch.cat([before, each[:, :count]], 1)
+            self.hidden.setdefault(int(name.removeprefix("hidden:")), []).append(each[:, :count])
 
     def observe(self, outcome: Outcome, context: Context) -> None:
         if self.reads:

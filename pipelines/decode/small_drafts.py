@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ModelError, RefusedError
-from hasten.pipelines.decode import compat
+from hasten.pipelines.decode import compat, places
 from hasten.pipelines.decode.small_model import Branch, Reader, read_drafts
 from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Context, DrafterState, Facts, Outcome
@@ -56,7 +56,7 @@ def check(small: Any, facts: Facts) -> None:
             " transformers translates between them."
         )
     kinds = set(compat.layer_kinds(small.config.get_text_config(decoder=True)))
-    reason = compat.why_not(small) or ("it has sliding windows" if kinds != {"full_attention"} else "")
+    reason = compat.why_not(small) or places.why_model(small) or ("it has sliding windows" if kinds != {"full_attention"} else "")
     if reason:
         raise RefusedError(f"The small model {type(small).__name__} cannot draft: {reason}. Take another one.")
     if small.device != facts.device:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Outcome, Prefill
+from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Prefill
 from hasten.samplers.drafters.host_tree import HostState, HostTree
 
 
@@ -40,64 +40,70 @@ class Copy(Drafter):
 
 
 class _CopyState(HostState):
-    """at: for each row the place in its prompt that the next token is copied from, None while there is none. sure: the last
-    token was a copied one. left: where the copying stopped, the last time that it did."""
-
     sources = ("copy",)
 
     def __init__(self, drafter: Copy) -> None:
         self.drafter = drafter
-        self.prompts: list[list[int]] = []
-        self.at: list[int | None] = []
-        self.left: list[int | None] = []
-        self.sure: list[bool] = []
+        self.rows: list[_Row | None] = []
+        self.prompts: list[int] = []  # tokens of each
 
     def begin(self, prefill: Prefill, context: Context) -> None:
-        rows = len(context.texts)
-        self.prompts = [text[:-1] for text in context.texts]
-        self.at, self.left, self.sure = [None] * rows, [None] * rows, [False] * rows
-        for row, text in enumerate(context.texts):
-            self._follow(row, text, 1)
-
-    def observe(self, outcome: Outcome, context: Context) -> None:
-        for row, (text, length) in enumerate(zip(context.texts, outcome.lengths, strict=True)):
-            self._follow(row, text, length)
-
-    def _follow(self, row: int, text: list[int], length: int) -> None:
-        """Move the place behind each of the last `length` tokens of `text`."""
-        prompt = self.prompts[row]
-        for end in range(len(text) - length + 1, len(text) + 1):
-            at = self.at[row]
-            self.sure[row] = at is not None and at < len(prompt) and prompt[at] == text[end - 1]
-            if at is not None and self.sure[row]:
-                self.at[row] = at + 1
-                continue
-            self.left[row] = at
-            self.at[row] = next(self._found(row, text[:end]), None if at is None else at + 1)
-
-    def _found(self, row: int, text: list[int]) -> Iterator[int]:
-        """Places behind the suffix of `text` in the prompt: of the longest suffix first, near the old place first."""
-        prompt, old = self.prompts[row], self.left[row] or 0
-        for length in range(min(self.drafter.longest, len(text)), self.drafter.shortest - 1, -1):
-            run = text[len(text) - length :]
-            for place in (*range(old, min(old + self.drafter.window, len(prompt))), *range(len(prompt))):
-                if place >= length and prompt[place - length : place] == run:
-                    yield place
-
-    def _places(self, row: int, text: list[int]) -> list[int]:
-        """Where to copy from: the place; where it is a guess, also the next ones, and those behind one token replaced or put in."""
-        at, left = self.at[row], self.left[row]
-        found = dict.fromkeys([] if at is None else [at])
-        if not self.sure[row] and self.drafter.width > 1:
-            found |= dict.fromkeys([] if left is None else [left + 1, left])
-            found |= dict.fromkeys(islice(self._found(row, text), self.drafter.width))
-        return list(found)[: self.drafter.width]
+        self.prompts, self.rows = [len(text) - 1 for text in context.texts], [None for _ in context.texts]
 
     def grow(self, row: int, text: list[int], tree: HostTree) -> None:
-        places = self._places(row, text)
-        most, chance = (tree.left, SURE) if self.sure[row] else (TRIAL, UNSURE)
-        for place in places:
-            tree.line(self.prompts[row][place : place + most], chance)
+        found = self.rows[row]
+        if found is None:
+            found = self.rows[row] = _Row(self.drafter, text[: self.prompts[row]])
+        found.follow(text)
+        most, chance = (tree.left, SURE) if found.sure else (TRIAL, UNSURE)
+        for place in found.places(text):
+            tree.line(found.prompt[place : place + most], chance)
+
+
+class _Row:
+    """Where in its prompt a row copies from. It is followed when drafts are asked for, and not before.
+
+    at: the place that the next token is copied from, None while there is none. sure: the last token was a copied one. left: where
+    the copying stopped, the last time that it did. known: tokens of the text that were followed.
+    """
+
+    def __init__(self, drafter: Copy, prompt: list[int]) -> None:
+        self.drafter, self.prompt, self.known = drafter, prompt, len(prompt)
+        self.at: int | None = None
+        self.left: int | None = None
+        self.sure = False
+        self.behind: dict[int, list[int]] = {}  # each token's places, plus one
+        for place, token in enumerate(prompt[:-1], 1):
+            self.behind.setdefault(token, []).append(place)
+
+    def follow(self, text: list[int]) -> None:
+        """Move the place behind each new token of `text`."""
+        for end in range(self.known + 1, len(text) + 1):
+            at = self.at
+            self.sure = at is not None and at < len(self.prompt) and self.prompt[at] == text[end - 1]
+            if at is not None and self.sure:
+                self.at = at + 1
+                continue
+            self.left = at
+            self.at = next(self._found(text, end), None if at is None else at + 1)
+        self.known = len(text)
+
+    def _found(self, text: list[int], end: int) -> Iterator[int]:
+        """Places behind what precedes `end` in `text`, in the prompt: of the longest suffix first, near the old place first."""
+        prompt, old = self.prompt, self.left or 0
+        for length in range(min(self.drafter.longest, end), self.drafter.shortest - 1, -1):
+            run = text[end - length : end]
+            found = [place for place in self.behind.get(run[-1], ()) if place >= length and prompt[place - length : place] == run]
+            yield from (place for place in found if old <= place < old + self.drafter.window)
+            yield from found
+
+    def places(self, text: list[int]) -> list[int]:
+        """Where to copy from: the place; where it is a guess, also the next ones, and those behind one token replaced or put in."""
+        found = dict.fromkeys([] if self.at is None else [self.at])
+        if not self.sure and self.drafter.width > 1:
+            found |= dict.fromkeys([] if self.left is None else [self.left + 1, self.left])
+            found |= dict.fromkeys(islice(self._found(text, len(text)), self.drafter.width))
+        return list(found)[: self.drafter.width]
 
 
 SURE, UNSURE = 0.9, 0.5

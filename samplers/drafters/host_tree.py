@@ -14,6 +14,9 @@ from hasten.samplers.decode.protocols import Context, DrafterState
 Guesses = Iterable[tuple[int, float]]
 """Tokens with the chance of each, the best first."""
 
+CALLS = 8
+"""Calls of `generate` that wait unread in a drafter that remembers, while it is asked for nothing."""
+
 
 class HostTree:
     """The drafts of one row while they grow. Node 0 is the row's last token; a parent stands before its children.

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Outcome, Prefill
-from hasten.samplers.drafters.host_tree import HostState, HostTree
+from hasten.samplers.drafters.host_tree import CALLS, HostState, HostTree
 
 KEEP = "tri-gram"
-"""Name of the matrix in `Facts.kept`."""
+"""Name of what was learnt in `Facts.kept`."""
+
+NUMBERS = 1 << 20
+"""Logits that wait to be learnt from, at most; 4 MiB. Those of the last round always do."""
 
 
 class TriGram(Drafter):
@@ -20,6 +27,9 @@ class TriGram(Drafter):
     rate: how far the matrix moves to what was seen: in the prompt the token that followed, in what is written the model's own
     `top` most probable tokens behind each accepted one. explore: the search's weight of chances that were not tried, against
     what was found (PUCT). keep: the matrix stays for the next call of `generate`, until the session is closed.
+
+    Nothing is learnt before drafts are asked for: rounds without drafts cost nothing. Until then the last `NUMBERS` logits are kept,
+    and the texts of the last `CALLS` calls; what was written before these logits is learnt from its tokens alone, as the prompt is.
 
     Differs: the paper fills its matrix from a corpus beforehand; here the prompt does, and pairs that were never seen are
     answered by the last token alone.
@@ -33,8 +43,8 @@ class TriGram(Drafter):
     keep: bool = False
 
     def start(self, facts: Facts) -> DrafterState:
-        matrix = facts.kept.setdefault(KEEP, Matrix(self.rate, self.top)) if self.keep else Matrix(self.rate, self.top)
-        return _TriGramState(self, matrix)
+        learnt = facts.kept.setdefault(KEEP, Learnt(self)) if self.keep else Learnt(self)
+        return _TriGramState(self, learnt)
 
 
 class Matrix:
@@ -67,32 +77,111 @@ class Matrix:
         return found
 
 
-class _TriGramState(HostState):
-    sources = ("tri-gram",)
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """logits, path, lengths: as in an `Outcome`. ends: where it ended in each text."""
 
-    def __init__(self, drafter: TriGram, matrix: Matrix) -> None:
-        self.drafter, self.matrix = drafter, matrix
+    logits: Tensor
+    path: Tensor
+    lengths: list[int]
+    ends: list[int]
 
-    def begin(self, prefill: Prefill, context: Context) -> None:
-        for text in context.texts:
-            for place in range(2, len(text)):
-                self.matrix.move((text[place - 2], text[place - 1]), {text[place]: 1.0})
 
-    def observe(self, outcome: Outcome, context: Context) -> None:
-        """Waits for the device: the model's most probable tokens behind what was written."""
-        path = outcome.verdict.path.clamp(min=0)
-        logits = outcome.logits.gather(1, path[..., None].expand(-1, -1, outcome.logits.shape[-1]))
+class _Call:
+    """What one call of `generate` wrote and was not learnt yet. known: tokens of each text that were; rounds: the last ones;
+    numbers: of logits in them."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts, self.known = texts, [0] * len(texts)
+        self.rounds = deque[_Round]()
+        self.numbers = 0
+
+    def add(self, outcome: Outcome, texts: list[list[int]]) -> None:
+        self.texts = texts
+        self.rounds.append(_Round(outcome.logits, outcome.verdict.path, outcome.lengths, [len(text) for text in texts]))
+        self.numbers += outcome.logits.numel()
+
+    def drop(self) -> None:
+        """Forget the first round's logits; what it wrote stays in the texts."""
+        self.numbers -= self.rounds.popleft().logits.numel()
+
+
+class Learnt:
+    """A matrix, and what it will be moved to when drafts are asked for."""
+
+    def __init__(self, drafter: TriGram) -> None:
+        self.drafter, self.matrix = drafter, Matrix(drafter.rate, drafter.top)
+        self._calls = deque[_Call](maxlen=CALLS)
+
+    def begin(self, texts: list[list[int]]) -> None:
+        """Prompts, and the first token behind each."""
+        self._calls.append(_Call(texts))
+
+    def saw(self, outcome: Outcome, texts: list[list[int]]) -> None:
+        """What became of a round."""
+        left = NUMBERS - outcome.logits.numel()
+        for call in reversed(self._calls):
+            while call.rounds and call.numbers > left:
+                call.drop()
+            left -= call.numbers
+        self._calls[-1].add(outcome, texts)
+
+    def learn(self) -> None:
+        """Move the matrix to all that was seen. Waits for the device: the model's most probable tokens behind what was written."""
+        for call in self._calls:
+            said = [self._said(each) for each in call.rounds]
+            for each, (chance, tokens) in zip(call.rounds, said, strict=True):
+                self._tokens(call, [end - length for end, length in zip(each.ends, each.lengths, strict=True)])
+                self._laws(call, each, chance.tolist(), tokens.tolist())
+            self._tokens(call, [len(text) for text in call.texts])
+            call.rounds.clear()
+            call.numbers = 0
+        while len(self._calls) > 1:
+            self._calls.popleft()
+
+    def _said(self, each: _Round) -> tuple[Tensor, Tensor]:
+        """Chances [B, D, top] of the best tokens behind each node of the path, and these."""
+        path = each.path.clamp(min=0)
+        logits = each.logits.gather(1, path[..., None].expand(-1, -1, each.logits.shape[-1]))
         chance, tokens = logits.float().softmax(-1).topk(min(self.drafter.top, logits.shape[-1]), -1)
-        chances, best = chance.tolist(), tokens.tolist()
-        for row, (text, length) in enumerate(zip(context.texts, outcome.lengths, strict=True)):
+        return chance, tokens
+
+    def _tokens(self, call: _Call, ends: list[int]) -> None:
+        """Move to what stands in the texts, up to `ends`."""
+        for row, (text, end) in enumerate(zip(call.texts, ends, strict=True)):
+            for place in range(max(2, call.known[row]), end):
+                self.matrix.move((text[place - 2], text[place - 1]), {text[place]: 1.0})
+            call.known[row] = end
+
+    def _laws(self, call: _Call, each: _Round, chances: list[list[list[float]]], best: list[list[list[int]]]) -> None:
+        """Move to what the model thought in a round."""
+        for row, (text, end, length) in enumerate(zip(call.texts, each.ends, each.lengths, strict=True)):
             for step in range(length):
-                place = len(text) - length + step
+                place = end - length + step
                 if place >= 2:
                     law = dict(zip(best[row][step], chances[row][step], strict=True))
                     self.matrix.move((text[place - 2], text[place - 1]), law)
+            call.known[row] = end
+
+
+class _TriGramState(HostState):
+    sources = ("tri-gram",)
+
+    def __init__(self, drafter: TriGram, learnt: Learnt) -> None:
+        self.drafter, self.learnt = drafter, learnt
+
+    def begin(self, prefill: Prefill, context: Context) -> None:
+        self.learnt.begin(context.texts)
+
+    def observe(self, outcome: Outcome, context: Context) -> None:
+        self.learnt.saw(outcome, context.texts)
+
+    def propose(self, context: Context, nodes: int) -> Proposal:
+        self.learnt.learn()
+        return super().propose(context, nodes)
 
     def grow(self, row: int, text: list[int], tree: HostTree) -> None:
-        Search(self.matrix, text[-2:], tree, self.drafter.explore).run()
+        Search(self.learnt.matrix, text[-2:], tree, self.drafter.explore).run()
 
 
 class Search:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field
 
+from hasten.samplers.decode.proposal import Proposal
 from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Outcome, Prefill
-from hasten.samplers.drafters.host_tree import HostState, HostTree
+from hasten.samplers.drafters.branches import Branches, Node, Reading
+from hasten.samplers.drafters.host_tree import CALLS, HostState, HostTree
 
 KEEP = "trie"
-"""Name of the trie of outputs in `Facts.kept`."""
+"""Name of what was written in `Facts.kept`."""
+
+NOTHING = Node()
+"""A run that did not occur."""
 
 
 class Trie(Drafter):
@@ -23,6 +30,9 @@ class Trie(Drafter):
     where it has anything). nodes: the most frequent ones are kept. keep: what was written is remembered by the next call of
     `generate`, until the session is closed. most: nodes of the remembered trie; above, all counts are halved and the single
     ones dropped.
+
+    Texts are read when drafts are asked for, and not before: rounds without drafts cost nothing. With `keep`, those of the last
+    `CALLS` calls wait to be read; what is older, and nobody asked for drafts since, is forgotten.
 
     Differs: PIA stores outputs when they are finished, here every token is known at once; it drops every node that is less
     frequent than the size-th, here ties are broken by which came first.
@@ -38,101 +48,86 @@ class Trie(Drafter):
 
     def start(self, facts: Facts) -> DrafterState:
         depth = self.branch + self.longest
-        written = facts.kept.setdefault(KEEP, Branches(depth, self.most)) if self.keep else Branches(depth, self.most)
-        return _TrieState(self, facts.rows, written)
+        written = facts.kept.setdefault(KEEP, Written(depth, self.most)) if self.keep else Written(depth, self.most)
+        return _TrieState(self, written)
 
 
-class _Node:
-    __slots__ = ("children", "count")
+@dataclass
+class _Call:
+    """What one call of `generate` wrote, and how far it is read."""
 
-    def __init__(self) -> None:
-        self.count, self.children = 0.0, dict[int, _Node]()
-
-    def child(self, token: int) -> _Node:
-        found = self.children.get(token)
-        if found is None:
-            found = self.children[token] = _Node()
-        return found
+    texts: list[list[int]]
+    readings: list[Reading]
 
 
-class Branches:
-    """Every run of at most `depth` tokens of some texts, with how often it occurred; at most about `most` nodes."""
+class Written:
+    """What was written, in the call of `generate` that goes on and in those before it."""
 
     def __init__(self, depth: int, most: int) -> None:
-        self.depth, self.most, self.root, self.size = depth, most, _Node(), 0
+        self.branches = Branches(depth, most)
+        self._calls = deque[_Call](maxlen=CALLS)
 
-    def put(self, tokens: list[int], begin: int) -> None:
-        """Count every run that ends at or behind place `begin` of a text that grew."""
-        for start in range(max(0, begin - self.depth + 1), len(tokens)):
-            node = self.root
-            for place in range(start, min(start + self.depth, len(tokens))):
-                node = node.child(tokens[place])
-                if place >= begin:
-                    self.size += node.count == 0
-                    node.count += 1
-        if self.size > self.most:
-            self._squeeze()
+    def begin(self, texts: list[list[int]]) -> None:
+        """A call's texts, of which the last token is written."""
+        self._calls.append(_Call(texts, [Reading(self.branches, len(text) - 1) for text in texts]))
 
-    def after(self, run: list[int]) -> _Node | None:
-        """The node of `run`, if it occurred."""
-        node: _Node | None = self.root
-        for token in run:
-            node = node.children.get(token) if node is not None else None
-        return node
+    def grew(self, texts: list[list[int]]) -> None:
+        """They are these now."""
+        self._calls[-1].texts = texts
 
-    def _squeeze(self) -> None:
-        """Halve the counts, and drop what is below one."""
-        self.size, open_ = 0, [self.root]
-        while open_:
-            node = open_.pop()
-            for child in node.children.values():
-                child.count /= 2
-            node.children = {token: child for token, child in node.children.items() if child.count >= 1}
-            self.size += len(node.children)
-            open_ += node.children.values()
+    def read(self) -> None:
+        """Count all of it."""
+        for call in self._calls:
+            for reading, text in zip(call.readings, call.texts, strict=True):
+                reading.read(text)
+        while len(self._calls) > 1:
+            self._calls.popleft()
 
 
 class _TrieState(HostState):
     sources = ("trie",)
 
-    def __init__(self, drafter: Trie, rows: int, written: Branches) -> None:
+    def __init__(self, drafter: Trie, written: Written) -> None:
         self.drafter, self.written = drafter, written
-        self.given = [Branches(written.depth, drafter.most) for _ in range(rows)]
-        self.known = [0] * rows
+        self.given: list[Branches | None] = []
+        self.prompts: list[int] = []  # tokens of each
 
     def begin(self, prefill: Prefill, context: Context) -> None:
-        for row, text in enumerate(context.texts):
-            self.given[row].put(text[:-1], 0)
-            self.known[row] = len(text) - 1
-        self._learn(context.texts)
+        self.prompts, self.given = [len(text) - 1 for text in context.texts], [None for _ in context.texts]
+        self.written.begin(context.texts)
 
     def observe(self, outcome: Outcome, context: Context) -> None:
-        self._learn(context.texts)
+        self.written.grew(context.texts)
 
-    def _learn(self, texts: list[list[int]]) -> None:
-        for row, text in enumerate(texts):
-            begin = max(0, self.known[row] - self.written.depth + 1)
-            self.written.put(text[begin:], self.known[row] - begin)
-            self.known[row] = len(text)
+    def propose(self, context: Context, nodes: int) -> Proposal:
+        self.written.read()
+        return super().propose(context, nodes)
+
+    def _given(self, row: int, text: list[int]) -> Branches:
+        """Of the row's prompt, which is read when it is first asked for."""
+        found = self.given[row]
+        if found is None:
+            found = self.given[row] = Branches(self.written.branches.depth, self.drafter.most)
+            Reading(found).read(text[: self.prompts[row]])
+        return found
 
     def grow(self, row: int, text: list[int], tree: HostTree) -> None:
-        half = tree.left // 2
+        half, given, written = tree.left // 2, self._given(row, text), self.written.branches
         for length in range(min(self.drafter.longest, len(text)), 0, -1):
             run = text[len(text) - length :]
-            found = [self.given[row].after(run), self.written.after(run)]
-            self._branch(tree, found[0] or _Node(), found[1] or _Node())
+            self._branch(tree, given.after(run) or NOTHING, written.after(run) or NOTHING)
             if tree.left <= half:
                 return
 
-    def _branch(self, tree: HostTree, given: _Node, written: _Node) -> None:
+    def _branch(self, tree: HostTree, given: Node, written: Node) -> None:
         """Add the most frequent nodes below two nodes of the tries. Counts fall from parent to child, so the most frequent
         ones are a tree."""
-        order, heap = 0, list[tuple[float, int, int, int, float, _Node, _Node]]()
+        order, heap = 0, list[tuple[float, int, int, int, float, Node, Node]]()
 
-        def open_(at: int, given: _Node, written: _Node, whole: float) -> None:
+        def open_(at: int, given: Node, written: Node, whole: float) -> None:
             nonlocal order
             for token in given.children.keys() | written.children.keys():
-                pair = given.children.get(token, _NOTHING), written.children.get(token, _NOTHING)
+                pair = given.children.get(token, NOTHING), written.children.get(token, NOTHING)
                 count = self._count(*pair)
                 order += 1
                 heapq.heappush(heap, (-count, order, at, token, count / whole if whole else 0.0, *pair))
@@ -144,14 +139,11 @@ class _TrieState(HostState):
             if node is not None:
                 open_(node, read, wrote, -count)
 
-    def _count(self, given: _Node, written: _Node) -> float:
+    def _count(self, given: Node, written: Node) -> float:
         weight = self.drafter.weight
         return (1 - weight) * given.count + weight * written.count
 
 
-_NOTHING = _Node()
-
-
-def _pairs(given: _Node, written: _Node) -> list[tuple[_Node, _Node]]:
+def _pairs(given: Node, written: Node) -> list[tuple[Node, Node]]:
     tokens = given.children.keys() | written.children.keys()
-    return [(given.children.get(token, _NOTHING), written.children.get(token, _NOTHING)) for token in tokens]
+    return [(given.children.get(token, NOTHING), written.children.get(token, NOTHING)) for token in tokens]

@@ -56,12 +56,15 @@ class _MedusaState(DrafterState):
         part.fits(self.blocks[0][0].shape[1], facts.host)
         accuracy = [ACCURACY[min(head, len(ACCURACY) - 1)][: part.width] for head in range(count)]
         self.paths: tuple[Ranks, ...] = grown(accuracy, part.nodes) if part.tree == "static" else ()
-        self.state: Tensor | None = None
+        self.state: Tensor | None = None  # [B, C] that said the last token
+        self.seen: Outcome | None = None  # of the last round, where its state was not taken yet
 
     def begin(self, prefill: Prefill, context: Context) -> None:
         self.state = prefill.hidden[STATE][:, -1]
 
     def propose(self, context: Context, nodes: int) -> Proposal:
+        if self.seen is not None:
+            self.state, self.seen = at_node(self.seen.hidden[STATE], last_node(self.seen)), None
         assert self.state is not None, "begin() comes first"
         if context.reach < 1:
             return nothing(context.last)
@@ -78,7 +81,7 @@ class _MedusaState(DrafterState):
         return ranked(context, guess, depth, nodes, self.part.kind)
 
     def observe(self, outcome: Outcome, context: Context) -> None:
-        self.state = at_node(outcome.hidden[STATE], last_node(outcome))
+        self.seen = outcome
 
     def _said(self, state: Tensor, depth: int) -> Tensor:
         """Logits float32 [depth, B, V] of the first heads, for states [B, C]."""

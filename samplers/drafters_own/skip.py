@@ -145,10 +145,12 @@ class Routers(Skip, FromFile):
         return loaded(self.place / self.FILE, "first")
 
 
-class _Routed(_Fixed):
+class _Routed(SkipState):
     def __init__(self, layers: int, weights: dict[str, Tensor]) -> None:
-        super().__init__(layers, [True] * layers)
+        super().__init__(layers)
         self.weights = weights
+        self.wanted: Tensor | None = None  # bool [layers - 1], of the prompt
+        self.kept = [True] * layers
 
     def prompt(self, hidden: dict[str, Tensor], mask: Tensor) -> None:
         wanted = []
@@ -159,7 +161,13 @@ class _Routed(_Fixed):
             weight = self.weights["weight"][number - 1].to(mean)
             said = F.layer_norm(mean, mean.shape[1:]) @ weight + self.weights["bias"][number - 1].to(mean)
             wanted.append((said >= 0).any())
-        self.kept = [True, *torch.stack(wanted).tolist()] if wanted else [True]
+        self.wanted = torch.stack(wanted) if wanted else None
+
+    def runs(self, place: int) -> list[bool]:
+        """Waits for the device where the prompt is new."""
+        if self.wanted is not None:
+            self.kept, self.wanted = [True, *self.wanted.tolist()], None
+        return self.kept
 
 
 class FeedForward(Skip):

@@ -15,7 +15,7 @@ from hasten.samplers.drafters.host_tree import HostTree, best_first
 from hasten.samplers.drafters.jacobi import Jacobi
 from hasten.samplers.drafters.look_up import LookUp
 from hasten.samplers.drafters.tri_gram import TriGram
-from hasten.samplers.drafters.trie import Branches, Trie
+from hasten.samplers.drafters.trie import Trie
 from tests.contract_draft import TinyContract
 
 
@@ -128,14 +128,6 @@ def test_reading_in_pieces_is_reading_at_once() -> None:
     for end in (1, 2, 9, 30, 60):
         pieces.read(text[:end])
     assert whole.seen == pieces.seen
-    one, two = Branches(5, 10_000), Branches(5, 10_000)
-    one.put(text, 0)
-    for begin, end in ((0, 7), (7, 8), (8, 41), (41, 60)):
-        two.put(text[:end], begin)
-    for start in range(55):
-        first, second = one.after(text[start : start + 3]), two.after(text[start : start + 3])
-        assert first is not None and second is not None and first.count == second.count
-    assert one.size == two.size
 
 
 def test_best_nodes_are_the_most_probable_ones() -> None:
@@ -185,13 +177,6 @@ def test_trie_remembers_between_calls_if_asked() -> None:
         context = Context([text], torch.tensor([3]), [True], [99])
         later.begin(Prefill(ids, ids, torch.zeros(1, 50)), context)
         assert (4 in later.propose(context, 6).tokens[0].tolist()) == keep
-
-
-def test_squeezing_keeps_what_is_frequent() -> None:
-    branches = Branches(2, 40)
-    branches.put([1, 2] * 20 + list(range(3, 45)), 0)
-    often, once = branches.after([1, 2]), branches.after([30, 31])
-    assert branches.size <= 4 and often is not None and often.count > 5 and once is None
 
 
 def test_jacobi_guesses_what_the_model_said() -> None:
