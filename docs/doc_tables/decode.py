@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from doc_tables.results import VERDICT, Row, below_each_other, documents, hardware_and_versions, table, times
@@ -27,11 +28,12 @@ def decode() -> str:
         where = f"{rows[0]['model']}; {hardware_and_versions(document, file)}"
         for mode in dict.fromkeys(row["mode"] for row in rows):
             mine = [row for row in rows if row["mode"] == mode and row["batch"] == 1 and not row.get("adverse") and row.get("drafts_when") != PACED]
-            parts.append(f"### Tokens per forward, drafting in every round, {mode}\n{_counts(mine)}; {where}\n\n{_forwards(mine)}")
+            parts.append(f"### Tokens per forward, drafting in every round, {mode}\n{where}\n\n{_forwards(mine)}")
         for mode in dict.fromkeys(row["mode"] for row in rows):
             mine = [row for row in rows if row["mode"] == mode and (row.get("drafts_when") == PACED or row.get("control"))]
-            parts.append(f"### Speed-ups where drafts are made when they pay, {mode}\n{_counts(mine)}; {where}\n\n{_speeds(mine)}")
-        parts.append(_refused(rows))
+            timed = [row for row in mine if row.get("speedup_processor") is not None]
+            parts.append(f"### Speed-ups where drafts are made when they pay, {mode}\n{where}\n\n{_speeds(timed)}")
+        parts += [_students(rows), _refused(rows)]
     return below_each_other([part for part in parts if part])
 
 
@@ -46,22 +48,32 @@ def _speeds(rows: Sequence[Row]) -> str:
 
 
 def _lines(rows: Sequence[Row], places: Sequence[tuple[str, ...]], told: Callable[[Row], str], key: str) -> str:
-    """places: the column of each row; those of noise come last."""
-    columns = sorted(dict.fromkeys(places), key=lambda place: place[0] == NOISE)
+    """places: the column of each row; those of noise come last. Of rows for one cell of the table, that of the most texts is told.
+    A column says on how many texts its rows are, and a cell that is on another number says that."""
+    measured = [(row, place) for row, place in zip(rows, places, strict=True) if row.get("n")]
+    columns = sorted(dict.fromkeys(place for _, place in measured), key=lambda place: place[0] == NOISE)
     lines: dict[str, dict[tuple[str, ...], Row]] = {}
-    for row, place in zip(rows, places, strict=True):
-        if row.get("n"):
-            lines.setdefault(_name(row), {})[place] = row
+    for row, place in sorted(measured, key=lambda each: each[0]["n"]):
+        lines.setdefault(_name(row), {})[place] = row
     ordered = sorted(lines.items(), key=lambda line: -sum(row[key] for row in line[1].values()) / len(line[1]))
+    counts = {place: statistics.mode(found[place]["n"] for found in lines.values() if place in found) for place in columns}
+
+    def cell(found: dict[tuple[str, ...], Row], place: tuple[str, ...]) -> str:
+        if place not in found:
+            return ""
+        row = found[place]
+        return told(row) if row["n"] == counts[place] else f"{told(row)}, {row['n']} texts"
+
     return table(
-        ["recipe", *(" x ".join(place) for place in columns)],
-        [[name, *(told(found[place]) if place in found else "" for place in columns)] for name, found in ordered],
+        ["recipe", *(f"{' x '.join(place)}, {counts[place]} texts" for place in columns)],
+        [[name, *(cell(found, place) for place in columns)] for name, found in ordered],
     )
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    counts = sorted({row["n"] for row in rows if row.get("n")})
-    return f"{' or '.join(str(count) for count in counts)} texts"
+def _students(rows: Sequence[Row]) -> str:
+    """How long those were trained that were."""
+    told = [f"- {_name(row)}: {row['training']}" for row in rows if row.get("training")]
+    return "\n".join(["Trained:", "", *dict.fromkeys(told)]) + "\n" if told else ""
 
 
 def _refused(rows: Sequence[Row]) -> str:
@@ -75,4 +87,6 @@ def _refused(rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    return str(row["recipe"]) if row.get("control") or row["recipe"] == "plain" else f"`{row['recipe']}`"
+    if row.get("control") or row["recipe"] == "plain":
+        return str(row["recipe"])
+    return f"`{row['recipe']}`" + (f" of {row['student']}" if row.get("student") else "")

@@ -106,23 +106,30 @@ class Output:
             table.add_row(*(Text(cell(key, row)) for key in headings))
         self.console.print(table, highlight=False)
 
-    def finish(self, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-        """Write the JSON document, where one was asked for."""
+    def finish(self, rows: Sequence[dict[str, Any]], *, lines: bool = False, **more: Any) -> None:
+        """Write the JSON document, where one was asked for. lines: one for each row, where there are many."""
         if self.target is None:
             return
-        document = {
-            "command": self.command,
-            "versions": versions(),
-            "hardware": hardware(),
-            **more,
-            "rows": list(rows),
-        }
-        text = json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        document = {"command": self.command, "versions": versions(), "hardware": hardware(), **more, "rows": list(rows)}
+        text = _by_lines(strict(document)) if lines else json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         if self.target == "-":
             self._stdout.write(text)
             self._stdout.flush()
         else:
             atomic_write(Path(self.target), text)
+
+    def keep(self, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+        """Write what is there so far, so that a run that is interrupted loses no more than what it was at. Standard output gets
+        one document only, by `finish`."""
+        if self.target != "-":
+            self.finish(rows, lines=True, **more)
+
+
+def _by_lines(document: dict[str, Any]) -> str:
+    """The document with each of its rows on a line of its own."""
+    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1, allow_nan=False, ensure_ascii=False)
+    rows = ",\n  ".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in document["rows"])
+    return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
 def strict(value: Any) -> Any:

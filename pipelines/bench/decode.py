@@ -2,7 +2,7 @@
 
 Every row is one recipe, or one way of transformers, on the same prompts, weights and batches; plain `generate` runs directly
 before it, batch by batch, so that both have the same machine. Forwards are counted row by row, the prompt's included: a
-batch of four that is written by one more forward has four more. Counting runs are not timed.
+batch of four that is written by one more forward has four more. Counting runs are not timed, and may be all there are.
 
 Times are of the processor (what this process used) and of the wall; ratios are medians over batches and repeats.
 """
@@ -24,25 +24,11 @@ import hasten
 from hasten.errors import HastenError
 from hasten.pipelines.bench.decode_peers import Peer
 from hasten.pipelines.bench.decode_texts import Workload
-from hasten.pipelines.decode.drafters_candidates import Candidates
-from hasten.pipelines.decode.drafters_small import SmallModel
+from hasten.pipelines.bench.decode_ways import EVERY, PACED, Way, family, when
 from hasten.pipelines.decode.session import DecodeSession
-from hasten.pipelines.recipes import catalogue
-from hasten.pipelines.recipes import recipe as find_recipe
-from hasten.recipe import Drafting, FromFile, Recipe
-from hasten.samplers.decode.pace import Goodput, Steady
-from hasten.samplers.drafters.copy_input import Copy
-from hasten.samplers.drafters.jacobi import Jacobi
-from hasten.samplers.drafters.look_up import LookUp
-from hasten.samplers.drafters.mixed import Mixed
-from hasten.samplers.drafters.tri_gram import TriGram
-from hasten.samplers.drafters.trie import Trie
+from hasten.recipe import Recipe
 
 PLAIN = "plain"
-EVERY, PACED = "every round", "goodput"
-"""When is drafted: always, for what drafts are worth; or where it pays, for what that saves."""
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +64,8 @@ class Run:
 
 @dataclass(slots=True)
 class Bench:
-    """One model under measurement. new: tokens to write; repeats: timed passes; top_k, temperature: of sampled runs."""
+    """One model under measurement. new: tokens to write; repeats: timed passes, 0 to count alone; top_k, temperature: of
+    sampled runs."""
 
     model: Any
     tokenizer: Any
@@ -88,6 +75,7 @@ class Bench:
     temperature: float = 0.8
     top_k: int = 40
     seed: int = 0
+    _plain_texts: tuple[Cell, Run] | None = None
 
     def row(self, cell: Cell, name: str, how: Recipe | Peer | None, control: str = "") -> dict[str, Any]:
         """One row; a recipe or peer that the model or the batch refuses has the reason in `note`, and no numbers."""
@@ -105,9 +93,9 @@ class Bench:
 
     def _measured(self, cell: Cell, how: Recipe | Peer | None) -> dict[str, Any]:
         if how is None:
-            plain = self._pass(cell, self._plain)
+            base = self._base(cell)
             runs = [self._pass(cell, self._plain) for _ in range(self.repeats)]
-            return _facts(plain, runs, runs) | {"tokens_per_forward": 1.0, "drafts": 0.0, "asked": 0.0, "exact_match": 1.0}
+            return _facts(base, runs, runs) | {"tokens_per_forward": 1.0, "drafts": 0.0, "asked": 0.0, "exact_match": 1.0}
         if isinstance(how, Peer):
             return self._of_peer(cell, how)
         with hasten.accelerate(self.model, how) as session:
@@ -118,37 +106,40 @@ class Bench:
         def ours(**inputs: Any) -> Tensor:
             return self.model.generate(**inputs)  # type: ignore[no-any-return]
 
-        base, plains, runs = self._beside(cell, ours)
+        base, first = self._base(cell), self._pass(cell, ours)
+        plains, runs = self._timed(cell, ours)
         rounds = session.trace.rounds
         read, rows = sum(each.nodes * each.rows for each in rounds), sum(each.rows for each in rounds)
-        whole = sum(each.seconds for each in rounds)
         prompts = len(cell.workload.prompts) * (self.repeats + 1)
         report = session.report()
-        drafter = recipe.draft
-        return _facts(base, plains, runs) | {
+        return _facts(first, plains, runs) | {
             "tokens_per_forward": (report.written + prompts) / (rows + prompts), "drafts": read / max(rows, 1),
-            "allowed": getattr(drafter, "nodes", None), "asked": statistics.median(each.asked for each in rounds) if rounds else 0.0,
-            "exact_match": None if cell.sampled else _same(base, runs[0]), "exactness": report.exactness,
-            "draft_share": sum(each.draft for each in rounds) / whole if whole else 0.0, "drafts_when": _when(recipe),
-            "family": _family(drafter), "note": "; ".join(session.trace.notes) or None,
+            "allowed": getattr(recipe.draft, "nodes", None), "asked": statistics.median(each.asked for each in rounds) if rounds else 0.0,
+            "exact_match": _same(cell, base, [first, *runs]), "exactness": report.exactness, "drafts_when": when(recipe),
+            "family": family(recipe.draft), "note": "; ".join(session.trace.notes) or None,
         }  # fmt: skip
 
     def _of_peer(self, cell: Cell, peer: Peer) -> dict[str, Any]:
         if cell.batch > 1:
             raise NotImplementedError("transformers refuses drafts for more than one row")
         call = peer.call(self.model, self._plain)
+        base = self._base(cell)
         with peer.counting(self.model) as count:
-            self._pass(cell, call)
-        base, plains, runs = self._beside(cell, call)
-        return _facts(base, plains, runs) | {
-            "tokens_per_forward": runs[0].tokens / max(count.forwards, 1), "drafts": count.drafts / max(count.forwards, 1),
-            "allowed": peer.allowed, "exact_match": None if cell.sampled else _same(base, runs[0]), "drafts_when": EVERY,
-            "family": peer.family,
+            first = self._pass(cell, call)
+        plains, runs = self._timed(cell, call)
+        return _facts(first, plains, runs) | {
+            "tokens_per_forward": first.tokens / max(count.forwards, 1), "drafts": count.drafts / max(count.forwards, 1),
+            "allowed": peer.allowed, "exact_match": _same(cell, base, [first, *runs]), "drafts_when": EVERY, "family": peer.family,
         }  # fmt: skip
 
-    def _beside(self, cell: Cell, call: Callable[..., Tensor]) -> tuple[Run, list[Run], list[Run]]:
-        """(a first plain pass, timed plain passes, timed passes of `call`); the first of each warms up."""
-        base, _ = self._pass(cell, self._plain), self._pass(cell, call)
+    def _base(self, cell: Cell) -> Run:
+        """Plain decoding's texts, written once for all rows of a cell; this warms up, too."""
+        if self._plain_texts is None or self._plain_texts[0] is not cell:
+            self._plain_texts = cell, self._pass(cell, self._plain)
+        return self._plain_texts[1]
+
+    def _timed(self, cell: Cell, call: Callable[..., Tensor]) -> tuple[list[Run], list[Run]]:
+        """(plain passes, passes of `call`), batch by batch one after the other."""
         plains, runs = [], []
         for _ in range(self.repeats):
             plain, run = Run(), Run()
@@ -157,7 +148,7 @@ class Bench:
                 self._batch(cell, call, inputs, number, run)
             plains.append(plain)
             runs.append(run)
-        return base, plains, runs
+        return plains, runs
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -207,8 +198,8 @@ def _ends(model: Any) -> set[int]:
     return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
-def _facts(base: Run, plains: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
-    """Times per written token, beside those of plain `generate`: batch by batch, the median."""
+def _facts(first: Run, plains: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
+    """How much was written, and times per written token beside those of plain `generate`: batch by batch, the median."""
 
     def ratio(which: str) -> float:
         """Plain over ours, per token; a sampled text may be longer than the plain one."""
@@ -219,71 +210,35 @@ def _facts(base: Run, plains: Sequence[Run], runs: Sequence[Run]) -> dict[str, A
         ]
         return statistics.median(found)
 
-    return {
-        "n": len(base.texts), "tokens": runs[0].tokens, "seconds": statistics.median(sum(run.seconds) for run in runs),
+    counted = {"n": len(first.texts), "repeats": len(runs), "tokens": first.tokens}
+    if not runs:
+        return counted
+    return counted | {
+        "seconds": statistics.median(sum(run.seconds) for run in runs),
         "processor_seconds": statistics.median(sum(run.processor) for run in runs), "speedup": ratio("seconds"),
         "speedup_processor": ratio("processor"),
     }  # fmt: skip
 
 
-def _same(one: Run, other: Run) -> float:
-    """Share of prompts with the same text, token for token."""
-    return statistics.fmean(a == b for a, b in zip(one.texts, other.texts, strict=True))
+def _same(cell: Cell, base: Run, runs: Sequence[Run]) -> float | None:
+    """Share of prompts with plain decoding's text, token for token, in the pass that has the fewest; None where tokens are drawn."""
+    if cell.sampled:
+        return None
+    return min(statistics.fmean(a == b for a, b in zip(base.texts, run.texts, strict=True)) for run in runs)
 
 
-def _when(recipe: Recipe) -> str:
-    return PACED if recipe.pace is None else EVERY if isinstance(recipe.pace, Steady) else recipe.pace.kind
+# --- one cell -------------------------------------------------------------------------------------
 
 
-def _family(drafter: Any) -> str:
-    """What a draft costs: "text" looks into texts alone, "model" runs a smaller network; the "dear" ones run the model itself, in
-    part or whole, or a network as large, and transformers has nothing to compare them with."""
-    if isinstance(drafter, Mixed):
-        return max((_family(drafter.first), _family(drafter.second)), key=("text", "model", "dear").index)
-    if isinstance(drafter, Candidates):
-        return "text" if drafter.which == "prompt-lookup" else "model"
-    return "text" if isinstance(drafter, TEXT_DRAFTERS) else "model" if isinstance(drafter, SmallModel) else "dear"
-
-
-TEXT_DRAFTERS = (LookUp, Trie, TriGram, Copy, Jacobi)
-"""Drafters that run no network: their drafts cost the reading of nodes, and nothing else."""
-
-OTHER_SIZES = ("look-up:nodes=16", "speculative:nodes=8", "dyspec:nodes=8,depth=8")
-"""Measured besides, for as many drafts as transformers' settings may make."""
-
-
-# --- what is measured -----------------------------------------------------------------------------
-
-
-def both(recipe: Recipe) -> dict[str, Recipe]:
-    """A recipe with drafts in every round, and with goodput, which drafts where it pays."""
-    return {EVERY: recipe.model_copy(update={"pace": Steady()}), PACED: recipe.model_copy(update={"pace": Goodput()})}
-
-
-def every() -> list[str]:
-    """All lossless recipes that draft, but those that read a file which a training has to write first."""
-    return [
-        entry.name for entry in catalogue()
-        if entry.recipe.draft is not None and getattr(entry.recipe.verify, "lossless", True) and not _trained(entry.recipe.draft)
-    ]
-
-
-def _trained(draft: Drafting) -> bool:
-    return isinstance(draft, FromFile) or isinstance(getattr(draft, "skip", None), FromFile)
-
-
-def table(
-    bench: Bench, cells: Sequence[Cell], names: Sequence[str], peers: Sequence[Peer], tell: Tell = lambda _: None
-) -> list[dict[str, Any]]:
-    """Rows for plain decoding, each peer, and each recipe in both paces, cell by cell."""
-    recipes = [(name, when, each) for name in names for when, each in both(find_recipe(name)).items()]
-    rows = []
-    for cell in cells:
-        tell(str(cell))
-        rows.append(bench.row(cell, PLAIN, None))
-        for peer in peers:
-            rows.append(bench.row(cell, peer.name, peer, f"peer:transformers {peer.what}"))
-        for name, when, each in recipes:
-            if not (cell.workload.adverse and when == EVERY):  # the adverse ones ask whether pacing keeps plain's speed
-                rows.append({"drafts_when": when} | bench.row(cell, name, each))
+def measured(bench: Bench, cell: Cell, ways: Sequence[Way], peers: Sequence[Peer]) -> list[dict[str, Any]]:
+    """Rows of one cell: plain decoding, each peer, and each recipe in both paces. Where nothing is timed, goodput and adverse
+    prompts, which are about time alone, have no rows."""
+    if cell.workload.adverse and not bench.repeats:
+        return []
+    rows = [bench.row(cell, PLAIN, None)]
+    rows += [bench.row(cell, peer.name, peer, f"peer:transformers {peer.what}") for peer in peers]
+    for way in ways:
+        for pace, recipe in way.paces().items():
+            if bench.repeats if pace == PACED else not cell.workload.adverse:  # which ask whether goodput keeps plain's speed
+                rows.append({"drafts_when": pace} | bench.row(cell, way.name, recipe) | way.keys)
     return rows

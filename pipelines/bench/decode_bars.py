@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hasten.pipelines.bench.bars import Bar
-from hasten.pipelines.bench.decode import EVERY, PACED
+from hasten.pipelines.bench.decode_ways import EVERY, PACED
 
 Row = Mapping[str, Any]
 
@@ -41,19 +41,23 @@ def _at(row: Row, work: str, mode: str) -> bool:
 
 
 def _more_accepted(rows: Sequence[Row], work: str, mode: str, family: str) -> Bar:
-    """Against the best setting of transformers, with no more drafts in a round than it may have."""
+    """Against the best setting of transformers, with no more drafts in a round than it may have, on as many texts."""
     name = f"{work}, {mode}: more tokens per forward than transformers' best, {FAMILIES[family]}, as many or fewer allowed"
     here = [row for row in rows if _at(row, work, mode) and row.get("family") == family]
     peers, ours = [row for row in here if _peer(row)], [row for row in here if not _peer(row) and row.get("drafts_when") == EVERY]
     if not peers or not ours:
         return Bar(name, None, "no peer was measured" if not peers else "no recipe of ours was measured")
+    both = {row["n"] for row in peers} & {row["n"] for row in ours}
+    if not both:
+        return Bar(name, None, "peers and recipes of ours were measured on other numbers of texts")
+    peers, ours = ([row for row in side if row["n"] == max(both)] for side in (peers, ours))
     theirs = max(peers, key=lambda row: float(row["tokens_per_forward"]))
     fair = [row for row in ours if row["allowed"] <= theirs["allowed"]]
     if not fair:
         return Bar(name, None, f"all of ours may draft more than its {theirs['allowed']}")
     best = max(fair, key=lambda row: float(row["tokens_per_forward"]))
     said = " against ".join(f"{row['recipe']} {row['tokens_per_forward']:.2f} of {row['allowed']}" for row in (best, theirs))
-    return Bar(name, best["tokens_per_forward"] > theirs["tokens_per_forward"], said)
+    return Bar(name, best["tokens_per_forward"] > theirs["tokens_per_forward"], f"{said}, on {max(both)} texts")
 
 
 def _never_slower(rows: Sequence[Row], clock: str) -> Bar:

@@ -15,8 +15,9 @@ from typing import Any
 
 from hasten.atomic import atomic_write
 from hasten.errors import HastenError, UsageError
-from hasten.pipelines.bench.decode import Bench, Cell, every
+from hasten.pipelines.bench.decode import Bench, Cell
 from hasten.pipelines.bench.decode_texts import Workload
+from hasten.pipelines.bench.decode_ways import every
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.pipelines.tune.decode_result import DecodeTuned, DecodeVerdict, stamped
 from hasten.pipelines.tune.kept import keep_for_budgets
@@ -109,9 +110,9 @@ class _Search:
 
     def _drafters(self) -> None:
         """Each drafter as it comes, with goodput."""
-        for each in (*self.job.recipes, *every()):
-            found = find_recipe(each)
-            self._try(found.name or str(each), found.model_copy(update={"pace": Goodput()}))
+        named = [(str(each), find_recipe(each)) for each in self.job.recipes]
+        for name, found in (*named, *((way.name, way.recipe) for way in every())):
+            self._try(found.name or name, found.model_copy(update={"pace": Goodput()}))
 
     def _sizes(self) -> None:
         """Other numbers of drafts, for the fastest drafters."""

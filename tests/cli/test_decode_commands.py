@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hasten.pipelines.bench.decode_ways import way
 from hasten.pipelines.tune import decode_run
 from tests.cli.conftest import Ran
 
@@ -45,6 +46,28 @@ def test_bench_of_drafts(hasten: Run) -> None:
 
 
 @pytest.mark.long
+def test_bench_goes_on_in_a_file(hasten: Run) -> None:
+    """Pieces of one table: rows of other cells and of other numbers of texts stay, the same are replaced; one row a line."""
+    piece = ("bench", "decode", "--new", 8, "--no-peers", "--part", "drafts", "--workload", "repetitive", "--batch", 1, "--recipe", "look-up")
+    assert hasten(*piece, "--mode", "greedy", "--count", 1, "--repeats", 1, "--onto", "rows.json").code == 0
+    assert hasten(*piece, "--mode", "sampled", "--count", 2, "--repeats", 2, "--onto", "rows.json").code == 0
+    ran = hasten(*piece, "--mode", "greedy", "--count", 3, "--repeats", 0, "--onto", "rows.json", "--json", "-")
+    rows = ran.json["rows"]
+    assert [(row["mode"], row["recipe"], row.get("drafts_when"), row["n"], row["repeats"]) for row in rows] == [
+        ("greedy", "plain", None, 1, 1), ("greedy", "look-up", "every round", 1, 1), ("greedy", "look-up", "goodput", 1, 1),
+        ("greedy", "plain", None, 3, 0), ("greedy", "look-up", "every round", 3, 0),
+        ("sampled", "plain", None, 2, 2), ("sampled", "look-up", "every round", 2, 2), ("sampled", "look-up", "goodput", 2, 2),
+    ]  # fmt: skip
+    assert not any(value is None for row in rows for value in row.values())
+    before = Path("rows.json").read_text()
+    assert sum(line.startswith('  {"part": "drafts"') for line in before.splitlines()) == 6, "with --json elsewhere the file is only read"
+    again = hasten(*piece, "--mode", "greedy", "--count", 2, "--repeats", 1, "--onto", "rows.json")
+    assert again.code == 0 and Path("rows.json").read_text().count('"n": 2') == 6
+    other = hasten("bench", "decode", "--new", 9, "--onto", "rows.json")
+    assert other.code == 2 and "new 8 there, 9 here" in other.sentence
+
+
+@pytest.mark.long
 def test_bench_of_caches_and_prefixes(hasten: Run) -> None:
     ran = hasten("bench", "decode", "--quick", "--part", "caches", "--part", "shared", "--json", "-")
     assert ran.code == 0, ran.err
@@ -64,7 +87,7 @@ def test_bench_decode_says_what_is_misspelt(hasten: Run) -> None:
 @pytest.mark.long
 def test_tune_lossless(hasten: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(decode_run, "every", lambda: ["look-up"])
+    monkeypatch.setattr(decode_run, "every", lambda: [way("look-up")])
     monkeypatch.setattr(decode_run, "SIZES", ())
     Path("prompts.txt").write_text("".join(f"copy: a b c {each} = a b c {each}\ncopy: a b c {each} =\n" for each in "defg"))
     args = ["tune", "--model", "tiny-lm", "--budget", "lossless", "--prompts", "prompts.txt", "--call", "max_new_tokens=8"]

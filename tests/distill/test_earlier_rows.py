@@ -31,7 +31,7 @@ def test_rows_of_the_same_run_are_kept_but_for_the_new_ones(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "changed",
-    [{"model": "tiny-image"}, {"count": 32}, {"versions": PACKAGES | {"torch": "2.0"}}, {"hardware": {"cpu": "another"}}, {"rows": None, "count": None}],
+    [{"model": "tiny-image"}, {"count": 32}, {"versions": PACKAGES | {"torch": "2.0"}}, {"hardware": {"cpu": "another"}}, {"count": None}],
     ids=["model", "count", "versions", "machine", "nothing"],
 )
 def test_others_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:

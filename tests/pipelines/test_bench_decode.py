@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.bench import decode_texts
-from hasten.pipelines.bench.decode import EVERY, PACED, Bench, Cell, both, every, table
+from hasten.pipelines.bench.decode import Bench, Cell, measured
 from hasten.pipelines.bench.decode_bars import bars
 from hasten.pipelines.bench.decode_peers import peers
+from hasten.pipelines.bench.decode_ways import EVERY, PACED, every, family, way
 from hasten.pipelines.recipes import recipe
 from hasten.samplers.decode.pace import Goodput, Steady
 
@@ -72,7 +74,7 @@ def test_rows_of_a_cell(lm: tuple[Any, Any]) -> None:
     bench = Bench(model, tokenizer, "tiny-lm", new=10, repeats=1)
     found = peers(draft)
     cells = [Cell(decode_texts.repetitive(tokenizer, 2), 2, False), Cell(decode_texts.noise(tokenizer, 1), 1, True)]
-    rows = table(bench, cells, ["look-up:width=1"], [found[0], found[4]])
+    rows = [row for cell in cells for row in measured(bench, cell, [way("look-up:width=1")], [found[0], found[4]])]
     names = [(row["recipe"], row.get("drafts_when")) for row in rows]
     assert names == [
         ("plain", None), (found[0].name, None), (found[4].name, None), ("look-up:width=1", EVERY), ("look-up:width=1", PACED),
@@ -91,10 +93,61 @@ def test_what_cannot_run_has_its_reason(lm: tuple[Any, Any]) -> None:
     assert "note" in row and "speedup" not in row
 
 
+def test_counting_alone(lm: tuple[Any, Any]) -> None:
+    """Nothing is timed: rows of every round, with the counts and texts that timed ones have, and nothing on adverse prompts."""
+    counts, timed = (Bench(*lm, "tiny-lm", new=8, repeats=repeats) for repeats in (0, 1))
+    cell, ways = Cell(decode_texts.repetitive(lm[1], 2), 1, False), [way("look-up")]
+    rows, beside = measured(counts, cell, ways, peers()[:1]), measured(timed, cell, ways, peers()[:1])
+    assert [(row["recipe"], row.get("drafts_when", EVERY)) for row in rows] == [("plain", EVERY), (peers()[0].name, EVERY), ("look-up", EVERY)]
+    for row, other in zip(rows, beside, strict=False):
+        assert (row["repeats"], row["n"]) == (0, 2) and not {"seconds", "speedup", "speedup_processor"} & set(row)
+        assert row["exact_match"] == 1.0 and row["tokens"] == other["tokens"]
+        assert row["tokens_per_forward"] == pytest.approx(other["tokens_per_forward"])
+    assert measured(counts, Cell(decode_texts.noise(lm[1], 1), 1, True), ways, []) == []
+
+
 def test_both_paces() -> None:
-    found = both(recipe("look-up"))
+    found = way("look-up").paces()
     assert isinstance(found[EVERY].pace, Steady) and isinstance(found[PACED].pace, Goodput)
-    assert "look-up" in every()
+
+
+def test_what_is_measured_unasked_needs_no_training() -> None:
+    names = {each.name: family(each.recipe.draft) for each in every()}
+    assert names["look-up"] == "text" and names["speculative"] == "model" and names["triforce"] == "dear"
+    assert "heads" not in names.values() and "first-routers" not in names
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "kind"),
+    [("medusa_heads", "medusa", "heads"), ("prompt_tokens", "ppd", "heads"), ("sampler", "gated-mtp", "heads"), ("routers", "first-routers", "dear")],
+)
+def test_folder_of_a_training(tmp_path: Path, file: str, name: str, kind: str) -> None:
+    run = tmp_path / "my-run"
+    (run / "student").mkdir(parents=True)
+    (run / "student" / f"{file}.safetensors").write_bytes(b"")
+    (run / "config.json").write_text('{"train": {"steps": 30, "batch": 8, "lr": 0.002}}')
+    by_name = way(f"{name}:path={run / 'student'},nodes=7")
+    assert (by_name.name, by_name.student, by_name.recipe.draft.nodes) == (f"{name}:nodes=7", "my-run", 7)  # type: ignore[union-attr]
+    for which in (run, run / "student"):
+        found = way(str(which))
+        assert (found.name, found.student, family(found.recipe.draft)) == (name, "my-run", kind)
+        assert found.training == by_name.training == "30 steps of 8 texts, learning rate 0.002"
+    assert str(tmp_path) not in str(found.keys)
+
+
+def test_recipe_file_of_a_training(tmp_path: Path) -> None:
+    """A relative path starts at the recipe's file, whose name is the row's where the recipe has none."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "heads.yaml").write_text("version: 1\ndraft:\n  kind: medusa\n  path: student\n")
+    found = way(str(tmp_path / "heads.yaml"))
+    assert (found.name, found.student, found.training) == ("heads", tmp_path.name, "")
+
+
+def test_what_drafts_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no student that drafts"):
+        way(str(tmp_path))
+    with pytest.raises(UsageError, match="drafts nothing"):
+        way("h2o")
 
 
 # --- bars -----------------------------------------------------------------------------------------
@@ -117,6 +170,14 @@ def test_more_accepted_at_equal_cost_only() -> None:
     assert _met([peer, _row("a", 3.0, allowed=16)], "drafts from texts") is None, "ours may draft more"
     assert _met([peer, _row("a", 3.0, PACED)], "drafts from texts") is None
     assert _met([peer, _row("a", 3.0, family="model")], "drafts from texts") is None
+
+
+def test_more_accepted_on_as_many_texts_only() -> None:
+    few = [_row("pld", 2.0, control="peer:transformers prompt look-up"), _row("a", 2.1)]
+    assert _met([*few, _row("a", 1.0, n=48)], "drafts from texts") is True, "no peer on 48 texts"
+    more = [each | {"n": 48, "tokens_per_forward": per} for each, per in zip(few, (2.0, 1.9), strict=True)]
+    assert _met([*few, *more], "drafts from texts") is False, "the most texts decide"
+    assert _met([few[0], _row("a", 3.0, n=48)], "drafts from texts") is None
 
 
 def test_never_slower_reads_paced_rows_and_adverse_ones() -> None:
