@@ -13,6 +13,7 @@ from hasten.ui.page.app import asked_again
 from hasten.ui.page.drafting import choices as drafting_choices
 from hasten.ui.page.settings import Speed, checked, recipe_choices
 from hasten.ui.page.speed import PICTURES, TEXTS, levels, place_of
+from hasten.ui.page.tabs.text import PROMPT
 from tests.ui.tabs import ASKED, EVIL, PLACE, all_tabs, asks, edited, read_json, standing_engine
 
 
@@ -120,8 +121,9 @@ def test_all_choices_are_recipes_of_their_kind(engine: Engine) -> None:
 def test_the_controls_of_a_model_are_those_it_has(tabs: dict[str, Any]) -> None:
     tab = tabs["text"]
     for model, causal in (("tiny-lm", True), ("tiny-dllm", False)):
-        updates = tab.other_model(model)
+        updates = tab.other_model(model, "look-up", PROMPT)
         assert updates[tab.drafting.column]["visible"] is causal and updates[tab.slide]["visible"] is not causal
+        assert updates[tab.prompt] and tab.prompt not in tab.other_model(model, "look-up", "my own words")
     assert {"text", "language"} == {tab.picker.card(name).kind for _, name in tab.picker.model.choices}
     asked = asks(tab, {tab.picker.model: "tiny-lm"})
     assert (asked["kind"], asked["recipe"]) == ("decode", "look-up") and "temperature" not in asked
@@ -132,7 +134,7 @@ def test_the_controls_of_a_model_are_those_it_has(tabs: dict[str, Any]) -> None:
 
 
 def test_every_way_of_guessing_that_is_offered_may_be_asked_for(engine: Engine) -> None:
-    names = [name for _, name in drafting_choices(engine)]
+    names = [name for _, name in drafting_choices(engine, "tiny-lm")]
     assert names[0] == "look-up" and {"dyspec", "plain", "jacobi", "triforce"} <= set(names) and not {"medusa", "h2o"} & set(names)
     for name in names:
         read({"kind": "decode", "model": "tiny-lm", "prompt": "a", "recipe": name})

@@ -137,12 +137,12 @@ def _part_of_student(axis: str, part: FromFile, trained: Mapping[str, Path]) -> 
     """`part` with the file of the student that its path names; as it is where it names none."""
     from hasten.recipe import FromFile
 
-    if not TRAINED.fullmatch(part.path):
+    if not (found := TRAINED.fullmatch(part.path)):
         return part
     theirs = _student(part.path, trained).axes.get(axis)
     if not isinstance(theirs, FromFile):
         raise RecipeError(f"Student {part.path!r} has no file for {axis}. Leave {axis} out, or name another student.")
-    return part.model_copy(update={"path": str(theirs.path)}).beside(theirs.place.parent)
+    return part.model_copy(update={"path": str(theirs.path)}).beside(trained[found[1]].parent)
 
 
 def _with_files(recipe: Recipe, change: Callable[[str, FromFile], FromFile]) -> Recipe:

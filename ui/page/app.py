@@ -45,7 +45,7 @@ def build(engine: Engine) -> gr.Blocks:
                 compare = CompareTab(engine, kept)
             with gr.Tab(TABS["generate"], id="generate") as generating:
                 generate = GenerateTab(engine, kept)
-            with gr.Tab(TABS["text"], id="text"):
+            with gr.Tab(TABS["text"], id="text") as writing:
                 text = TextTab(engine, kept)
             with gr.Tab(TABS["tune"], id="tune") as tuning:
                 tune = TuneTab(engine, kept)
@@ -59,6 +59,7 @@ def build(engine: Engine) -> gr.Blocks:
         exporting.select(export.look, [export.which], export.outputs, queue=False, **HIDDEN)
         for chosen, box, now in ((generating, generate.recipe, generate), (comparing, compare.more, compare)):
             chosen.select(_choices(now), None, [box], queue=False, **HIDDEN)
+        writing.select(text.drafting.offered, [text.picker.model], [text.drafting.recipe], queue=False, **HIDDEN)
         tuning.select(tune.offered, None, [tune.students], queue=False, **HIDDEN)
         connect(tabs, compare, generate, text, tune, train, history, export)
         _found_again(page, kept, [compare, generate, text, tune, train])

@@ -7,11 +7,12 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UsageError
 from hasten.ui.engine import Engine
-from hasten.ui.engine.recipes import check
+from hasten.ui.engine.recipes import TRAINED, check
 from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.sentences import said
+from hasten.ui.page.settings import guessers
 from hasten.ui.page.watch import Updates
 from hasten.ui.views.component import shown
 
@@ -39,7 +40,7 @@ class Drafting:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         with gr.Column(visible=False) as self.column:
-            self.recipe = gr.Dropdown(choices(engine), value="look-up", label="Who guesses", allow_custom_value=True, elem_id="text-drafts")
+            self.recipe = gr.Dropdown(choices(engine, ""), value="look-up", label="Who guesses", allow_custom_value=True, elem_id="text-drafts")
             self.every = gr.Checkbox(False, label="Guess in every forward, also where it does not pay", container=False)
             with gr.Row():
                 self.temperature = box("Temperature", "0: the likeliest", elem_id="text-temperature")
@@ -63,20 +64,33 @@ class Drafting:
         return {"recipe": _every(recipe or "plain") if every else recipe or "plain", **{key: value for key, value in numbers.items() if value is not None}}
 
     def filled(self, asked: dict[str, Any]) -> Updates:
-        """The controls as a request has them."""
+        """The controls as a request has them. Raises `UsageError` where its student is gone."""
         recipe, _, more = str(asked["recipe"]).partition(":")
-        every = more == EVERY
+        every, found = more == EVERY, choices(self.engine, asked["model"])
+        if TRAINED.fullmatch(asked["recipe"]) and more not in self.engine.outputs.trained():
+            raise UsageError(f"It was made with {asked['recipe']!r}, a student that is not here any more. Train it again, or choose who else guesses.")
         return {
-            self.recipe: recipe if every else asked["recipe"], self.every: every, self.temperature: written(asked.get("temperature") or None),
+            self.recipe: gr.update(choices=found, value=recipe if every else asked["recipe"]), self.every: every, self.temperature: written(asked.get("temperature") or None),
             self.top_k: written(asked.get("top_k")),
         }  # fmt: skip
 
     def show(self, wanted: bool) -> Updates:
         return {self.column: gr.update(visible=wanted)}
 
+    def offered(self, model: str) -> Any:
+        """Who may guess for a model, as it is now: a training may have made another one."""
+        return gr.update(choices=choices(self.engine, model))
 
-def choices(engine: Engine) -> list[tuple[str, str]]:
-    """(label, recipe): those of `FIRST`, small models of the models folder, then all others that need no file."""
+    def for_model(self, model: str, recipe: str) -> Updates:
+        """What follows from another model. recipe: the one that is chosen, which cannot stay where it is a student of another model."""
+        found = choices(self.engine, model)
+        odd = TRAINED.fullmatch(recipe or "") is not None and recipe not in [each for _, each in found]
+        return {self.recipe: gr.update(choices=found, **({"value": "look-up"} if odd else {}))}
+
+
+def choices(engine: Engine, model: str) -> list[tuple[str, str]]:
+    """(label, recipe) for a model: those of `FIRST`, students trained for it, small models of the models folder, then all others
+    that need no file."""
     from hasten.pipelines.recipes import catalogue
 
     small = [(f"A small model, as a tree ({name})", f"dyspec:model={name}") for name in engine.models.drafting()]
@@ -84,7 +98,7 @@ def choices(engine: Engine) -> list[tuple[str, str]]:
         (entry.name, entry.name) for entry in catalogue()
         if entry.recipe.draft is not None and entry.name not in (*FIRST, PICTURES) and _stands(entry.name)
     ]
-    return [*((label, name) for name, label in FIRST.items()), *(each for each in small if _stands(each[1])), *others]
+    return [*((label, name) for name, label in FIRST.items()), *guessers(engine, model), *(each for each in small if _stands(each[1])), *others]
 
 
 def _stands(recipe: str) -> bool:

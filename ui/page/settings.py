@@ -24,6 +24,9 @@ PICTURES = ("image", "video")
 ORDER = {"tiny-video": 0, "tiny-image": 1, "tiny-flux": 2, "tiny-dllm": 0, "tiny-lm": 1}
 """The bundled models that a picker begins with."""
 
+GUESSERS = {"medusa": "heads behind the model (Medusa)", "mtp": "masks behind the text (multi-token)", "ppd": "prompt tokens behind the text (PPD)"}
+"""Methods whose students guess tokens -> what they are, in words."""
+
 NUMBERS = {"steps": "Steps", "width": "Width", "height": "Height", "frames": "Frames"}
 CALLED = {"steps": "num_inference_steps", "width": "width", "height": "height", "frames": "num_frames", "guidance": "guidance_scale"}
 """Our names -> those of a card's `call`, which says what is usual."""
@@ -187,9 +190,20 @@ def recipe_choices(engine: Engine, kind: str) -> list[tuple[str, str]]:
 
 
 def students(engine: Engine) -> list[tuple[str, str]]:
-    """(label, recipe) of the students trained here, the newest first."""
-    asked = {name: engine.outputs.get(name)["request"] for name in reversed(engine.outputs.trained())}
+    """(label, recipe) of the students trained here that draw, the newest first."""
+    asked = {name: found["request"] for name, found in _trained(engine) if not found.get("drafts")}
     return [(f"Your student {name[:6]}: {each['method']} of {each['model']}", f"trained:{name}") for name, each in asked.items()]
+
+
+def guessers(engine: Engine, model: str) -> list[tuple[str, str]]:
+    """(label, recipe) of the students trained here that guess tokens for `model`, the newest first. They fit no other model."""
+    mine = {name: found["request"]["method"] for name, found in _trained(engine) if found.get("drafts") and found["model"] == model}
+    return [(f"Your student {name[:6]}: {GUESSERS.get(method, method)}", f"trained:{name}") for name, method in mine.items()]
+
+
+def _trained(engine: Engine) -> list[tuple[str, dict[str, Any]]]:
+    """(id, result) of the trainings whose student a recipe may name, the newest first."""
+    return [(name, engine.outputs.get(name)) for name in reversed(engine.outputs.trained())]
 
 
 def checked(engine: Engine, recipe: str) -> str:

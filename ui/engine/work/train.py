@@ -6,13 +6,16 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hasten.errors import StoppedError
 from hasten.ui.engine.desk import Desk
 from hasten.ui.engine.report import Report
 from hasten.ui.engine.request import Train
 from hasten.ui.engine.work.study import folder_of
+
+if TYPE_CHECKING:
+    from hasten.recipe import Recipe
 
 POINTS = 400
 """Of a loss's curve, at most."""
@@ -25,8 +28,9 @@ SHEETS = 6
 
 
 def train(ask: Train, desk: Desk, report: Report) -> dict[str, Any]:
-    """Result: {"output", "loss", "samples", "steps", "step", "finished", "student", "recipe"}; recipe: what names the student in a
-    request, None where it is not finished, or a whole network of its own, which no recipe brings along.
+    """Result: {"output", "loss", "samples", "steps", "step", "finished", "student", "recipe", "drafts"}; recipe: what names the
+    student in a request, None where it is not finished, or a whole network of its own, which no recipe brings along. drafts: it is
+    one that guesses tokens for its model.
 
     Told to stop, or out of time, it ends behind a step, with a checkpoint: the same request goes on from there.
     """
@@ -125,8 +129,6 @@ def thinned(points: list[list[float]]) -> list[list[float]]:
 
 def _kept(ask: Train, desk: Desk, folder: Path, watch: _Watch, finished: bool) -> dict[str, Any]:
     """The result: curve, pictures, and the student. Recipes may name it from now on, unless it is a whole network."""
-    from hasten.recipe import read
-
     sheets = sorted((folder / "samples").glob("*.png"))
     with desk.outputs.making(ask) as out:
         student = finished and (folder / "student").is_dir()
@@ -134,10 +136,27 @@ def _kept(ask: Train, desk: Desk, folder: Path, watch: _Watch, finished: bool) -
             shutil.copytree(folder / "student", out.folder / "student")
         for sheet in sheets:
             out.copy(sheet, f"sample-{sheet.name}")
-        recipe = folder / "student" / "recipe.yaml"
-        usable = student and recipe.is_file() and read(recipe).adapter is not None
+        axes = _recipe_of(ask, out.folder / "student").axes if student else {}
+        usable = not axes.keys().isdisjoint(("adapter", "draft"))
         out.facts = {
             "loss": thinned(watch.loss), "samples": [f"sample-{sheet.name}" for sheet in sheets], "steps": watch.steps, "step": watch.step,
             "finished": finished, "student": student, "recipe": f"trained:{out.id}" if usable else None, "model": ask.model,
+            "drafts": "draft" in axes,
         }  # fmt: skip
     return {"output": out.id, **out.facts}
+
+
+def _recipe_of(ask: Train, student: Path) -> Recipe:
+    """The recipe of a student, in its folder: one that guesses tokens gets that of the drafter that reads what its training writes."""
+    from hasten.atomic import atomic_write
+    from hasten.pipelines.recipes import catalogue
+    from hasten.recipe import Recipe, read
+    from hasten.samplers.drafters_own.student import Student
+
+    file = student / "recipe.yaml"
+    for entry in catalogue():
+        part = entry.recipe.draft
+        if isinstance(part, Student) and part.training == ask.method:
+            made = entry.recipe.model_copy(update={"draft": part.model_copy(update={"path": "."}), "models": (ask.model,)})
+            atomic_write(file, made.to_yaml())
+    return read(file) if file.is_file() else Recipe()

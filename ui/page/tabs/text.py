@@ -61,7 +61,7 @@ class TextTab:
         self.watch.starts(self.run.click, self.request, self.inputs)
         self.speed.slider.input(self.slid, [self.speed.slider, model], [self.recipe, self.speed.words], queue=False, **HIDDEN)
         self.recipe.input(self.chosen, [self.recipe, model], [self.speed.slider, self.speed.words], queue=False, **HIDDEN)
-        model.input(in_words(self.other_model), [model], [*self.picker.parts, self.prompt, *self._sorts], **TOLD)
+        model.input(in_words(self.other_model), [model, self.drafting.recipe, self.prompt], [*self.picker.parts, self.prompt, *self._sorts], **TOLD)
 
     @property
     def inputs(self) -> list[Component]:
@@ -71,7 +71,7 @@ class TextTab:
     @property
     def _sorts(self) -> list[Any]:
         """What `_for` updates."""
-        return [self.slide, self.recipe, self.drafting.column]
+        return [self.slide, self.recipe, self.drafting.column, self.drafting.recipe]
 
     # --- handlers ---------------------------------------------------------------------------------
 
@@ -102,10 +102,16 @@ class TextTab:
             *self.drafting.fills,
         ]  # fmt: skip
 
-    def other_model(self, model: str) -> Updates:
-        card, causal = self.picker.card(model), self._causal(model)
-        example = drafting.PROMPT if causal and card.where == "bundled" else next(iter(card.prompts), None)
-        return {**self.picker.updates(model), **self._for(model), **({self.prompt: example} if example else {})}
+    def other_model(self, model: str, guesses: str, prompt: str) -> Updates:
+        """What follows from another model: its controls, and an example where the prompt was one."""
+        examples = {PROMPT, drafting.PROMPT, *(text for each in self.picker.cards() for text in each.prompts)}
+        example = self._example(model) if not prompt.strip() or prompt in examples else None
+        changed: Updates = {self.prompt: example} if example else {}
+        return {**self.picker.updates(model), **self._for(model), **self.drafting.for_model(model, guesses), **changed}
+
+    def _example(self, model: str) -> str | None:
+        card = self.picker.card(model)
+        return drafting.PROMPT if card.kind == "language" and card.where == "bundled" else next(iter(card.prompts), None)
 
     def slid(self, place: float, model: str) -> tuple[str, Any]:
         recipe = self.speed.recipe(place, model)

@@ -31,6 +31,7 @@ SHEETS = 4
 """Newest sheets of pictures that are shown while it runs."""
 
 DONE = "The student is ready: it is a recipe now, in Generate and everywhere else."
+GUESSES = "The student is ready: in Text it stands among those who guess for {model}."
 WHOLE = "It is trained: a whole network, which no recipe can bring along. The README.md in its folder says how to load it."
 TRAINED = "It is trained; this method makes no student that a recipe can bring along."
 UNFINISHED = "Time was up before the last step. The same training goes on from its checkpoint."
@@ -127,13 +128,17 @@ class TrainTab:
     def shown(self, found: dict[str, Any]) -> Updates:
         """A training that is over, also one of the history."""
         sheets = [{"step": step_of(name), "url": url(self.shelf.file(found["output"], name))} for name in found.get("samples") or ()]
-        recipe = found.get("recipe")
+        recipe, draws = found.get("recipe"), not found.get("drafts")
         prompts = found["request"].get("prompts") or self.picker.card(found["model"]).prompts or ("a seven moving left, slowly",)
         return {
-            self.plot: loss({"rows": _rows(found["loss"]), "samples": sheets}), self.next: gr.update(visible=recipe is not None),
-            self.note: said(DONE if recipe else UNFINISHED if not found.get("finished") else WHOLE if found.get("student") else TRAINED, "good" if recipe else "note"),
-            self.student: {"model": found["model"], "prompt": prompts[0], "recipe": recipe} if recipe else {},
+            self.plot: loss({"rows": _rows(found["loss"]), "samples": sheets}), self.next: gr.update(visible=recipe is not None and draws),
+            self.note: said(self._words(found) if recipe else UNFINISHED if not found.get("finished") else WHOLE if found.get("student") else TRAINED, "good" if recipe else "note"),
+            self.student: {"model": found["model"], "prompt": prompts[0], "recipe": recipe} if recipe and draws else {},
         }  # fmt: skip
+
+    def _words(self, found: dict[str, Any]) -> str:
+        """Of a student that a recipe may name."""
+        return GUESSES.format(model=found["model"]) if found.get("drafts") else DONE
 
     def used(self, student: dict[str, Any]) -> dict[str, Any]:
         """What Generate is to ask for."""
