@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hasten.samplers.decode.line import Line
 from hasten.samplers.decode.proposal import Proposal, nothing
 from hasten.samplers.decode.protocols import Context, Drafter, DrafterState, Facts, Outcome
-from hasten.samplers.decode.tree import Tree
 from hasten.samplers.drafters_own.same_noise import PlaceNoise
 from hasten.samplers.drafters_own.trees import last_node, usable
 
@@ -30,6 +30,8 @@ class SpeculativeJacobi(Drafter):
     both laws allow (maximal coupling, arXiv 2510.24211). "same": each place has its own noise, and the verifier has to be
     `same-noise`; then accepted is what does not change. nodes: places of the window. row: tokens of a row of the image; places
     that nobody has said anything of are guessed like those above them (1: like the last token).
+
+    All places are guessed at once. Processors that look at the prefix see the last round's guesses in it.
     """
 
     kind: ClassVar[str] = "speculative-jacobi"
@@ -55,52 +57,39 @@ class _JacobiState(DrafterState):
         steps = min(nodes, context.reach)
         if steps < 1:
             return nothing(context.last)
-        drawn = self.facts.sampled and self.shared is None
-        tree = Tree(context.last, law="iid" if drawn else "point", warp=self.facts.warp, sources=(self.part.kind,))
-        node = torch.zeros_like(context.last)[:, None]
         fill = self._fill(context, steps)
-        for step in range(1, steps + 1):
-            logits, at, there = self._said(step, fill[:, step - 1])
-            laws = tree.know(node, logits)
-            room = usable(context, torch.full_like(node, step))
-            if drawn and self._coupled:
-                assert self.seen is not None
-                node = tree.redraw(node, self.seen.proposal, at, there, room)
-            elif drawn:
-                node = tree.draw(node, 1, room)
-            elif self.shared is not None:
-                tokens = self.shared.draw(laws.log(), torch.full_like(node, step - 1))
-                node = tree.add(node, tokens, room, laws.gather(-1, tokens[..., None])[..., 0])
-            else:
-                node = tree.top(node, 1, room)
-        return tree.proposal()
+        logits, at, there = self._said(fill)
+        place = torch.arange(steps, device=fill.device).expand_as(fill)
+        assumed = fill if self.seen is None else torch.where(there, self.seen.proposal.tokens.gather(1, at), fill)
+        line = Line(context.last, logits, usable(context, place + 1), self.facts.warp, assumed, self.part.kind)
+        if not self.facts.sampled:
+            return line.best()
+        if self.shared is not None:
+            return line.points(self.shared.draw(line.laws.log(), place))
+        if self.part.noise == "coupled" and self.seen is not None and self.seen.proposal.size > 1:
+            return line.redrawn(self.seen.proposal, at, there)
+        return line.drawn()
 
     def observe(self, outcome: Outcome, context: Context) -> None:
         self.seen = outcome
 
-    @property
-    def _coupled(self) -> bool:
-        """Are there draws of the last round to keep?"""
-        return self.part.noise == "coupled" and self.seen is not None and self.seen.proposal.size > 1
-
-    def _said(self, step: int, fill: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the place `step` behind the last token: logits [B, 1, V], by the model where the last window reached it, else for
-        `fill` int64 [B] alone; the node int64 [B, 1] that was guessed there, and whether there is one, bool [B, 1].
+    def _said(self, fill: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each place: logits [B, W, V], by the model where the last window reached it, else for `fill` int64 [B, W] alone; the node
+        int64 [B, W] that was guessed there, and whether there is one, bool [B, W].
 
         The accepted path ends at node n; the token behind it is written. The model's word on what comes `step` later stands behind
         node n + step, which was guessed where that token, or a later one, now is.
         """
-        own = torch.full((len(fill), self.facts.vocabulary), NEVER, device=fill.device).scatter(1, fill[:, None], 0.0)
-        none = torch.zeros_like(fill)[:, None]
+        own = torch.full((*fill.shape, self.facts.vocabulary), NEVER, device=fill.device).scatter(2, fill[..., None], 0.0)
         if self.seen is None:
-            return own[:, None], none, none.bool()
+            return own, torch.zeros_like(fill), torch.zeros_like(fill).bool()
         proposal, logits = self.seen.proposal, self.seen.logits
-        behind = last_node(self.seen)[:, None] + step
-        reached = (behind < proposal.size) & proposal.valid.gather(1, behind.clamp(max=proposal.size - 1))
-        rows = torch.arange(len(fill), device=fill.device)
-        said = logits[rows, behind[:, 0].clamp(max=proposal.size - 1)].float()
-        at = (behind + 1).clamp(max=proposal.size - 1)
-        return torch.where(reached, said, own)[:, None], at, reached & (behind + 1 < proposal.size)
+        last = proposal.size - 1
+        behind = last_node(self.seen)[:, None] + 1 + torch.arange(fill.shape[1], device=fill.device)
+        reached = (behind <= last) & proposal.valid.gather(1, behind.clamp(max=last))
+        rows = torch.arange(len(fill), device=fill.device)[:, None]
+        said = logits[rows, behind.clamp(max=last)].float()
+        return torch.where(reached[..., None], said, own), (behind + 1).clamp(max=last), reached & (behind < last)
 
     def _fill(self, context: Context, steps: int) -> Tensor:
         """The last `row` tokens of each text, over and over, int64 [B, steps]."""
