@@ -166,7 +166,7 @@ def cell(key: str, row: dict[str, Any]) -> str:
 
 
 def _number(key: str, value: float) -> str:
-    if key == "speedup":
+    if key.startswith("speedup"):
         return f"{value:.2f}x"
     if key in ("computed_fraction", "density", "rho", "prompt_accuracy", "exact_match", "recall", "overhead", "overhead_worst"):
         return f"{100 * value:.1f} %" if key.startswith(("overhead", "exact_match")) else f"{100 * value:.0f} %"

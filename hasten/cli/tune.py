@@ -53,7 +53,7 @@ def tune(
         list[str] | None, typer.Option(metavar="NAME", help="Sparse attention that may be added; may be repeated.", rich_help_panel=SEARCHED)
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME|FILE", help="Recipe of a student; may be repeated.", rich_help_panel=SEARCHED)
+        list[str] | None, typer.Option(metavar="NAME|FILE", help="Recipe of a student, of lossless its folder, too; may be repeated.", rich_help_panel=SEARCHED)
     ] = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure the caches of diffusers and cache-dit, too.", rich_help_panel=SEARCHED)
@@ -64,7 +64,9 @@ def tune(
     frames: Annotated[int | None, typer.Option(metavar="N", help="Of a video.", rich_help_panel=CHANGE)] = None,
     guidance: Annotated[float | None, typer.Option(metavar="X", help="Guidance scale.", rich_help_panel=CHANGE)] = None,
     keep: Annotated[bool, typer.Option(help="Keep a copy where a Budget on this machine finds it (HASTEN_HOME).", rich_help_panel=SEARCHED)] = True,
-    batch: Annotated[int, typer.Option(metavar="N", help="Texts at once, of a language model.", min=1, rich_help_panel=CHANGE)] = 8,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Texts at once, of a language model. Default: 8; 1 for lossless.", min=1, rich_help_panel=CHANGE)
+    ] = None,
     call: Call = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -92,7 +94,7 @@ def tune(
             pictures = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance, "attention": attention,
                         "peers": peers, "lora": lora, "offload": offload != "none", "study": study, "revision": revision}  # fmt: skip
             called = assignments(call or [], "--call")
-            drafts = DecodeTask(model, seconds, out, prompts, called, batch, adapter or (), device, dtype, pictures, keep)
+            drafts = DecodeTask(model, seconds, out, prompts, called, batch or 1, adapter or (), device, dtype, pictures, keep)
             raise typer.Exit(int(drafts.run(output).recipe is None))
         if prompts is None:
             raise UsageError("Name the prompts to tune for: --prompts FILE, one on each line.")
@@ -103,11 +105,11 @@ def tune(
         folder = study if study is not None else out.with_suffix(".study")
         own = {"steps": steps, "height": height, "width": width, "frames": frames, "guidance": guidance}
         if writes_text(model, revision):
-            from hasten.cli.tune_text import TextTask
+            from hasten.cli.tune_text import TOGETHER, TextTask
 
             unfit = own | {"attention": attention, "adapter": adapter, "peers": peers, "lora": lora, "offload": offload != "none"}
             told = assignments(call or [], "--call")
-            task = TextTask(model, budget, seconds, out, folder, told, batch, seed, device, dtype, revision, unfit, keep)
+            task = TextTask(model, budget, seconds, out, folder, told, batch or TOGETHER, seed, device, dtype, revision, unfit, keep)
             raise typer.Exit(int(task.run([text for text, _ in pairs], output).recipe is None))
         Goal.read(budget)  # before the model is opened
         check_name(model)

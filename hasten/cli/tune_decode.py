@@ -25,7 +25,7 @@ OWN_PROMPTS = 12
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
     """What is tuned. prompts: file, None for code and prose of our own. call: max_new_tokens and do_sample. recipes: drafts
-    that are tried besides. unfit: options that have no meaning here, by name; None and empty ones were not given."""
+    that are tried besides, as `hasten bench decode` names them. unfit: options that have no meaning here, by name; None and empty ones were not given."""
 
     model: str
     seconds: float
@@ -41,6 +41,7 @@ class DecodeTask:
 
     def run(self, output: Output) -> DecodeTuned:
         """Check, open the model, search, and show what was found."""
+        from hasten.pipelines.bench.decode_ways import way
         from hasten.pipelines.loading import silence
         from hasten.pipelines.text_models.loading import open_text
         from hasten.pipelines.tune.decode_run import DecodeJob, tune_decode
@@ -50,7 +51,7 @@ class DecodeTask:
         with writable(self.out.absolute().parent):
             model, tokenizer = open_text(self.model, None, self.device, self.dtype)
             new, sampled = int(self.call.get("max_new_tokens", 64)), bool(self.call.get("do_sample", False))
-            job = DecodeJob(self._rows(tokenizer), self.seconds, self.batch, new, sampled, self.recipes)
+            job = DecodeJob(self._rows(tokenizer), self.seconds, self.batch, new, sampled, [way(each).named() for each in self.recipes])
             found = tune_decode(model, tokenizer, job, name=self.model, out=self.out, keep=self.keep, say=output.note)
         for where, title in (("tuning", "On the tuning prompts"), ("held out", "On held-out prompts")):
             if part := [row for row in found.rows() if row["where"] == where]:

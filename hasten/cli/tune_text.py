@@ -23,6 +23,9 @@ COLUMNS = {
     "agreement": "as sequential", "between": "95 % interval", "exact_match": "right", "n": "texts", "note": "note",
 }  # fmt: skip
 
+TOGETHER = 8
+"""Texts at once, where nobody says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextTask:

@@ -51,6 +51,10 @@ class Way:
         """These as keys of a row; empty ones are left out."""
         return {key: value for key, value in {"student": self.student, "training": self.training}.items() if value}
 
+    def named(self) -> Recipe:
+        """The recipe under this name."""
+        return self.recipe.model_copy(update={"name": f"{self.name} of {self.student}" if self.student else self.name})
+
     def paces(self) -> dict[str, Recipe]:
         """The recipe with drafts in every round, and with goodput, which drafts where it pays."""
         return {EVERY: self.recipe.model_copy(update={"pace": Steady()}), PACED: self.recipe.model_copy(update={"pace": Goodput()})}

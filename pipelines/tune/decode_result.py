@@ -6,8 +6,9 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
+from hasten.pipelines.bench.decode_ways import family
 from hasten.pipelines.tune.fingerprint import of_text
-from hasten.recipe import Recipe
+from hasten.recipe import Drafting, FromFile, Recipe
 from hasten.stamp import Stamp
 
 LOSSLESS = "lossless"
@@ -15,6 +16,15 @@ LOSSLESS = "lossless"
 
 ALWAYS = 1.05
 """By how much a pace that never stops drafting has to be faster than goodput."""
+
+NETWORK = 1.02
+"""By how much a drafter that runs a network has to be faster than one that only reads texts, and needs no memory."""
+
+HARDLY = 1.05
+"""Tokens per forward up to which drafts have next to no part in what was saved."""
+
+FEW = 6
+"""Held-out prompts below which a verdict says little of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +59,13 @@ class DecodeTuned:
     why: list[str] = field(default_factory=list)
 
     def fastest(self, count: int) -> list[DecodeVerdict]:
-        """The fastest trials; those that draft in every round count as 1 / `ALWAYS` of what they are."""
+        """The fastest trials; those that draft in every round count as 1 / `ALWAYS` of what they are, those that run a network as
+        1 / `NETWORK`."""
         return sorted(self.trials, key=self._worth, reverse=True)[:count]
 
     def _worth(self, trial: DecodeVerdict) -> float:
         always = getattr(trial.recipe.pace, "kind", "") != "goodput"
-        return trial.speed(self.clock) / (ALWAYS if always else 1.0)
+        return trial.speed(self.clock) / (ALWAYS if always else 1.0) / (1.0 if family(trial.recipe.draft) == "text" else NETWORK)
 
     def rows(self) -> list[dict[str, Any]]:
         """The trials by falling speed, then what held-out prompts said, with the keys of the design."""
@@ -69,9 +80,22 @@ class DecodeTuned:
         mode = "drawn tokens follow the model's law" if self.sampled else "texts are plain decoding's, token for token"
         verdict = (
             f"{self.best.name}: {row[self.clock]:.2f}x {unit}, {row['tokens_per_forward']:.2f} tokens per forward on {row['n']}"
-            f" held-out prompts in batches of {self.batch}; {mode}."
+            f" held-out prompts, {min(self.batch, row['n'])} at once; {mode}."
         )
-        return [verdict, *self.why]
+        return [verdict, *self._limits(row), *self.why]
+
+    @staticmethod
+    def _limits(row: dict[str, Any]) -> list[str]:
+        """What a verdict does not say."""
+        found = []
+        if row["tokens_per_forward"] < HARDLY:
+            found.append(
+                "Drafts have next to no part in this: hasten's own loop has less to do for a token than transformers'. Such a gain is that"
+                " of a small model, and shrinks with the size of the network."
+            )
+        if row["n"] < FEW:
+            found.append(f"{row['n']} held-out prompts say little of others: name a dozen or more, such as you will use.")
+        return found
 
 
 def stamped(found: DecodeTuned, best: DecodeVerdict, model: Any, tokenizer: Any, name: str) -> Recipe:
@@ -82,4 +106,14 @@ def stamped(found: DecodeTuned, best: DecodeVerdict, model: Any, tokenizer: Any,
         asked=(("batch", found.batch), ("max_new_tokens", found.new)), budget=LOSSLESS, prompts=best.row["n"], kept=1.0,
         speedup=best.speed(found.clock), date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )  # fmt: skip
-    return best.recipe.model_copy(update={"name": "tuned", "tuned": stamp})
+    return best.recipe.model_copy(update={"name": "tuned", "tuned": stamp, "draft": _anywhere(best.recipe.draft)})
+
+
+def _anywhere(draft: Drafting | None) -> Drafting | None:
+    """The same with where its trained files are said in full, for the recipe will not lie where it was named."""
+    if isinstance(draft, FromFile):
+        return draft.model_copy(update={"path": str(draft.place.absolute())})
+    skip = getattr(draft, "skip", None)
+    if draft is not None and isinstance(skip, FromFile):
+        return draft.model_copy(update={"skip": skip.model_copy(update={"path": str(skip.place.absolute())})})
+    return draft

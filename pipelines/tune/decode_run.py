@@ -7,6 +7,7 @@ number of drafts first, then other numbers and paces for the best of them, then 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ SAVES = 1.02
 
 LEAST = 4
 """Prompts: half of them are held out."""
+
+SEARCHED = 0.75
+"""Share of the time after which nothing new is tried; held-out prompts have the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def tune_decode(
     model: a causal language model of transformers, restored afterwards. name: what the stamp calls it. `recipe` of the result
     is None where plain decoding is the fastest.
     """
-    search = _Search(Bench(model, tokenizer, name, job.new, job.repeats), job, time.monotonic() + job.seconds, say)
+    search = _Search(Bench(model, tokenizer, name, job.new, job.repeats), job, time.monotonic() + SEARCHED * job.seconds, say)
     found = search.run()
     if found.best is not None:
         found.recipe = stamped(found, found.best, model, tokenizer, name)
@@ -89,11 +93,14 @@ class _Search:
     def __init__(self, bench: Bench, job: DecodeJob, until: float, say: Callable[[str], None]) -> None:
         self.bench, self.job, self.until, self.say = bench, job, until, say
         self.began = time.monotonic()
+        self.spent: list[float] = []
         self.tuning, self.held = job.cells()
         clock = "speedup" if bench.model.device.type == "cuda" else "speedup_processor"
         self.found = DecodeTuned(clock, job.batch, job.new, job.sampled)
 
     def run(self) -> DecodeTuned:
+        tuning, held = (len(cell.workload.prompts) for cell in (self.tuning, self.held))
+        self.say(f"{tuning} prompts to tune on, {held} held out; {self.job.new} tokens each, in batches of {self.job.batch}")
         self._drafters()
         if not self.found.trials and not self.over:
             raise UsageError("No lossless drafter runs on this model: " + "; ".join(f"{name}: {why}" for name, why in self.found.given_up))
@@ -101,12 +108,13 @@ class _Search:
         self._paces()
         self._verify()
         if self.over:
-            self.found.why.append("The time was over before everything was tried; give more for a wider search.")
+            self.found.why.append(f"The time was over after {len(self.found.trials)} trials; give more for a wider search.")
         return self.found
 
     @property
     def over(self) -> bool:
-        return time.monotonic() > self.until
+        """Is there no time for another trial as long as the last ones?"""
+        return time.monotonic() + (statistics.median(self.spent[-3:]) if self.spent else 0.0) > self.until
 
     def _drafters(self) -> None:
         """Each drafter as it comes, with goodput."""
@@ -137,8 +145,11 @@ class _Search:
         parts = recipe.axes
         if self.over or any(trial.recipe.axes == parts for trial in self.found.trials):
             return
+        began = time.monotonic()
         row = self.bench.row(self.tuning, name, recipe)
-        if "speedup" not in row:
+        if "speedup" in row:  # what is refused takes no time
+            self.spent.append(time.monotonic() - began)
+        else:
             self.found.given_up.append((name, str(row["note"])))
             return
         self.found.trials.append(DecodeVerdict(name, recipe, row))

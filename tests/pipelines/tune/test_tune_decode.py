@@ -13,6 +13,7 @@ from hasten.budget import Budget
 from hasten.errors import UsageError
 from hasten.pipelines import tiny_models
 from hasten.pipelines.bench import decode_texts
+from hasten.pipelines.bench.decode_ways import way
 from hasten.pipelines.recipes import recipe
 from hasten.pipelines.tune import decode_matching, decode_run
 from hasten.pipelines.tune.decode_result import DecodeTuned, DecodeVerdict, stamped
@@ -38,7 +39,7 @@ def _verdict(name: str, speed: float, what: str = "look-up", **row: Any) -> Deco
 def test_search_end_to_end(lm: tuple[Any, Any], tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On texts that repeat look-up is faster by far; the recipe is written, kept, and taken by the budget."""
     model, tokenizer = lm
-    monkeypatch.setattr(decode_run, "every", lambda: ["look-up"])
+    monkeypatch.setattr(decode_run, "every", lambda: [way("look-up")])
     monkeypatch.setattr(decode_run, "SIZES", (4,))
     job = DecodeJob(decode_texts.repetitive(tokenizer, 4).prompts, 600, new=16, repeats=1)
     out = tmp_path / "recipe.yaml"
@@ -100,6 +101,36 @@ def test_always_drafting_has_to_be_clearly_faster() -> None:
     assert [each.name for each in found.fastest(1)] == ["always"]
 
 
+def test_a_network_has_to_be_clearly_faster_than_a_look_up() -> None:
+    found = DecodeTuned("speedup_processor", 1, 8, False)
+    paced = {"pace": {"kind": "goodput"}}
+    found.trials = [
+        DecodeVerdict("network", recipe("speculative").replace(paced), {"speedup_processor": 1.51}),
+        DecodeVerdict("texts", recipe("look-up").replace(paced), {"speedup_processor": 1.5}),
+    ]
+    assert [each.name for each in found.fastest(2)] == ["texts", "network"]
+    found.trials[0].row["speedup_processor"] = 1.6
+    assert [each.name for each in found.fastest(2)] == ["network", "texts"]
+
+
+def test_what_a_verdict_does_not_say() -> None:
+    found = DecodeTuned("speedup_processor", 8, 8, False)
+    found.best = _verdict("a", 1.1, tokens_per_forward=1.01)
+    said = found.sentences()
+    assert "4 at once" in said[0] and "next to no part" in said[1] and "4 held-out prompts say little" in said[2]
+    found.best = _verdict("a", 1.5, n=12)
+    assert len(found.sentences()) == 1 and "8 at once" in found.sentences()[0]
+
+
+def test_a_trained_file_is_found_from_anywhere(lm: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is written elsewhere than where its student was named from."""
+    monkeypatch.chdir(tmp_path)
+    found = DecodeTuned("speedup_processor", 1, 8, False)
+    for which in ("medusa:path=run/student", "first-routers:path=run/student"):
+        own = stamped(found, _verdict("a", 1.5, which), *lm, "tiny-lm").to_yaml()
+        assert f"path: {tmp_path / 'run' / 'student'}" in own
+
+
 def test_jobs_that_cannot_be() -> None:
     with pytest.raises(UsageError, match="at least 4 different prompts"):
         DecodeJob([[1, 2], [3], [1, 2], [3]], 60)
@@ -111,7 +142,7 @@ def test_jobs_that_cannot_be() -> None:
 
 def test_no_time_is_no_recipe(lm: tuple[Any, Any]) -> None:
     found = tune_decode(*lm, DecodeJob([[5], [6], [7], [8]], -1.0))
-    assert found.recipe is None and any("time was over" in sentence for sentence in found.sentences())
+    assert found.recipe is None and not found.trials and any("time was over" in sentence for sentence in found.sentences())
 
 
 def test_the_budget_is_of_causal_models() -> None:
