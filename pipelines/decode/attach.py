@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hasten.caching.decode.kept import KeptCache
 from hasten.errors import ModelError, RefusedError, UsageError
 from hasten.limits import Limits
-from hasten.pipelines.decode import compat
+from hasten.pipelines.decode import compat, places
 from hasten.pipelines.decode.session import DecodeSession
 from hasten.pipelines.decode_kv.session import KVSession
 from hasten.recipe import Recipe
@@ -40,7 +40,7 @@ def attach(model: Any, recipe: Recipe, limits: Limits | None = None) -> DecodeSe
         raise ModelError(f"{name} is not a transformers model, so there is no generate() to accelerate. Pass the model inside it.")
     if getattr(model.generate, "__self__", None) is not model or compat.ours(model):
         raise UsageError(f"This {name} is accelerated already: its generate() or its attention is replaced. Close the other session first.")
-    reason = compat.why_not(model)
+    reason = compat.why_not(model) or places.why_model(model)
     if reason:
         raise RefusedError(f"Drafts cannot be verified on this {name}: {reason}.")
     drafter, verifier, pace = _parts(recipe)

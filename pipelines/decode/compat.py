@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from hasten.errors import RefusedError
 from hasten.pipelines.causal.configs import OURS
@@ -187,6 +187,12 @@ def fixed_ends(criteria: Any) -> tuple[int | None, tuple[int, ...], list[Any]]:
         else:
             others.append(each)
     return length, tuple(ends), others
+
+
+def unknown(criteria: Any) -> list[str]:
+    """Names of stopping criteria that may look at several rows, or remember how often they were asked."""
+    known = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
+    return sorted({type(each).__name__ for each in criteria if type(each) not in known})
 
 
 def stop_strings(arguments: dict[str, Any]) -> dict[str, Any]:

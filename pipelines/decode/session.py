@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from hasten.limits import Limits
-from hasten.pipelines.decode import compat
+from hasten.pipelines.decode import compat, places
 from hasten.pipelines.decode.call import Call
 from hasten.pipelines.decode.laws import Processors
 from hasten.pipelines.decode.loop import Loop
@@ -154,8 +154,10 @@ class DecodeSession:
             generation_config: Any = None, **model_kwargs: Any,
         ) -> Any:  # fmt: skip
             call = Call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
-            reason = compat.why_left(generation_config) or self._why_cache(model_kwargs, input_ids)
-            if reason or (reason := self._why_order(call)):
+            reason = compat.why_left(generation_config) or places.why_call(
+                self.host, input_ids, model_kwargs, compat.fixed_ends(stopping_criteria)[0]
+            )
+            if reason or (reason := self._why_cache(model_kwargs, input_ids) or self._why_asked(call)):
                 raise _LeftAlone(reason)
             self._count("drafted")
             self._leads.append([])
@@ -171,8 +173,12 @@ class DecodeSession:
             return f"its cache is a {type(cache).__name__}, and not the recipe's"
         return "it continues a cache that has forgotten some of its text" if cache.lengths else ""
 
-    def _why_order(self, call: Call) -> str:
-        """Processors that nobody knows need one row; then they are asked in order, which the report says."""
+    def _why_asked(self, call: Call) -> str:
+        """The same from what is asked about every token. Processors that nobody knows need one row; then they are asked in order,
+        which the report says. Criteria that nobody knows may look at all rows."""
+        criteria = compat.unknown(call.criteria)
+        if criteria and len(call.ids) > 1:
+            return f"{', '.join(criteria)} may look at all rows at once, and with drafts rows are not equally long"
         unknown = Processors(call.processors, False).unknown
         if unknown and len(call.ids) > 1:
             return f"hasten does not know what {', '.join(unknown)} remembers from row to row"
