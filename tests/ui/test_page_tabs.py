@@ -10,6 +10,7 @@ import pytest
 
 from hasten.ui.engine import Engine, RequestError, Snapshot, read
 from hasten.ui.page.app import asked_again
+from hasten.ui.page.drafting import LOSSY
 from hasten.ui.page.drafting import choices as drafting_choices
 from hasten.ui.page.settings import Speed, checked, recipe_choices
 from hasten.ui.page.speed import PICTURES, TEXTS, levels, place_of
@@ -131,6 +132,27 @@ def test_the_controls_of_a_model_are_those_it_has(tabs: dict[str, Any]) -> None:
     assert asks(tab, {tab.picker.model: "tiny-lm", tab.drafting.every: True, tab.drafting.recipe: "plain"})["recipe"] == "plain"
     with pytest.raises(RequestError, match="temperature: got 'warm'"):
         asks(tab, {tab.picker.model: "tiny-lm", tab.drafting.temperature: "warm"})
+
+
+def test_what_is_said_of_guesses_follows_from_the_recipe(tabs: dict[str, Any]) -> None:
+    drafting = tabs["text"].drafting
+    lossy = "{draft: {kind: look-up}, verify: {kind: typical, allow_lossy: true}}"
+    said = {recipe: drafting.told(recipe) for recipe in ("look-up", "look-up:every=true", "diffuspec", "plain", lossy, "no such", "")}
+    able = {recipe: each[drafting.every]["interactive"] for recipe, each in said.items()}
+    assert able == dict.fromkeys(said, False) | {"look-up": True, "look-up:every=true": True}
+    assert said["diffuspec"][drafting.every]["value"] is False and "value" not in said["look-up"][drafting.every]
+    assert LOSSY in said[lossy][drafting.words] and "no such" in said["no such"][drafting.words]
+    for recipe in ("look-up", "diffuspec", "plain", ""):
+        assert "warning" not in said[recipe][drafting.words]
+
+
+def test_an_empty_prompt_is_answered_with_an_example_of_its_kind() -> None:
+    for asked, example in ((ASKED[0], "a seven"), (ASKED[4], "sort:"), (ASKED[5], "def ")):
+        with pytest.raises(RequestError, match=f"for example '{example}"):
+            read(asked | {"prompt": " "})
+    read(ASKED[5] | {"prompt": "a " * 10_000})
+    with pytest.raises(RequestError, match="characters"):
+        read(ASKED[0] | {"prompt": "a " * 10_000})
 
 
 def test_every_way_of_guessing_that_is_offered_may_be_asked_for(engine: Engine) -> None:

@@ -23,6 +23,10 @@ SETTINGS: dict[str, tuple[float, float]] = {
 CHOICES = {"train.schedule": ("plateau", "constant", "linear", "cosine"), "train.precision": ("no", "bf16")}
 SWITCHES = ("student.full", "train.checkpointing")
 
+EXAMPLE = "Write what to make, for example 'a seven moving left'."
+EXAMPLES = {"text": "Write what to go on from, for example 'sort: b a ='.", "decode": "Write what to go on from, for example 'def pop(self'."}
+"""What is said of an empty prompt, by kind of request."""
+
 MOST_TOKENS = 10_000_000
 """No vocabulary is larger."""
 
@@ -33,10 +37,11 @@ def check(found: Request, limits: Limits) -> None:
         if isinstance(found, Shape):
             _check_shape(found, limits)
         if isinstance(found, Generate | Compare | Text | Decode):
-            _check_prompts({"prompt": found.prompt}, limits)
+            longest = limits.max_text if isinstance(found, Text | Decode) else limits.max_prompt
+            _check_prompts({"prompt": found.prompt}, longest, EXAMPLES.get(found.kind, EXAMPLE))
             _within("seed", found.seed, 0, 2**63 - 1)
         if isinstance(found, Picture) and found.negative:
-            _check_prompts({"negative": found.negative}, limits)
+            _check_prompts({"negative": found.negative}, limits.max_prompt)
         if isinstance(found, Text | Decode):
             _within("length", found.length, 1, limits.max_tokens)
         if isinstance(found, Decode):
@@ -65,12 +70,12 @@ def _check_shape(found: Shape, limits: Limits) -> None:
         )
 
 
-def _check_prompts(texts: Mapping[str, str], limits: Limits) -> None:
+def _check_prompts(texts: Mapping[str, str], longest: int, example: str = EXAMPLE) -> None:
     for name, text in texts.items():
         if not text.strip():
-            raise RequestError(name, text, "some words", "Write what to make, for example 'a seven moving left'.")
-        if len(text) > limits.max_prompt:
-            raise RequestError(name, f"{len(text):,} characters", f"at most {limits.max_prompt:,}", "Shorten it.")
+            raise RequestError(name, text, "some words", example)
+        if len(text) > longest:
+            raise RequestError(name, f"{len(text):,} characters", f"at most {longest:,}", "Shorten it.")
 
 
 def _check_drawing(found: Decode) -> None:
@@ -84,7 +89,7 @@ def _check_drawing(found: Decode) -> None:
 def _check_study(found: Tune | Train, limits: Limits) -> None:
     if len(found.prompts) > limits.max_prompts:
         raise RequestError("prompts", len(found.prompts), f"at most {limits.max_prompts}", "Leave some out.")
-    _check_prompts({f"prompts.{number}": text for number, text in enumerate(found.prompts)}, limits)
+    _check_prompts({f"prompts.{number}": text for number, text in enumerate(found.prompts)}, limits.max_prompt)
     if isinstance(found, Train):
         _within("minutes", found.minutes, 0.01, limits.max_minutes)
         return

@@ -23,7 +23,7 @@ class RequestError(LimitError):
 class Limits(limits.Limits):
     """Bounds of `hasten.Limits`, tighter, and those of a page. Shared by every view, so that none can ask for more.
 
-    least_side: pixels. max_frames: of a clip. max_recipes: compared at once, plain aside. max_repeats: of each run's time.
+    max_text: characters of a prompt that a language model goes on with. least_side: pixels. max_frames: of a clip. max_recipes: compared at once, plain aside. max_repeats: of each run's time.
     max_prompts: of a tuning or training.
     max_seconds: of a tuning. max_minutes: of a training. max_upload: bytes of a file whose settings are restored.
     max_request: bytes of a request as JSON. max_queue: jobs that wait. max_pixels_read: of a picture that is read.
@@ -32,6 +32,7 @@ class Limits(limits.Limits):
     max_side: int = 4_096
     max_steps: int = 200
     max_tokens: int = 8_192
+    max_text: int = 100_000
     least_side: int = 8
     max_frames: int = 1_025
     max_recipes: int = 8

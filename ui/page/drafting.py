@@ -9,11 +9,11 @@ from gradio.components import Component
 
 from hasten.errors import HastenError, UsageError
 from hasten.ui.engine import Engine
-from hasten.ui.engine.recipes import TRAINED, check
+from hasten.ui.engine.recipes import TRAINED, check, parsed
 from hasten.ui.page.numbers import box, read, written
 from hasten.ui.page.sentences import said
 from hasten.ui.page.settings import guessers
-from hasten.ui.page.watch import Updates
+from hasten.ui.page.watch import HIDDEN, Updates
 from hasten.ui.views.component import shown
 
 PROMPT = "def push(self, item):\n    self.items.append(item)\n\ndef pop(self"
@@ -32,6 +32,7 @@ EVERY = "every=true"
 """How a recipe's name says: also where it does not pay."""
 
 WORDS = "Guesses change how fast a text is written, not what is written: each one is checked by the model itself."
+LOSSY = "This recipe keeps guesses that the model would not have written: the text may be another one."
 
 
 class Drafting:
@@ -46,6 +47,7 @@ class Drafting:
                 self.temperature = box("Temperature", "0: the likeliest", elem_id="text-temperature")
                 self.top_k = box("Top k", "all", elem_id="text-top-k")
             self.words = shown(said(WORDS))
+        self.recipe.input(self.told, [self.recipe], [self.every, self.words], queue=False, **HIDDEN)
 
     @property
     def inputs(self) -> list[Component]:
@@ -55,7 +57,7 @@ class Drafting:
     @property
     def fills(self) -> list[Any]:
         """All that `filled` and `show` update."""
-        return [*self.inputs, self.column]
+        return [*self.inputs, self.words, self.column]
 
     def request(self, recipe: str, every: bool, temperature: str, top_k: str) -> dict[str, Any]:
         """A request's keys that stand here. What was left empty is left out."""
@@ -70,9 +72,17 @@ class Drafting:
         if TRAINED.fullmatch(asked["recipe"]) and more not in self.engine.outputs.trained():
             raise UsageError(f"It was made with {asked['recipe']!r}, a student that is not here any more. Train it again, or choose who else guesses.")
         return {
-            self.recipe: gr.update(choices=found, value=recipe if every else asked["recipe"]), self.every: every, self.temperature: written(asked.get("temperature") or None),
-            self.top_k: written(asked.get("top_k")),
+            self.recipe: gr.update(choices=found, value=recipe if every else asked["recipe"]), **self.told(asked["recipe"], every),
+            self.temperature: written(asked.get("temperature") or None), self.top_k: written(asked.get("top_k")),
         }  # fmt: skip
+
+    def told(self, recipe: str, every: bool | None = None) -> Updates:
+        """What follows from a recipe: whether it can guess in every forward, and what is said of its guesses. every: whether it does;
+        None leaves that as it is where it can."""
+        recipe = recipe or "plain"
+        able = EVERY in recipe or _every(recipe) != recipe
+        value: dict[str, Any] = {"value": every} if every is not None else {} if able else {"value": False}
+        return {self.every: gr.update(interactive=able, **value), self.words: _words(recipe)}
 
     def show(self, wanted: bool) -> Updates:
         return {self.column: gr.update(visible=wanted)}
@@ -99,6 +109,16 @@ def choices(engine: Engine, model: str) -> list[tuple[str, str]]:
         if entry.recipe.draft is not None and entry.name not in (*FIRST, PICTURES) and _stands(entry.name)
     ]
     return [*((label, name) for name, label in FIRST.items()), *guessers(engine, model), *(each for each in small if _stands(each[1])), *others]
+
+
+def _words(recipe: str) -> str:
+    """What is said of a recipe's guesses, or what is wrong with it."""
+    try:
+        check(recipe)
+        lossy = TRAINED.fullmatch(recipe) is None and not getattr(parsed(recipe).verify, "lossless", True)
+    except HastenError as error:
+        return said(str(error), "warning")
+    return said(LOSSY, "warning") if lossy else said(WORDS)
 
 
 def _stands(recipe: str) -> bool:

@@ -17,7 +17,7 @@ def canvas(about: Mapping[str, Any]) -> str:
     """
     tokens: Sequence[Mapping[str, Any]] = about.get("tokens") or ()
     if not tokens:
-        return empty("canvas", "Text", "No text yet: it fills in here, in any order.")
+        return empty("canvas", "Text", "No text yet: it fills in here, and colours say how it came about.")
     revealed = [step for token in tokens if not token.get("given") and (step := _step(token)) is not None]
     steps = max(int(about.get("steps") or 0), max(revealed, default=-1) + 1, 1)
     words = "".join(_token(token, steps) for token in tokens)
