@@ -74,7 +74,7 @@ def decode(
     quick: Annotated[bool, typer.Option(help="A few short texts, two recipes.")] = False,
     onto: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What --json of an earlier run wrote, or a new file: its other rows stay. Written after each cell; --json elsewhere."),
+        typer.Option(metavar="FILE", help="What --json of an earlier run wrote, or a new file: its other rows stay. It is written unless --json names another."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -110,7 +110,7 @@ def decode(
 
 @dataclass(slots=True)
 class Result:
-    """Rows of this run, and those of earlier ones that stay. Every piece is on disk when it is measured."""
+    """Rows of this run, and those of earlier ones that stay. Every row is on disk when it is measured."""
 
     bench: Bench
     output: Output
@@ -173,15 +173,13 @@ def _peers(bench: Bench, draft: str, quick: bool) -> list[Peer]:
 def _drafts(result: Result, cells: list[Cell], ways: list[Way], peers: list[Peer]) -> None:
     from hasten.pipelines.bench.decode import measured
 
-    rows = []
+    begun = len(result.new)
     for cell in cells:
-        result.output.note(str(cell))
-        found = [{"part": "drafts"} | row for row in measured(result.bench, cell, ways, peers)]
-        if not found:
-            result.output.note("left out: these prompts are about time, and --repeats 0 takes none")
-        rows += found
-        result.add(found)
-    result.output.table(rows, COLUMNS)
+        left_out = cell.workload.adverse and not result.bench.repeats
+        result.output.note(f"{cell}: left out, for these prompts are about time, and --repeats 0 takes none" if left_out else str(cell))
+        for row in measured(result.bench, cell, ways, peers):
+            result.add([{"part": "drafts"} | row])
+    result.output.table(result.new[begun:], COLUMNS)
 
 
 def _caches(result: Result, quick: bool) -> None:

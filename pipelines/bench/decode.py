@@ -230,15 +230,15 @@ def _same(cell: Cell, base: Run, runs: Sequence[Run]) -> float | None:
 # --- one cell -------------------------------------------------------------------------------------
 
 
-def measured(bench: Bench, cell: Cell, ways: Sequence[Way], peers: Sequence[Peer]) -> list[dict[str, Any]]:
-    """Rows of one cell: plain decoding, each peer, and each recipe in both paces. Where nothing is timed, goodput and adverse
-    prompts, which are about time alone, have no rows."""
+def measured(bench: Bench, cell: Cell, ways: Sequence[Way], peers: Sequence[Peer]) -> Iterator[dict[str, Any]]:
+    """Rows of one cell, as they come: plain decoding, each peer, and each recipe in both paces. Where nothing is timed, goodput
+    and adverse prompts, which are about time alone, have no rows."""
     if cell.workload.adverse and not bench.repeats:
-        return []
-    rows = [bench.row(cell, PLAIN, None)]
-    rows += [bench.row(cell, peer.name, peer, f"peer:transformers {peer.what}") for peer in peers]
+        return
+    yield bench.row(cell, PLAIN, None)
+    for peer in peers:
+        yield bench.row(cell, peer.name, peer, f"peer:transformers {peer.what}")
     for way in ways:
         for pace, recipe in way.paces().items():
             if bench.repeats if pace == PACED else not cell.workload.adverse:  # which ask whether goodput keeps plain's speed
-                rows.append({"drafts_when": pace} | bench.row(cell, way.name, recipe) | way.keys)
-    return rows
+                yield {"drafts_when": pace} | bench.row(cell, way.name, recipe) | way.keys

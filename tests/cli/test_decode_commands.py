@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hasten.cli.bench_decode import Result
+from hasten.cli.output import Output
+from hasten.pipelines import tiny_models
+from hasten.pipelines.bench.decode import Bench
 from hasten.pipelines.bench.decode_ways import way
 from hasten.pipelines.tune import decode_run
 from tests.cli.conftest import Ran
@@ -65,6 +70,20 @@ def test_bench_goes_on_in_a_file(hasten: Run) -> None:
     assert again.code == 0 and Path("rows.json").read_text().count('"n": 2') == 6
     other = hasten("bench", "decode", "--new", 9, "--onto", "rows.json")
     assert other.code == 2 and "new 8 there, 9 here" in other.sentence
+
+
+@pytest.mark.parametrize("target", ["rows.json", "-"])
+def test_rows_are_kept_as_they_come(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that breaks off leaves a whole file; standard output gets one document, at the end."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_models.text("tiny-lm")
+    result = Result(Bench(model, tokenizer, "tiny-lm"), Output("bench decode", target), 1, [])
+    row = {"part": "drafts", "model": "tiny-lm", "recipe": "plain", "workload": "code", "batch": 1, "mode": "greedy", "n": 1, "repeats": 0}
+    result.add([row])
+    result.add([row | {"recipe": "look-up"}])
+    assert capsys.readouterr().out == "" and Path("rows.json").exists() == (target != "-")
+    if target != "-":
+        assert [each["recipe"] for each in json.loads(Path(target).read_text())["rows"]] == ["plain", "look-up"]
 
 
 @pytest.mark.long
