@@ -9,7 +9,8 @@ class Node:
     __slots__ = ("children", "count")
 
     def __init__(self) -> None:
-        self.count, self.children = 0.0, dict[int, Node]()
+        self.count = 0.0
+        self.children: dict[int, Node] = {}
 
     def child(self, token: int) -> Node:
         found = self.children.get(token)
