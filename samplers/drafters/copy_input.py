@@ -44,7 +44,7 @@ class _CopyState(HostState):
 
     def __init__(self, drafter: Copy) -> None:
         self.drafter = drafter
-        self.rows: list[_Row | None] = []
+        self.rows: list[Row | None] = []
         self.prompts: list[int] = []  # tokens of each
 
     def begin(self, prefill: Prefill, context: Context) -> None:
@@ -53,14 +53,14 @@ class _CopyState(HostState):
     def grow(self, row: int, text: list[int], tree: HostTree) -> None:
         found = self.rows[row]
         if found is None:
-            found = self.rows[row] = _Row(self.drafter, text[: self.prompts[row]])
+            found = self.rows[row] = Row(self.drafter, text[: self.prompts[row]])
         found.follow(text)
         most, chance = (tree.left, SURE) if found.sure else (TRIAL, UNSURE)
         for place in found.places(text):
             tree.line(found.prompt[place : place + most], chance)
 
 
-class _Row:
+class Row:
     """Where in its prompt a row copies from. It is followed when drafts are asked for, and not before.
 
     at: the place that the next token is copied from, None while there is none. sure: the last token was a copied one. left: where
@@ -85,24 +85,24 @@ class _Row:
                 self.at = at + 1
                 continue
             self.left = at
-            self.at = next(self._found(text, end), None if at is None else at + 1)
+            self.at = next(self.found(text, end), None if at is None else at + 1)
         self.known = len(text)
 
-    def _found(self, text: list[int], end: int) -> Iterator[int]:
+    def found(self, text: list[int], end: int) -> Iterator[int]:
         """Places behind what precedes `end` in `text`, in the prompt: of the longest suffix first, near the old place first."""
         prompt, old = self.prompt, self.left or 0
         for length in range(min(self.drafter.longest, end), self.drafter.shortest - 1, -1):
             run = text[end - length : end]
-            found = [place for place in self.behind.get(run[-1], ()) if place >= length and prompt[place - length : place] == run]
-            yield from (place for place in found if old <= place < old + self.drafter.window)
-            yield from found
+            places = [place for place in self.behind.get(run[-1], ()) if place >= length and prompt[place - length : place] == run]
+            yield from (place for place in places if old <= place < old + self.drafter.window)
+            yield from places
 
     def places(self, text: list[int]) -> list[int]:
         """Where to copy from: the place; where it is a guess, also the next ones, and those behind one token replaced or put in."""
         found = dict.fromkeys([] if self.at is None else [self.at])
         if not self.sure and self.drafter.width > 1:
             found |= dict.fromkeys([] if self.left is None else [self.left + 1, self.left])
-            found |= dict.fromkeys(islice(self._found(text, len(text)), self.drafter.width))
+            found |= dict.fromkeys(islice(self.found(text, len(text)), self.drafter.width))
         return list(found)[: self.drafter.width]
 
 
