@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer: what transformers asks of it, answered from `slots`. levels: what several rows share, read before what
     they have of their own. view: what its attention is about to read. reader: state of what reads some of it; selected:
-    its calls. prepared: how often slots had moved when it saw the prompt. partly: does the view leave out what is packed?"""
+    its calls. prepared: how often slots had moved when it saw the prompt. partly: does the view leave out what is packed?
+    given: the keys and values that the last call got, until its attention has them."""
 
     is_sliding = False
     is_croppable = True
@@ -38,6 +39,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reader: ReaderState | None = None
         self.selected = self.prepared = 0
         self.partly = False
+        self.given: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -56,8 +58,10 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.partly = self.reader is not None and not now.prompt and self.slots.partly and self.slots.moves == self.prepared
         if self.partly:  # its reader says what is unpacked
             self.view = self.slots.near()
-            return key_states, value_states
-        return self.whole()
+            self.given = key_states, value_states
+        else:
+            self.given = self.whole()
+        return self.given
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Let all that is held be read."""

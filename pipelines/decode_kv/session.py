@@ -19,6 +19,7 @@ from hasten.limits import Limits
 from hasten.pipelines.causal.attention import attention_modules
 from hasten.pipelines.causal.configs import redirect, taken
 from hasten.pipelines.decode_kv.cache import KVCache
+from hasten.pipelines.decode_kv.fits import check, decoder_of, windows
 from hasten.pipelines.decode_kv.lazy import LazyLayer
 from hasten.pipelines.decode_kv.report import KVReport, report_of
 from hasten.pipelines.decode_kv.shared import in_stages
@@ -44,6 +45,8 @@ class KVSession:
         modules = attention_modules(model)
         if taken(modules.values()):
             raise UsageError(f"This {type(model).__name__} is accelerated already. Close the other session first.")
+        check(model, modules.values())
+        self.windows = windows(model)
         self.layers = 1 + max(int(module.layer_idx) for module in modules.values())  # type: ignore[arg-type]
         self.deciding = -1 if self.part.prompt is None else self.part.prompt.at(self.layers)
         if self.part.shared is not None and any(_slides(module.config) for module in modules.values()):
@@ -84,7 +87,7 @@ class KVSession:
             for number, layer in layers.items():
                 self._attachment.replace(layer, "forward", LazyLayer(number, min(layers), max(layers)).forward(layer.forward))
         redirect(self._attachment, self.host, modules.values(), NAME)
-        base = self.host.base_model
+        base = decoder_of(self.host)
         self._attachment.replace(base, "forward", self._around(base.forward))
         if hasattr(self.host, "_prepare_cache_for_generation"):
             own: Any = self.host._prepare_cache_for_generation

@@ -23,6 +23,7 @@ from hasten.caching.decode.turns import Turns
 from hasten.errors import RefusedError
 from hasten.pipelines.decode_kv.attention import attend, attend_levels
 from hasten.pipelines.decode_kv.cache import KVCache
+from hasten.pipelines.decode_kv.fits import handed_on
 from hasten.pipelines.decode_kv.layer import KVLayer
 
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ class Site:
 
         return forward
 
+    def heed(self, layer: KVLayer, key: Tensor, value: Tensor) -> None:
+        """What is about to be read has to be what the cache gave."""
+        given, layer.given = layer.given, None
+        if not handed_on(given, key, value):
+            raise RefusedError(
+                f"{type(self.module).__name__} changes keys or values between the cache and its attention, or reads them twice, so a cache"
+                " policy cannot be right on it. Take a recipe that drafts, such as look-up, or none."
+            )
+
     def attend(self, q: Tensor, cache: KVCache, scale: float | None, hidden: Any, named: Any, extra: dict[str, Any]) -> Tensor:
         """o [B, N, Hq, Dv] over what the cache holds; then the policy has its say."""
         for name in ("softcap", "s_aux", "position_bias"):
@@ -74,7 +84,7 @@ class Site:
         view, now = layer.view, cache.now
         if cache.choosing and layer.number == self.session.deciding:
             raise Chosen(q, view.k, q.shape[-1] ** -0.5 if scale is None else scale)
-        window = extra.pop("sliding_window", None)
+        window = extra.pop("sliding_window", None) or self.session.windows[layer.number]
         if layer.number == 0 and isinstance(cache.part.codec, LowRank):
             self._note_turns(cache, named)
         o = self._read(q, layer, scale, window, extra)
@@ -193,6 +203,7 @@ def _attention(
     site, cache, hidden, named = kwargs.pop(CALL, (None, None, None, None))
     if site is None or cache is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    site.heed(cache.layers[int(module.layer_idx)], key, value)  # type: ignore[arg-type]
     return site.attend(query, cache, scaling, hidden, named, kwargs), None
 
 
