@@ -9,7 +9,9 @@ import gradio as gr
 import pytest
 
 from hasten.errors import HastenError, UsageError
+from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import from_yaml
+from hasten.stamp import Stamp
 from hasten.ui.engine import Engine
 from hasten.ui.page.drafting import choices
 from hasten.ui.page.results import Shelf
@@ -67,6 +69,30 @@ def test_its_controls_are_filled_and_another_model_does_not_keep_it(engine: Engi
     assert "value" not in tab.other_model("tiny-lm", heads, "")[tab.drafting.recipe]
     with pytest.raises(UsageError, match="not here any more"):
         tab.filled(DECODE | {"recipe": "trained:" + "0" * 16})
+
+
+def test_what_tuning_kept_is_offered_for_its_model(engine: Engine) -> None:
+    def keep(name: str, recipe: str, **stamped: Any) -> None:
+        stamp = Stamp(**{"model": "tiny-lm", "weights": "0" * 16, "budget": "lossless", "speedup": 1.4, "date": "2026-01-02"} | stamped)
+        made = find_recipe(recipe).model_copy(update={"name": "tuned", "tuned": stamp})
+        (engine.place.home / "tuned").mkdir(exist_ok=True)
+        (engine.place.home / "tuned" / f"{name}.yaml").write_text(made.to_yaml())
+
+    before = choices(engine, "tiny-lm")
+    keep("slower", "look-up:nodes=4")
+    keep("fastest", "look-up:nodes=8", speedup=1.9)
+    keep("other-model", "look-up:nodes=9", model="tiny-draft")
+    keep("other-budget", "look-up:nodes=10", budget="exact_match>=0.9")
+    keep("with-a-file", "medusa:path=/etc")
+    (engine.place.home / "tuned" / "broken.yaml").write_text("draft: [\n")
+    new = [each for each in choices(engine, "tiny-lm") if each not in before]
+    assert ["1.9" in label for label, _ in new] == [True, False], "the fastest first"
+    found = done(engine, DECODE | {"recipe": new[0][1]}).result
+    assert found["row"]["recipe"] == "tuned" and found["exact"]["verdict"] in ("same", "plain")
+    with gr.Blocks():
+        tab = TextTab(engine, gr.BrowserState({}))
+    updates = tab.filled(DECODE | {"recipe": new[0][1]})
+    assert updates[tab.drafting.recipe]["value"] == new[0][1], "its label is shown, not its text"
 
 
 def test_the_train_tab_says_where_it_is_used(engine: Engine, heads: str) -> None:

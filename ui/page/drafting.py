@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -99,8 +100,8 @@ class Drafting:
 
 
 def choices(engine: Engine, model: str) -> list[tuple[str, str]]:
-    """(label, recipe) for a model: those of `FIRST`, students trained for it, small models of the models folder, then all others
-    that need no file."""
+    """(label, recipe) for a model: those of `FIRST`, what tuning found for it, students trained for it, small models of the models
+    folder, then all others that need no file."""
     from hasten.pipelines.recipes import catalogue
 
     small = [(f"A small model, as a tree ({name})", f"dyspec:model={name}") for name in engine.models.drafting()]
@@ -108,7 +109,23 @@ def choices(engine: Engine, model: str) -> list[tuple[str, str]]:
         (entry.name, entry.name) for entry in catalogue()
         if entry.recipe.draft is not None and entry.name not in (*FIRST, PICTURES) and _stands(entry.name)
     ]
-    return [*((label, name) for name, label in FIRST.items()), *guessers(engine, model), *(each for each in small if _stands(each[1])), *others]
+    return [*((label, name) for name, label in FIRST.items()), *_tuned(engine, model), *guessers(engine, model), *(each for each in small if _stands(each[1])), *others]
+
+
+def _tuned(engine: Engine, model: str) -> list[tuple[str, str]]:
+    """(label, recipe as YAML) of what `hasten tune --budget lossless` has kept in this home for a model, the fastest first. Files that
+    are none, and recipes that name a file, are left out: a `Budget` says of them what is wrong."""
+    from hasten.pipelines.tune.decode_result import LOSSLESS
+    from hasten.recipe import read as read_recipe
+
+    found: list[tuple[float, str, str]] = []
+    for file in sorted((engine.place.home / "tuned").glob("*.yaml")) if model else ():
+        with suppress(HastenError):
+            recipe = read_recipe(file)
+            stamp, text = recipe.tuned, recipe.to_yaml()
+            if recipe.draft is not None and stamp is not None and (stamp.budget, stamp.model) == (LOSSLESS, engine.models.source(model)) and _stands(text):
+                found.append((stamp.speedup or 0.0, f"What tuning found: {recipe.draft.kind} ({stamp.speedup or 0.0:.3g}×, {stamp.date})", text))
+    return [(label, text) for _, label, text in sorted(found, reverse=True)]
 
 
 def _words(recipe: str) -> str:

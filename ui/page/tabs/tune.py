@@ -21,6 +21,12 @@ NONE_YET = "Start a study: each point that appears is a recipe, tried on your pr
 FALLBACK = ("a seven moving left, slowly", "a three moving up, quickly", "a zero moving right", "a five moving down")
 """Prompts where a model's card has not enough."""
 
+DRAFTS = (
+    "This page tunes pictures and clips. The fastest lossless way of drafting for a model that writes from left to right is searched in a"
+    " terminal: hasten tune --model tiny-lm --budget lossless. What it keeps stands in Text, among those who guess."
+)
+"""Where the rest is."""
+
 FEWEST = 4
 """Prompts of a study."""
 
@@ -49,6 +55,8 @@ class TuneTab:
 
     def _controls(self) -> None:
         self.picker = Picker(self.engine, PICTURES, "tune")
+        with gr.Accordion("A language model instead?", open=False):
+            shown(said(DRAFTS))
         self.prompts = gr.Textbox(
             "\n".join(self.examples(self.picker.cards()[0].id)), label="Prompts, one in a line", lines=6, max_lines=14, elem_id="tune-prompts",
             info="Four or more. Every third is held out: the result is checked on those.",
