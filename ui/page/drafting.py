@@ -96,7 +96,8 @@ class Drafting:
         """What follows from another model. recipe: the one that is chosen, which cannot stay where it is a student of another model."""
         found = choices(self.engine, model)
         odd = TRAINED.fullmatch(recipe or "") is not None and recipe not in [each for _, each in found]
-        return {self.recipe: gr.update(choices=found, **({"value": "look-up"} if odd else {}))}
+        value: dict[str, Any] = {"value": "look-up"} if odd else {}
+        return {self.recipe: gr.update(choices=found, **value)}
 
 
 def choices(engine: Engine, model: str) -> list[tuple[str, str]]:
