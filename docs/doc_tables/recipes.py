@@ -33,7 +33,7 @@ def _value(value: Any) -> str:
 def measured_where() -> dict[str, list[str]]:
     """Recipe name -> hardware folders whose results have a row of it, alone or together with others."""
     found: dict[str, list[str]] = {}
-    for command in ("recipes", "cache", "attention-end-to-end", "dllm", "masked-images", "token-images"):
+    for command in ("recipes", "cache", "attention-end-to-end", "dllm", "masked-images", "token-images", "decode"):
         for file, document in documents(command):
             for row in document["rows"]:
                 control = str(row.get("control"))
