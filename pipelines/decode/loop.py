@@ -54,7 +54,7 @@ class Loop:
         facts = Facts(
             rows=self.rows.count, vocabulary=prefill.logits.shape[-1], device=prefill.logits.device,
             sampled=self.processors.sampled, warp=self.processors, ends=tuple(self.rows.ends), host=self.model, tail=self.tail,
-            kept=self.session.kept,
+            kept=self.session.kept, weighs=self.session.drafter.weighs,
         )  # fmt: skip
         self.drafter, self.verifier = self.session.drafter.start(facts), self.session.verifier.start(facts)
         self.pace = self.session.pace_of(facts)
@@ -166,7 +166,7 @@ class Loop:
 
     def _context(self) -> Context:
         last = torch.tensor([row[-1] for row in self.rows.texts], device=self.call.ids.device)
-        return Context(self.rows.texts, last, self.rows.active, self.rows.room, self.seen)
+        return Context(self.rows.texts, last, self.rows.active, self.rows.room, self.seen, self.pace.weigh)
 
     def _most(self, context: Context) -> int:
         """Drafts that a row can have: what the drafter makes, the cache holds, and the room leaves."""

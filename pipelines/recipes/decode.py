@@ -23,7 +23,7 @@ def _pace(every: bool) -> Pacing:
     return Steady() if every else Goodput()
 
 
-def look_up(nodes: int = 10, longest: int = 8, width: int = 2, every: bool = False) -> Recipe:
+def look_up(nodes: int = 10, longest: int = 8, width: int = 10, every: bool = False) -> Recipe:
     """Prompt look-up: what most often followed these tokens before, as a small tree.
 
     every: draft in every round, also where it does not pay.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from statistics import median
 from typing import ClassVar
 
 from pydantic import Field
 
 from hasten.rounds import Round
+from hasten.samplers.decode.pace_times import Times, sizes
+from hasten.samplers.decode.pace_weighed import WeighedState
 from hasten.samplers.decode.protocols import Facts, Pace, PaceState
 
 RUN = 16
@@ -79,6 +79,9 @@ class Goodput(Pace):
 
     Rows of a batch wait for the slowest of them: a round gains what brings the row nearer that has most before it.
 
+    Drafters that look into texts say how sure they are of each draft, and cost little. With them it is decided when the drafts are
+    known how many of them are read (`WeighedState`).
+
     Differs: SmartSpec fits its times offline, assumes one acceptance rate for all positions, and serves rows that do not wait for
     each other.
     """
@@ -90,7 +93,7 @@ class Goodput(Pace):
     loss: float = Field(0.02, ge=0)
 
     def start(self, facts: Facts) -> PaceState:
-        return GoodputState(self)
+        return WeighedState(self) if facts.weighs else GoodputState(self)
 
 
 class GoodputState(PaceState):
@@ -195,37 +198,3 @@ class GoodputState(PaceState):
         for rank in range(done.asked):
             accepted = done.ranks[rank] if rank < len(done.ranks) else 0
             self.ranks[rank] += share * (accepted / max(1, done.rows) - self.ranks[rank])
-
-
-class Times:
-    """Seconds by size: the median of the last of each, else on the line between or beyond the sizes that are known.
-
-    What is known of one size alone is taken for all smaller ones, and for larger ones in proportion. known: the medians.
-    """
-
-    def __init__(self) -> None:
-        self.last: dict[int, deque[float]] = {}
-        self.known: dict[int, float] = {}
-
-    def add(self, size: int, seconds: float) -> None:
-        times = self.last.setdefault(size, deque(maxlen=9))
-        times.append(seconds)
-        self.known[size] = median(times)
-
-    def of(self, size: int) -> float:
-        """0 where nothing is known."""
-        known = self.known
-        if size in known or not known:
-            return known.get(size, 0.0)
-        if len(known) == 1:
-            (only, seconds), = known.items()
-            return seconds * max(1.0, size / only) if only else seconds
-        below = max((each for each in known if each < size), default=None)
-        above = min((each for each in known if each > size), default=None)
-        low, high = (min(known), max(known)) if below is None or above is None else (below, above)
-        return known[low] + max(0.0, known[high] - known[low]) / (high - low) * (size - low)
-
-
-def sizes(most: int) -> list[int]:
-    """Numbers of drafts worth comparing: none, the powers of two, and `most`."""
-    return [0, *(1 << power for power in range(most.bit_length()) if 1 << power < most), most]

@@ -10,6 +10,7 @@ for each token, until `pace.quiet()` rounds are over; then the drafter and the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -32,7 +33,7 @@ class Facts:
     warp: logits processors and temperature of the call, for the drafter's own logits, too. ends: ids that end a row.
     host: the model itself, for drafters that are made of it; tail: its keys and values of what is committed
     (`hasten.pipelines.decode.tail.Tail`), for those that run it. What they add there they have to take back.
-    kept: what drafters keep by name from call to call; it lives as long as the session.
+    kept: what drafters keep by name from call to call; it lives as long as the session. weighs: of the drafter.
     """
 
     rows: int
@@ -44,6 +45,11 @@ class Facts:
     host: Any = None
     tail: Any = None
     kept: dict[str, Any] = field(default_factory=dict)
+    weighs: bool = False
+
+
+Weigh = Callable[[list[list[float]], "Context"], int]
+"""(for each row, the chances that its drafts stand, the best first; where the rows are) -> drafts of a row that are worth reading."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +59,7 @@ class Context:
     texts: tokens of each row so far, on the host and without padding; the last is node 0 of the next proposal. Not to be
     changed. last int64 [B]: these last tokens on the device. active: rows that are not finished. room: tokens that each row
     may still write; a node deeper than room - 1 is never of use. seen: what `observe` saw last; None before the first round.
+    weigh: for drafters that know how sure they are, the pace's say in how many of their drafts are read.
     """
 
     texts: list[list[int]]
@@ -60,6 +67,7 @@ class Context:
     active: list[bool]
     room: list[int]
     seen: Outcome | None = None
+    weigh: Weigh | None = None
 
     @property
     def reach(self) -> int:
@@ -109,10 +117,12 @@ class Drafter(Drafting):
     """Base of the drafters; `start()` gives the state for one call of `generate`.
 
     needs: what of the model it reads besides logits: "hidden:i" is what enters layer i, "hidden:-1" what the head reads
-    (behind the last norm). nodes: drafts of a row at most, node 0 not counted. shape: whether its proposals are chains.
+    (behind the last norm). nodes: drafts of a row at most, node 0 not counted. shape: whether its proposals are chains. weighs:
+    it drafts on the host, says how sure it is, and reads the best of its drafts alone where `Context.weigh` says so.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    weighs: ClassVar[bool] = False
     nodes: int = Field(8, ge=1)
 
     @property
@@ -197,6 +207,10 @@ class PaceState:
     def next(self, most: int) -> int:
         """How many drafts of a row the next round should have, 0 to `most`; 0: plain decoding."""
         raise NotImplementedError(f"{type(self).__name__} has no next().")
+
+    def weigh(self, chances: list[list[float]], context: Context) -> int:
+        """How many drafts of a row are worth reading, of a proposal whose drafter weighs (`Context.weigh`); by default all."""
+        return max(map(len, chances))
 
     def quiet(self) -> int:
         """After `next` has said 0: in how many rounds behind that one it will say so again, whatever they show. So many are run

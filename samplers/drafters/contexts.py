@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import heapq
 
+ALONE, WEIGHT, MOST = 0.97, 0.5, 32
+"""Of runs of no tokens at all, which say what the text is made of: the factor on its counts at each token, the run's weight in
+place of its length, and how many tokens are kept."""
 ENOUGH = 0.12
 """Where less than this share is left for shorter runs, they are not asked."""
 
@@ -34,12 +37,15 @@ class Contexts:
         if seen is None:
             self.seen[run] = {token: 1.0}
             return
-        if self.fade == 0:
+        fade = self.fade if run else ALONE
+        if fade == 0:
             seen.clear()
-        elif self.fade != 1:
+        elif fade != 1:
             for each in seen:
-                seen[each] *= self.fade
+                seen[each] *= fade
         seen[token] = seen.get(token, 0.0) + 1
+        if not run and len(seen) > MOST:
+            del seen[min(seen, key=seen.__getitem__)]
 
     def after(self, tail: list[int], most: int) -> list[tuple[int, float]]:
         """At most `most` guesses at the token behind `tail`, the best first, with the chance of each.
@@ -49,16 +55,17 @@ class Contexts:
         """
         left, found, seen_of = 1.0, dict[int, float](), self.seen.get
         for length in self.lengths:
-            seen = seen_of(tuple(tail[-length:])) if length <= len(tail) else None
+            seen = seen_of(tuple(tail[len(tail) - length :])) if length <= len(tail) else None
             if seen is None:
                 continue
+            weight = length or WEIGHT
             if not found and len(seen) == 1:  # the usual case in a copy: one token, seen often enough
                 token, count = next(iter(seen.items()))
-                found[token], left = length * count / (length * count + 1), 1 / (length * count + 1)
+                found[token], left = weight * count / (weight * count + 1), 1 / (weight * count + 1)
             else:
-                whole = length * sum(seen.values()) + len(seen)
+                whole = weight * sum(seen.values()) + len(seen)
                 for token, count in seen.items():
-                    found[token] = found.get(token, 0.0) + left * length * count / whole
+                    found[token] = found.get(token, 0.0) + left * weight * count / whole
                 left *= len(seen) / whole
             if left < ENOUGH:
                 break

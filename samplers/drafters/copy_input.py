@@ -25,6 +25,7 @@ class Copy(Drafter):
     """
 
     kind: ClassVar[str] = "copy"
+    weighs: ClassVar[bool] = True
     nodes: int = Field(16, ge=1)
     longest: int = Field(4, ge=1)
     shortest: int = Field(1, ge=1)
@@ -36,7 +37,7 @@ class Copy(Drafter):
         return "chain" if self.width == 1 else "tree"
 
     def start(self, facts: Facts) -> DrafterState:
-        return _CopyState(self)
+        return _CopyState(self).weighed(self, facts)
 
 
 class _CopyState(HostState):

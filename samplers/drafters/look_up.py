@@ -16,7 +16,7 @@ class LookUp(Drafter):
     """What followed the row's last tokens before, ranked by how often, as a tree (prompt look-up decoding; suffix decoding,
     arXiv 2411.04975).
 
-    longest, shortest: tokens of a suffix that are looked for. The longest suffix that occurs before has most to say, shorter
+    longest, shortest: tokens of a suffix that are looked for; 0: where none stood before, what the text was made of of late. The longest suffix that occurs before has most to say, shorter
     ones what is left (`Contexts.after`), and drafted tokens are part of the suffix, so that a loop is drafted as a loop.
     fade: 1 ranks by how often a token followed, 0 takes the latest occurrence alone, in between recent ones count more.
     width: children of a node at most; 1 is a chain. nodes: of the tree, the most probable ones.
@@ -26,10 +26,11 @@ class LookUp(Drafter):
     """
 
     kind: ClassVar[str] = "look-up"
+    weighs: ClassVar[bool] = True
     nodes: int = Field(10, ge=1)
     longest: int = Field(8, ge=1)
-    shortest: int = Field(1, ge=1)
-    width: int = Field(3, ge=1)
+    shortest: int = Field(0, ge=0)
+    width: int = Field(10, ge=1)
     fade: float = Field(0.8, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -43,7 +44,7 @@ class LookUp(Drafter):
         return "chain" if self.width == 1 else "tree"
 
     def start(self, facts: Facts) -> DrafterState:
-        return _LookUpState(self, facts.rows)
+        return _LookUpState(self, facts.rows).weighed(self, facts)
 
 
 class _LookUpState(HostState):

@@ -36,6 +36,7 @@ class TriGram(Drafter):
     """
 
     kind: ClassVar[str] = "tri-gram"
+    weighs: ClassVar[bool] = True
     nodes: int = Field(16, ge=1)
     rate: float = Field(0.7, gt=0, le=1)
     top: int = Field(6, ge=1)
@@ -44,7 +45,7 @@ class TriGram(Drafter):
 
     def start(self, facts: Facts) -> DrafterState:
         learnt = facts.kept.setdefault(KEEP, Learnt(self)) if self.keep else Learnt(self)
-        return _TriGramState(self, learnt)
+        return _TriGramState(self, learnt).weighed(self, facts)
 
 
 class Matrix:

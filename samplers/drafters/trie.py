@@ -39,6 +39,7 @@ class Trie(Drafter):
     """
 
     kind: ClassVar[str] = "trie"
+    weighs: ClassVar[bool] = True
     nodes: int = Field(16, ge=1)
     branch: int = Field(12, ge=1)
     longest: int = Field(4, ge=1)
@@ -49,7 +50,7 @@ class Trie(Drafter):
     def start(self, facts: Facts) -> DrafterState:
         depth = self.branch + self.longest
         written = facts.kept.setdefault(KEEP, Written(depth, self.most)) if self.keep else Written(depth, self.most)
-        return _TrieState(self, written)
+        return _TrieState(self, written).weighed(self, facts)
 
 
 @dataclass
