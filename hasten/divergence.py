@@ -24,7 +24,8 @@ class Divergence:
     row; at: of the new tokens, from 0. plain, drafted: the two tokens; texts: the same as text, "" without a tokenizer. lead:
     by how much the plain token was ahead of the other, in plain decoding's logits behind the processors. drafted_lead: by how
     much the drafted run's token was ahead of its next best there; None where that is not known. rounding: by how much logits
-    at this place move when the very same tokens are read in one forward in place of one by one: greatest of all tokens.
+    at this place move when the very same tokens are read in one forward in place of one by one: greatest of all tokens, and
+    at least the last place of the plain token's logit in its dtype, which may stay where it is by luck.
     """
 
     row: int
@@ -91,7 +92,9 @@ def _at(
     ids = torch.cat([ids[inputs["attention_mask"][row].bool()] if "attention_mask" in inputs else ids, ids.new_tensor(text[:at])])
     with torch.no_grad():
         whole = model(input_ids=ids[None]).logits[0, -1]
-    rounding = float((whole.double() - plain.logits[at][row].double()).abs().max())
+    raw = plain.logits[at][row].double()
+    moved, last_place = (whole.double() - raw).abs().max(), torch.finfo(whole.dtype).eps * raw[text[at]].abs()
+    rounding = float(torch.maximum(moved, last_place))
     return Divergence(row, at, text[at], other, texts, float(scores[text[at]] - scores[other]), own, rounding)
 
 
