@@ -12,7 +12,7 @@ from hasten.errors import HastenError, UsageError
 from hasten.pipelines.recipes import recipe as find_recipe
 from hasten.recipe import from_yaml
 from hasten.stamp import Stamp
-from hasten.ui.engine import Engine
+from hasten.ui.engine import Engine, read
 from hasten.ui.page.drafting import choices
 from hasten.ui.page.results import Shelf
 from hasten.ui.page.settings import as_yaml, students
@@ -102,6 +102,17 @@ def test_the_train_tab_says_where_it_is_used(engine: Engine, heads: str) -> None
     assert "Text" in shown[tab.note] and shown[tab.next]["visible"] is False
     with pytest.raises(HastenError, match="no student"):
         tab.used(shown[tab.student])
+
+
+def test_the_train_tab_has_the_methods_of_a_models_kind(engine: Engine) -> None:
+    with gr.Blocks():
+        tab = TrainTab(engine, gr.BrowserState({}))
+    causal = tab.other_model("tiny-lm", "pairs")[tab.method]
+    assert {name for _, name in causal["choices"]} == {"medusa", "ppd", "mtp"} and causal["value"] == "medusa"
+    assert tab.other_model("tiny-lm", "ppd")[tab.method]["value"] == "ppd"
+    assert tab.other_model("tiny-image", "ppd")[tab.method]["value"] == "pairs"
+    updates = tab.filled(TRAIN | {"method": "mtp", "settings": {"train.steps": 2}})
+    assert read(asks(tab, updates)) == read(TRAIN | {"method": "mtp", "settings": {"train.steps": 2}})
 
 
 def test_what_is_exported_finds_it_from_anywhere(engine: Engine, heads: str) -> None:

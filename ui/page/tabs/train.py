@@ -24,6 +24,9 @@ METHODS = [
 ]  # fmt: skip
 """Those that need nothing but prompts; `hasten train` has more."""
 
+GUESSING = [("Heads that guess (Medusa)", "medusa"), ("Prompt tokens that guess (PPD)", "ppd"), ("Masks that guess (multi-token)", "mtp")]
+"""The same for models that write from left to right: their students guess tokens, which the model checks."""
+
 SETTINGS = ("train.steps", "train.batch", "train.lr", "student.rank", "data.count")
 """Settings that have a box, in their order."""
 
@@ -58,7 +61,7 @@ class TrainTab:
         self._events()
 
     def _controls(self) -> None:
-        self.picker = Picker(self.engine, PICTURES, "train")
+        self.picker = Picker(self.engine, (*PICTURES, "language"), "train")
         self.method = gr.Dropdown(METHODS, value="pairs", label="Method", allow_custom_value=True, elem_id="train-method")
         self.prompts = gr.Textbox(
             "", label="Prompts, one in a line", lines=4, max_lines=14, placeholder="empty: the model's own", elem_id="train-prompts"
@@ -76,7 +79,7 @@ class TrainTab:
         self.student = gr.State({})
         self.watch.show([self.plot, self.note, self.next, self.student], self.running, self.over)
         self.watch.starts(self.run.click, self.request, [self.picker.model, self.method, self.prompts, self.minutes, *self._settings])
-        self.picker.model.input(in_words(self.picker.updates), [self.picker.model], self.picker.parts, **TOLD)
+        self.picker.model.input(in_words(self.other_model), [self.picker.model, self.method], [*self.picker.parts, self.method], **TOLD)
 
     @property
     def _settings(self) -> list[Component]:
@@ -97,7 +100,8 @@ class TrainTab:
         """The controls as a request has them; settings that have no control are left out."""
         given = asked.get("settings") or {}
         return {
-            self.picker.model: self.picker.card(asked["model"]).id, **self.picker.updates(asked["model"]), self.method: asked["method"],
+            self.picker.model: self.picker.card(asked["model"]).id, **self.picker.updates(asked["model"]),
+            self.method: gr.update(choices=self._methods(asked["model"]), value=asked["method"]),
             self.prompts: "\n".join(asked.get("prompts") or ()), self.minutes: asked.get("minutes", 10),
             **{each: written(given.get(name)) for name, each in zip(SETTINGS, self._settings, strict=True)},
         }  # fmt: skip
@@ -106,6 +110,15 @@ class TrainTab:
     def fills(self) -> list[Component]:
         """All that `filled` updates."""
         return [self.picker.model, *self.picker.parts, self.method, self.prompts, self.minutes, *self._settings]
+
+    def other_model(self, model: str, method: str) -> Updates:
+        """What follows from another model: the methods for its kind, the chosen one among them where it is one."""
+        found = self._methods(model)
+        value = method if method in [name for _, name in found] else found[0][1]
+        return {**self.picker.updates(model), self.method: gr.update(choices=found, value=value)}
+
+    def _methods(self, model: str) -> list[tuple[str, str]]:
+        return GUESSING if self.picker.card(model).kind == "language" else METHODS
 
     def running(self, snapshot: Snapshot) -> Updates:
         """The curve so far, and the newest pictures."""
