@@ -45,7 +45,7 @@ class Now:
 class KVCache(Cache):  # type: ignore[misc]
     """What a session gives `generate` in the place of a `DynamicCache`; `session.cache()` makes one by hand.
 
-    lengths: tokens of each row so far, padding not counted; columns: tokens with padding, which transformers counts.
+    lengths: tokens of each row so far, padding not counted; unread: tokens of each row's prompt that were not chosen; columns: tokens with padding, which transformers counts.
     from_generate: did `generate` make it, which reads the logits of the last token alone?
     choosing: is a prompt read for the sake of choosing its tokens? repacked: do positions follow what was chosen? prunes: may
     this call leave tokens out of deeper layers? angles: what it passes to its layers for positions.
@@ -62,6 +62,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def clear(self) -> None:
         """As new."""
         self.lengths: list[int] = []
+        self.unread: list[int] = []
         self.columns = 0
         self.state: KeptState = self.part.start(len(self.layers))
         self._next: tuple[Tensor, Tensor] | None = None
@@ -115,6 +116,12 @@ class KVCache(Cache):  # type: ignore[misc]
         """No token of the call under way stands at this place or behind it."""
         assert self.now is not None
         return max(self.lengths) + self.now.at.shape[1]
+
+    @property
+    def wide(self) -> int:
+        """Tokens of each row in the call under way, padding included, before layers left some of them out."""
+        assert self._begun is not None
+        return self._begun.at.shape[1]
 
     def narrow(self, at: Tensor) -> None:
         """The next layers compute tokens at these places, int [B, n], `NONE` for padding."""
@@ -219,7 +226,7 @@ class KVCache(Cache):  # type: ignore[misc]
             each = len(self.lengths) // len(level.ends)
             if len(order) != len(self.lengths) or any(row // each != place // each for place, row in enumerate(order)):
                 raise UsageError("Rows that share a prefix cannot change places with rows that do not. Leave `shared` out of the recipe.")
-        self.lengths = [self.lengths[row] for row in order]
+        self.lengths, self.unread = [self.lengths[row] for row in order], [self.unread[row] for row in order if self.unread]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.slots.rows(index)

@@ -57,7 +57,8 @@ class LazyLayer:
             found, at = lazy.go_on(self.number, found, now.at)
             cache.narrow(at)
         if self.number == self.last and lazy.at is not None:
-            return found[:, -1:]  # nobody asked for the others, and some of them are not of this call
+            # Nobody asked for the others, and some of them are not of this call; some models count the columns (GPT-2).
+            return torch.nn.functional.pad(found[:, -1:], (0, 0, cache.wide - 1, 0))
         return found
 
 

@@ -98,7 +98,7 @@ def report_of(session: KVSession) -> KVReport:
     for layer, facts in zip(cache.layers, cache.state.facts, strict=True):
         slots = layer.slots
         each = _each(slots)
-        tokens = sum(cache.lengths)
+        tokens = sum(cache.lengths) + sum(cache.unread)
         rows.append(LayerReport(
             layer.number, tokens, sum(slots.tokens), facts.evicted, facts.evictions, facts.share, facts.packed, slots.bytes,
             tokens * each, slots.far_bytes, *_lazy_facts(cache, layer.number),

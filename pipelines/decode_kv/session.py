@@ -194,7 +194,7 @@ class KVSession:
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, ids.shape[1] - width :]
         cache.repacked = True
         found = self._once(cache, own, {**kwargs, "input_ids": ids.gather(1, order)}, mask.gather(1, order))
-        cache.columns = ids.shape[1]
+        cache.columns, cache.unread = ids.shape[1], (real & ~mask).sum(1).tolist()
         return found
 
     def _heed_limits(self, cache: KVCache) -> None:

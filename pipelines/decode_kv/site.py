@@ -86,7 +86,7 @@ class Site:
             raise Chosen(q, view.k, q.shape[-1] ** -0.5 if scale is None else scale)
         window = extra.pop("sliding_window", None) or self.session.windows[layer.number]
         if layer.number == 0 and isinstance(cache.part.codec, LowRank):
-            self._note_turns(cache, named)
+            self._note_turns(cache, named, q.shape[-1])
         o = self._read(q, layer, scale, window, extra)
         scale, view = q.shape[-1] ** -0.5 if scale is None else scale, layer.view
         lazy = cache.state.lazy
@@ -97,11 +97,11 @@ class Site:
         cache.settle(layer, Seen(layer.number, q, now.at, view.k, view.v, scale, now.prompt, window, *host))
         return o
 
-    def _note_turns(self, cache: KVCache, named: dict[str, Any]) -> None:
+    def _note_turns(self, cache: KVCache, named: dict[str, Any], width: int) -> None:
         """How the model turns keys by position, for a codec that undoes it."""
         given, now = named.get("position_embeddings"), cache.now
         assert now is not None
-        if cache.state.turns is None and not turns_by_halves(self.module, given):
+        if cache.state.turns is None and not turns_by_halves(self.module, given, width):
             self.session.note(
                 f"How {type(self.module).__name__} turns keys is not known, and they are decomposed as they stand, which takes a higher"
                 " rank; if that is how they are before any position, nothing is lost."
@@ -177,8 +177,8 @@ class Site:
         return attend(self.module, q, slots.view_of(index), now.at, scale, None, {})
 
 
-def turns_by_halves(module: nn.Module, given: Any) -> bool:
-    """Does a module turn number i and i + R / 2 of its keys by `given`, cosines and sines [B, n, R]? Its file's own function is
+def turns_by_halves(module: nn.Module, given: Any, width: int) -> bool:
+    """Does a module turn number i and i + R / 2 of its keys, of `width` numbers, by `given`, cosines and sines [B, n, R]? Its file's own function is
     asked."""
     own = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if own is None or not isinstance(given, tuple) or len(given) != 2 or given[0].dim() != 3:
@@ -187,7 +187,7 @@ def turns_by_halves(module: nn.Module, given: Any) -> bool:
     turns = Turns()
     place = torch.zeros(1, 1, dtype=torch.int64, device=cos.device)
     turns.write(cos, sin, place, 1)
-    x = torch.linspace(-1, 1, int(module.head_dim), device=cos.device).view(1, 1, 1, -1)  # type: ignore[arg-type]
+    x = torch.linspace(-1, 1, width, device=cos.device).view(1, 1, 1, -1)
     try:
         turned = own(x, x, cos, sin)[1]
     except (TypeError, RuntimeError, ValueError):

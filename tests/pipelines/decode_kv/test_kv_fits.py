@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
 
 def made(kind: str, leave: tuple[str, ...] = (), **more: Any) -> Any:
     torch.manual_seed(0)
-    family: Any = getattr(transformers, f"{kind}ForCausalLM")
+    family: Any = getattr(transformers, kind if kind.endswith("Model") else f"{kind}ForCausalLM")
     config = family.config_class(**{name: value for name, value in (SIZES | more).items() if name not in leave})
     model = family(config).eval().requires_grad_(False)
     for weight in model.parameters():
@@ -88,3 +88,22 @@ def test_keys_that_are_changed_behind_the_cache_are_refused(kind: str, more: dic
     with hasten.accelerate(model, KEEP), pytest.raises(RefusedError, match="between the cache and its attention"):
         model.generate(**prompts(), **CALL)
     assert torch.equal(model.generate(**prompts(), **CALL), plain)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("GPTNeoX", "shadow-kv"), ("GPT2LMHeadModel", "lazy-llm"), ("GPT2LMHeadModel", "shadow-kv")])
+def test_models_with_other_names_for_things(kind: str, name: str) -> None:
+    """No head_dim, keys turned in part; a base model that counts the columns of what its last layer gives."""
+    model = made(kind, leave=("num_key_value_heads",) if kind == "GPTNeoX" else ("num_key_value_heads", "intermediate_size"))
+    with hasten.accelerate(model, name) as run:
+        text = model.generate(**prompts(), **CALL)
+    assert text.shape == (3, 28) and run.report().layers
+    assert name != "lazy-llm" or any((row.read or 1.0) < 1 for row in run.report().layers)
+
+
+def test_what_a_filter_never_read_counts_as_text() -> None:
+    model = made("Llama")
+    with hasten.accelerate(model, "gem-filter") as run:
+        model.generate(**prompts(), **CALL)
+    report, tokens = run.report(), int(prompts()["attention_mask"].sum()) + 3 * 9
+    assert [row.tokens for row in report.layers] == [tokens, tokens] and report.layers[0].held < tokens
+    assert report.full_bytes == tokens * 2 * 2 * 32 * 4

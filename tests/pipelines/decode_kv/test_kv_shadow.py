@@ -136,9 +136,9 @@ def test_how_models_turn_keys_is_found_out() -> None:
     for name in ("llama", "qwen3", "mistral-full"):
         host = build(name)
         given = host.model.rotary_emb(torch.zeros(1, 1, 32), torch.tensor([[5]]))
-        assert turns_by_halves(host.model.layers[0].self_attn, given)
-        assert not turns_by_halves(host.model.layers[0].self_attn, None)
-        assert not turns_by_halves(torch.nn.Linear(2, 2), given)
+        assert turns_by_halves(host.model.layers[0].self_attn, given, host.config.head_dim)
+        assert not turns_by_halves(host.model.layers[0].self_attn, None, 8)
+        assert not turns_by_halves(torch.nn.Linear(2, 2), given, 8)
 
 
 def test_the_recipe_is_both_halves() -> None:
