@@ -36,15 +36,23 @@ def why_call(model: Any, ids: Tensor, arguments: dict[str, Any], limit: int | No
     if any(each is not None and each.shape[-1] != ids.shape[1] for each in (mask, position)):
         return "input_ids leaves out what the cache that it continues has read; pass the whole text"
     here = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    reason = why_mask(model, here)
+    if reason:
+        return reason
+    place = (here.long().cumsum(1) - 1).masked_fill(~here, 0)
+    if position is not None and not bool((position == place).all()):
+        return "the model counts places in its own way here"
+    return _why_length(model, int(place.max()) + 1, ids.shape[1], limit)
+
+
+def why_mask(model: Any, here: Tensor) -> str:
+    """Why texts cannot be followed by the places of their tokens. here: bool [B, P], False for padding."""
     if not bool(here[:, -1].all()):
         return "a row ends in padding; pad on the left"
     slides = "sliding_attention" in compat.layer_kinds(model.config.get_text_config(decoder=True))
     if slides and bool((here[:, :-1] & ~here[:, 1:]).any()):
         return "there is padding inside a text, and its layers have windows"
-    place = (here.long().cumsum(1) - 1).masked_fill(~here, 0)
-    if position is not None and not bool((position == place).all()):
-        return "the model counts places in its own way here"
-    return _why_length(model, int(place.max()) + 1, ids.shape[1], limit)
+    return ""
 
 
 def _why_length(model: Any, real: int, columns: int, limit: int | None) -> str:

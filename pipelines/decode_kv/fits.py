@@ -53,7 +53,7 @@ def _why_not(model: Any, modules: list[nn.Module]) -> str:
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "it takes no position_ids, so what is kept cannot be told its places"
     numbers = sorted(int(module.layer_idx) for module in modules)  # type: ignore[arg-type]
-    if numbers != list(range(int(config.num_hidden_layers))) or getattr(config, "num_kv_shared_layers", 0):
+    if numbers != list(range(int(config.num_hidden_layers))) or getattr(config, "num_kv_shared_layers", None):
         return "its layers do not have one attention and one part of the cache each"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention caps its logits"

@@ -18,6 +18,7 @@ from hasten.errors import RefusedError, UsageError
 from hasten.limits import Limits
 from hasten.pipelines.causal.attention import attention_modules
 from hasten.pipelines.causal.configs import redirect, taken
+from hasten.pipelines.decode import places
 from hasten.pipelines.decode_kv.cache import KVCache
 from hasten.pipelines.decode_kv.fits import check, decoder_of, windows
 from hasten.pipelines.decode_kv.lazy import LazyLayer
@@ -102,7 +103,10 @@ class KVSession:
             given = model_kwargs.get("past_key_values")
             found = own(generation_config, model_kwargs, *args, **kwargs)
             made = model_kwargs.get("past_key_values")
-            if given is None and type(made) is DynamicCache:
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None and mask.dim() == 2 and (reason := places.why_mask(self.host, mask.bool())):
+                self.note(f"Generation is the model's own here: {reason}.")
+            elif given is None and type(made) is DynamicCache:
                 cache = model_kwargs["past_key_values"] = self.cache()
                 cache.from_generate = True
             elif not isinstance(made, KVCache):

@@ -107,3 +107,13 @@ def test_what_a_filter_never_read_counts_as_text() -> None:
     report, tokens = run.report(), int(prompts()["attention_mask"].sum()) + 3 * 9
     assert [row.tokens for row in report.layers] == [tokens, tokens] and report.layers[0].held < tokens
     assert report.full_bytes == tokens * 2 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("Llama", slice(-4, None)), ("Mistral", slice(5, 8))])
+def test_padding_that_no_place_follows_is_left_to_the_model(kind: str, slots: slice) -> None:
+    model, inputs = made(kind, **({"sliding_window": 8} if kind == "Mistral" else {})), prompts()
+    inputs["attention_mask"][0, slots] = 0
+    plain = model.generate(**inputs, **CALL)
+    with hasten.accelerate(model, "h2o") as run:
+        assert torch.equal(model.generate(**inputs, **CALL), plain)
+    assert any("padding" in note for note in run.notes)
