@@ -15,7 +15,7 @@ from tests.ui.pages import launched
 from tests.ui.students import trained
 
 sync_api = found_sync_api()
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.timeout(900)]
 
 SMALL = {"kind": "compare", "model": "tiny-video", "prompt": "a seven moving left", "recipes": ["balanced", "fast:student=false"], "steps": 6}
 
