@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,12 @@ class WeighedState(PaceState):
     Of every proposal so many drafts are read, none included, as write most tokens per second: one token, and the chances of
     those that are read, over the time of reading them. What was left unread costs nothing but its drafting, and the drafter
     learns from it all the same. So long as that has paid of late (`worth`, seconds of a round, a moving average), drafts are
-    asked for in every round; else in one of `Goodput.probe`, and no oftener than `Goodput.loss` of all time allows.
+    asked for in every round; else in one of `Goodput.probe`. Once drafts have lost more than `Goodput.loss` of all time, they are asked
+    for only where it is no luck that they have paid.
 
     reading: seconds of the model's forward with the verdict and the commit, by drafts; drafting: of proposing. spent: of all rounds;
-    lost: what rounds with drafts took longer than plain ones would have for as much. hoped, gained: tokens that drafts
-    were to bring the row nearer that the batch waits for, and those that they did, fading sums.
+    lost: what rounds with drafts took longer than plain ones would have for as much. square: the same average as `worth`, of its
+    square. hoped, gained: tokens that drafts were to bring the row nearer that the batch waits for, and those that they did, fading sums.
     """
 
     WARM = 2
@@ -38,15 +40,20 @@ class WeighedState(PaceState):
         self.pace = pace
         self.reading, self.drafting = Times(), Times()
         self.rounds = self.idle = self.drafted = 0
-        self.spent = self.lost = self.worth = 0.0
+        self.spent = self.lost = self.worth = self.square = 0.0
         self.hoped = self.gained = self.TRUST
         self.hope = 0.0
 
     def next(self, most: int) -> int:
         if most == 0 or self.rounds < self.WARM:
             return 0
-        allowed = self.pace.loss * self.spent + self.FREE * self.reading.of(0)
-        return most if self.worth >= 0 or self.idle >= self.pace.probe and self.lost <= allowed else 0
+        if self.lost > self.pace.loss * self.spent + self.FREE * self.reading.of(0):
+            return most if self.worth > self._doubt() else 0
+        return most if self.worth >= 0 or self.idle >= self.pace.probe else 0
+
+    def _doubt(self) -> float:
+        """Standard error of `worth`: so much may be luck."""
+        return math.sqrt(self.LATE / (2 - self.LATE) * max(0.0, self.square - self.worth**2))
 
     def quiet(self) -> int:
         if self.rounds < self.WARM:
@@ -90,6 +97,7 @@ class WeighedState(PaceState):
         net = saved - done.draft
         self.lost -= net
         self.worth += self.LATE * (net - self.worth)
+        self.square += self.LATE * (net**2 - self.square)
 
 
 def grid(nodes: int) -> int:

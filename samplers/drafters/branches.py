@@ -1,6 +1,9 @@
-"""A trie of everything that occurred in some texts, and how far each of them has been read into it."""
+"""What followed every run of tokens in some texts: branches of a trie that is never built whole."""
 
 from __future__ import annotations
+
+PLACES = 32
+"""Of a run that occurred more often, the last of these are counted."""
 
 
 class Node:
@@ -20,77 +23,66 @@ class Node:
 
 
 class Branches:
-    """Every run of at most `depth` tokens of some texts, with how often it occurred; at most about `most` nodes.
+    """Every run of at most `depth` tokens of some texts, with how often it occurred; of at most `most` tokens, and when there are
+    more, of the later half of them.
 
-    Texts are put in by a `Reading` each. squeezed: how often nodes were dropped, so that nobody holds on to them.
+    Texts are put in by a `Reading` each. Only places are kept, by the token before each: a trie of the same runs has `depth` nodes
+    for every token, nearly all of which nobody asks for.
     """
 
     def __init__(self, depth: int, most: int) -> None:
-        self.depth, self.most, self.root, self.size, self.squeezed = depth, most, Node(), 0, 0
+        self.depth, self.most, self.size = depth, most, 0
+        self._places: dict[int, list[tuple[Reading, int]]] = {}
+        self._readings: list[Reading] = []
 
     def after(self, run: list[int]) -> Node | None:
-        """The node of `run`, if it occurred."""
-        node: Node | None = self.root
-        for token in run:
-            node = node.children.get(token) if node is not None else None
-        return node
+        """The branches behind `run` (of one token or more), if it occurred: their counts are those of its last `PLACES` times."""
+        found, root = 0, Node()
+        for reading, place in reversed(self._places.get(run[-1], ())):
+            text = reading.text
+            if text[max(0, place - len(run)) : place] != run:
+                continue
+            node = root
+            for token in text[place : min(place + self.depth - len(run), reading.known)]:
+                node = node.child(token)
+                node.count += 1
+            found += 1
+            if found == PLACES:
+                break
+        return root if found else None
 
-    def squeeze(self) -> None:
-        """Halve the counts, and drop what is below one."""
-        self.size, open_ = 0, [self.root]
-        self.squeezed += 1
-        while open_:
-            node = open_.pop()
-            for child in node.children.values():
-                child.count /= 2
-            node.children = {token: child for token, child in node.children.items() if child.count >= 1}
-            self.size += len(node.children)
-            open_ += node.children.values()
+    def add(self, reading: Reading, begin: int) -> None:
+        """Count what `reading` has from `begin` on."""
+        if not self._readings or self._readings[-1] is not reading:
+            self._readings = [each for each in self._readings if each is not reading] + [reading]
+        for place in range(max(1, begin), reading.known):
+            self._places.setdefault(reading.text[place - 1], []).append((reading, place))
+        self.size += reading.known - begin
+        if self.size > self.most:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keep the later half: of the texts that were read last, and of each its end."""
+        readings, left = self._readings, self.most // 2
+        for reading in reversed(readings):
+            reading.begin = max(reading.begin, reading.known - left)
+            left -= reading.known - reading.begin
+        self._places, self._readings, self.size = {}, [], 0
+        for reading in readings:
+            if reading.begin < reading.known:
+                self.add(reading, reading.begin)
 
 
 class Reading:
-    """A text that grows, of which the first `known` tokens are counted in `branches`, or given: runs that end there are not.
-
-    A new token ends a run of each length, whose nodes are the children of those that the token before it ended. They are kept, so
-    that it costs `depth` steps.
-    """
+    """A text that grows, of which the first `known` tokens were given: runs that end there are not counted. begin: where counting
+    begins."""
 
     def __init__(self, branches: Branches, known: int = 0) -> None:
-        self.branches, self.known = branches, known
-        self._ended: list[Node] = []
-        self._age = -1
+        self.branches, self.known, self.begin = branches, known, known
+        self.text: list[int] = []
 
     def read(self, text: list[int]) -> None:
         """Count every run that ends in what is new."""
-        branches, begin = self.branches, self.known
-        if begin == len(text):
-            return
-        if self._age != branches.squeezed:  # some of the nodes may have been dropped
-            self._age, self._ended = branches.squeezed, self._walked(text)
-        for token in text[begin:]:
-            self._count(token)
-        self.known = len(text)
-        if branches.size > branches.most:
-            branches.squeeze()
-
-    def _walked(self, text: list[int]) -> list[Node]:
-        """Nodes of the runs that end with the last known token, the shortest first."""
-        found = []
-        for start in range(self.known - 1, max(0, self.known - self.branches.depth + 1) - 1, -1):
-            node = self.branches.root
-            for token in text[start : self.known]:
-                node = node.child(token)
-            found.append(node)
-        return found
-
-    def _count(self, token: int) -> None:
-        ended, fresh = [], 0
-        for node in (self.branches.root, *self._ended[: self.branches.depth - 1]):
-            child = node.children.get(token)
-            if child is None:
-                child = node.children[token] = Node()
-            fresh += child.count == 0
-            child.count += 1
-            ended.append(child)
-        self._ended = ended
-        self.branches.size += fresh
+        self.text, before, self.known = text, self.known, len(text)
+        if before < len(text):
+            self.branches.add(self, before)

@@ -28,14 +28,14 @@ class Trie(Drafter):
     branch: tokens of a stored branch. longest: tokens of a suffix that are looked for; shorter ones are asked while fewer than
     half the nodes are found. weight: of what was written, beside what this row was given (the paper's 1e-4: the prompt decides
     where it has anything). nodes: the most frequent ones are kept. keep: what was written is remembered by the next call of
-    `generate`, until the session is closed. most: nodes of the remembered trie; above, all counts are halved and the single
-    ones dropped.
+    `generate`, until the session is closed. most: tokens that are remembered; above, the later half of them stays.
 
     Texts are read when drafts are asked for, and not before: rounds without drafts cost nothing. With `keep`, those of the last
     `CALLS` calls wait to be read; what is older, and nobody asked for drafts since, is forgotten.
 
-    Differs: PIA stores outputs when they are finished, here every token is known at once; it drops every node that is less
-    frequent than the size-th, here ties are broken by which came first.
+    Differs: PIA builds its trie, of outputs when they are finished; here every token is known at once, and the branches behind a run
+    are counted when they are asked for (`Branches`). It drops every node that is less frequent than the size-th, here ties are
+    broken by which came first.
     """
 
     kind: ClassVar[str] = "trie"
