@@ -8,12 +8,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from hasten.rounds import Round
-from hasten.samplers.decode.pace_times import Times, sizes
+from hasten.samplers.decode.pace_times import RUN, Times, sizes
 from hasten.samplers.decode.pace_weighed import WeighedState
 from hasten.samplers.decode.protocols import Facts, Pace, PaceState
-
-RUN = 16
-"""Rounds without drafts that are run in one go, at most."""
 
 
 class Steady(Pace):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
+RUN = 16
+"""Rounds without drafts that are run in one go, at most."""
+
 
 class Times:
     """Seconds by size: the median of the last of each, else on the line between or beyond the sizes that are known.

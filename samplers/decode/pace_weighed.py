@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from hasten.rounds import Round
-from hasten.samplers.decode.pace_times import Times, sizes
+from hasten.samplers.decode.pace_times import RUN, Times, sizes
 from hasten.samplers.decode.protocols import Context, PaceState
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class WeighedState(PaceState):
     Of every proposal so many drafts are read, none included, as write most tokens per second: one token, and the chances of
     those that are read, over the time of reading them. What was left unread costs nothing but its drafting, and the drafter
     learns from it all the same. So long as that has paid of late (`worth`, seconds of a round, a moving average), drafts are
-    asked for in every round; else in one of `Goodput.probe`. Once drafts have lost more than `Goodput.loss` of all time, they are asked
+    asked for in every round; else in one of `Goodput.probe`, and ever fewer while that gains nothing. Once drafts have lost more than `Goodput.loss` of all time, they are asked
     for only where it is no luck that they have paid.
 
     reading: seconds of the model's forward with the verdict and the commit, by drafts; drafting: of proposing. spent: of all rounds;
@@ -32,6 +32,8 @@ class WeighedState(PaceState):
     """Rounds without drafts at the start, for their time; the first of them is slower than others and not counted."""
     FREE = 2
     """Plain rounds that may be lost before there is time to lose a share of."""
+    LONGEST = 16
+    """Rounds between two tries, at most."""
     LATE, FADE = 0.1, 0.98
     TRUST = 4.0
     """Tokens with which `hoped` and `gained` begin, so that the first rounds do not decide alone."""
@@ -43,13 +45,14 @@ class WeighedState(PaceState):
         self.spent = self.lost = self.worth = self.square = 0.0
         self.hoped = self.gained = self.TRUST
         self.hope = 0.0
+        self.wait = pace.probe
 
     def next(self, most: int) -> int:
         if most == 0 or self.rounds < self.WARM:
             return 0
         if self.lost > self.pace.loss * self.spent + self.FREE * self.reading.of(0):
             return most if self.worth > self._doubt() else 0
-        return most if self.worth >= 0 or self.idle >= self.pace.probe else 0
+        return most if self.worth >= 0 or self.idle >= self.wait else 0
 
     def _doubt(self) -> float:
         """Standard error of `worth`: so much may be luck."""
@@ -58,8 +61,8 @@ class WeighedState(PaceState):
     def quiet(self) -> int:
         if self.rounds < self.WARM:
             return self.WARM - self.rounds - 1
-        waiting = self.pace.probe - self.idle
-        return (waiting if waiting > 0 else self.pace.probe) - 1
+        waiting = self.wait - self.idle
+        return (min(RUN, waiting) if waiting > 0 else RUN) - 1
 
     def weigh(self, chances: list[list[float]], context: Context) -> int:
         sums = [[0.0, *accumulate(each)] for each in chances]
@@ -93,8 +96,9 @@ class WeighedState(PaceState):
             self.hoped, self.gained = self.FADE * self.hoped + self.hope, self.FADE * self.gained + ahead - 1
         if first:
             return
-        saved = ahead * self.reading.of(0) - self.reading.of(grid(done.nodes)) if done.nodes else 0.0
-        net = saved - done.draft
+        read = self.reading.of(grid(done.nodes)) if done.nodes else done.verify + done.commit
+        net = ahead * self.reading.of(0) - read - done.draft
+        self.wait = self.pace.probe if net > 0 else min(2 * self.wait, self.LONGEST)
         self.lost -= net
         self.worth += self.LATE * (net - self.worth)
         self.square += self.LATE * (net**2 - self.square)

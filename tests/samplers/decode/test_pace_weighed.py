@@ -9,6 +9,7 @@ import torch
 
 from hasten.rounds import Round
 from hasten.samplers.decode.pace import Goodput
+from hasten.samplers.decode.pace_times import RUN
 from hasten.samplers.decode.pace_weighed import WeighedState, grid
 from hasten.samplers.decode.protocols import Context, Facts
 
@@ -58,7 +59,7 @@ def context(room: list[int], active: list[bool] | None = None) -> Context:
 def test_what_is_sure_is_read_and_what_is_not_is_left() -> None:
     play = Play(0.4, 0.1).run(400)
     late = play.read[-150:]
-    assert len(play.read) > 350, "it is worth asking in every round"
+    assert len(play.read) > 300, "it is worth asking in nearly every round"
     assert all(nodes >= 4 for sure, nodes in late if sure) and all(nodes <= 1 for sure, nodes in late if not sure)
     assert play.seconds / play.tokens < 0.75, "of plain decoding's second for a token"
 
@@ -97,18 +98,18 @@ def test_the_batch_waits_for_its_slowest_row() -> None:
 def test_it_waits_as_long_as_it_says() -> None:
     """Runs of rounds without drafts are as long as `quiet` says: until the next try, or as long again where none is allowed yet."""
     play = Play(0.0, 0.5).run(60)
-    state, probe, runs = play.state, play.state.pace.probe, []
+    state, runs = play.state, []
     for _ in range(60):
         if state.next(MOST):
-            assert state.idle >= probe
+            assert state.idle >= state.wait
             play._round()
             continue
         runs.append(1 + state.quiet())
-        waited = state.idle
+        waited, wait = state.idle, state.wait
         for number in range(runs[-1]):
-            assert waited >= probe or number == 0 or state.next(MOST) == 0
+            assert waited >= wait or number == 0 or state.next(MOST) == 0
             state.learn(Round(0, 0, (0,), (1,), verify=1.0))
-    assert runs and all(1 <= each <= probe for each in runs)
+    assert runs and all(1 <= each <= RUN for each in runs) and state.wait == state.LONGEST
 
 
 def test_times_are_kept_under_powers_of_two() -> None:
