@@ -37,7 +37,8 @@ def attach(model: Any, recipe: Recipe, limits: Limits | None = None) -> DecodeSe
     compat.check_version()
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{name} is not a transformers model, so there is no generate() to accelerate. Pass the model inside it.")
+        inside = ": model.get_base_model(), which keeps its adapters" if hasattr(model, "get_base_model") else ""
+        raise ModelError(f"{name} is not a transformers model, so there is no generate() to accelerate. Pass the model inside it{inside}.")
     if getattr(model.generate, "__self__", None) is not model or compat.ours(model):
         raise UsageError(f"This {name} is accelerated already: its generate() or its attention is replaced. Close the other session first.")
     reason = compat.why_not(model) or places.why_model(model)
