@@ -74,7 +74,7 @@ def _look_up(asked: Asked, draft: LookUp) -> dict[str, Any]:
 
 def _ngram(asked: Asked, nodes: int, shortest: int, longest: int) -> dict[str, Any]:
     tokens = asked.tokens(nodes)
-    return {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_min": shortest, "prompt_lookup_max": longest}
+    return {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_min": max(1, shortest), "prompt_lookup_max": longest}
 
 
 def _small(asked: Asked, draft: SmallModel) -> dict[str, Any]:
