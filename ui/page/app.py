@@ -88,13 +88,15 @@ def _choices(tab: GenerateTab | CompareTab) -> Callable[[], Any]:
 
 
 def _found_again(page: gr.Blocks, kept: gr.BrowserState, tabs: list[Tab]) -> None:
-    """A page that is opened looks at its jobs again, whoever runs them, and its controls stand as those were asked for."""
+    """A page that is opened looks at its jobs again, whoever runs them. Its controls stand as those were asked for that this browser
+    looked at; to others, who may be typing already, they are left as they are."""
 
     def found(known: dict[str, str] | None) -> Updates:
         updates: Updates = {}
         for tab in tabs:
             job = tab.watch.found_again(known)
-            updates |= {tab.watch.job: job, **asked_again(tab, job)}
+            mine = job == (known or {}).get(tab.watch.kind)
+            updates |= {tab.watch.job: job, **(asked_again(tab, job) if mine else {})}
         return updates
 
     outputs = dict.fromkeys(box for tab in tabs for box in (tab.watch.job, *tab.fills))
