@@ -32,7 +32,7 @@ TEXT_DRAFTERS = (LookUp, Trie, TriGram, Copy, Jacobi)
 FAMILIES = ("text", "heads", "model", "dear")
 """By what a draft costs, the least first."""
 
-OTHER_SIZES = ("look-up:nodes=16", "speculative:nodes=8", "dyspec:nodes=8,depth=8")
+OTHER_SIZES = ("look-up:nodes=16", "look-up-or-draft:nodes=5", "speculative:nodes=8", "dyspec:nodes=8,depth=8")
 """Measured besides, for as many drafts as transformers' settings may make."""
 
 

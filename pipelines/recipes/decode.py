@@ -101,7 +101,7 @@ def look_up_or_draft(model: str = "tiny-draft", nodes: int = 12, least: float = 
     every: draft in every round, also where it does not pay.
     """
     return Recipe(
-        draft=Mixed(first=LookUp(nodes=nodes, width=2), second=SmallModel(model=model), nodes=nodes, least=least),
+        draft=Mixed(first=LookUp(nodes=nodes, shortest=1, width=2), second=SmallModel(model=model), nodes=nodes, least=least),
         pace=_pace(every), paper="several drafters as in SpecInfer, arXiv 2305.09781",
     )  # fmt: skip
 
